@@ -1,0 +1,101 @@
+"""Building blocks of the diffusion transformer (DiT, arXiv 2212.09748, Sec. 3.2)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+_xavier = nnx.initializers.xavier_uniform()
+_zeros = nnx.initializers.zeros
+_normal = nnx.initializers.normal(0.02)
+
+FREQUENCIES = 128
+
+
+def timestep_features(t: Float[Array, " b"]) -> Float[Array, "b f"]:
+    """[cos, sin] of t at 128 frequencies from 1 down to 1/10000; t in [0, 1], not rescaled."""
+    k = jnp.arange(FREQUENCIES, dtype=jnp.float32)
+    angles = t[:, None] * jnp.exp(-jnp.log(10000.0) * k / FREQUENCIES)[None]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def layer_norm(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+    """LayerNorm without learned scale and shift, epsilon 1e-6, computed in float32."""
+    x = x.astype(jnp.float32)
+    mean = jnp.mean(x, axis=-1, keepdims=True)
+    centred = x - mean
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    return centred * jax.lax.rsqrt(variance + 1e-6)
+
+
+def modulate(
+    x: Float[Array, "b n d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]
+) -> Float[Array, "b n d"]:
+    """adaLN: normalise, then scale by (1 + scale) and shift, each per sample."""
+    return layer_norm(x) * (1 + scale[:, None]) + shift[:, None]
+
+
+def linear(
+    d_in: int, d_out: int, rngs: nnx.Rngs, *, dtype: DTypeLike | None = None, init=_xavier
+) -> nnx.Linear:
+    """Linear layer with float32 parameters computing in `dtype`."""
+    return nnx.Linear(d_in, d_out, rngs=rngs, dtype=dtype, kernel_init=init)
+
+
+class TimestepEmbedder(nnx.Module):
+    """Sinusoidal features of t through a two-layer MLP."""
+
+    def __init__(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.fc1 = linear(2 * FREQUENCIES, width, rngs, dtype=dtype, init=_normal)
+        self.fc2 = linear(width, width, rngs, dtype=dtype, init=_normal)
+
+    def __call__(self, t: Float[Array, " b"]) -> Float[Array, "b d"]:
+        return self.fc2(jax.nn.silu(self.fc1(timestep_features(t))))
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention; queries, keys and values come from one matrix product.
+
+    The kernel is kept as [width, 3, heads, head_dim], so that a mesh can split the heads.
+    """
+
+    def __init__(self, width: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.dtype = dtype
+        shape = (3, heads, width // heads)
+        self.qkv_kernel = nnx.Param(
+            _xavier(rngs.params(), (width, 3 * width), jnp.float32).reshape(width, *shape)
+        )
+        self.qkv_bias = nnx.Param(jnp.zeros(shape))
+        self.out = linear(width, width, rngs, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        kernel, bias = (p[...].astype(self.dtype) for p in (self.qkv_kernel, self.qkv_bias))
+        qkv = jnp.einsum("bnd,dche->bnche", x.astype(self.dtype), kernel) + bias[None, None]
+        q, k, v = (qkv[:, :, i] for i in range(3))
+        return self.out(jax.nn.dot_product_attention(q, k, v).reshape(x.shape))
+
+
+class Block(nnx.Module):
+    """Transformer block with adaLN-Zero: every branch is gated, and the gates start at zero."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, *, dtype, rngs: nnx.Rngs):
+        hidden = int(width * mlp_ratio)
+        self.adaln = linear(width, 6 * width, rngs, dtype=dtype, init=_zeros)
+        self.attention = Attention(width, heads, dtype=dtype, rngs=rngs)
+        self.fc1 = linear(width, hidden, rngs, dtype=dtype)
+        self.fc2 = linear(hidden, width, rngs, dtype=dtype)
+
+    def modulation(self, c: Float[Array, "b d"]) -> list[Float[Array, "b d"]]:
+        """shift, scale, gate of the attention branch, then of the MLP; `c` is already SiLU(c)."""
+        return jnp.split(self.adaln(c).astype(jnp.float32), 6, axis=-1)
+
+    def mlp(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=True))
+
+    def __call__(self, x: Float[Array, "b n d"], c: Float[Array, "b d"]) -> Float[Array, "b n d"]:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)
+        x = x + gate1[:, None] * self.attention(modulate(x, shift1, scale1))
+        return x + gate2[:, None] * self.mlp(modulate(x, shift2, scale2))
