@@ -47,7 +47,9 @@ class Pyramid:
 
     @classmethod
     def parse(cls, text: str) -> Pyramid:
-        """`"4x4@0.5,4x2@0.75,2x2@1"`: patch rows x columns, each up to a time.
+        """`"4x4@0.5,4x2@0.75,2x2@1"`: patch width x height, each up to a time.
+
+        As in the paper, and as picture sizes are written, the width comes first.
 
         Raises:
           InputError: `text` is not of that form.
@@ -56,16 +58,16 @@ class Pyramid:
         for part in text.replace(" ", "").split(","):
             match = _STAGE.fullmatch(part)
             try:
-                stages.append(Stage(float(match[3]), (int(match[1]), int(match[2]))))
+                stages.append(Stage(float(match[3]), (int(match[2]), int(match[1]))))
             except (TypeError, ValueError):
                 raise InputError(
                     f"pyramid {text!r}: cannot read {part!r}; "
-                    "write ROWSxCOLUMNS@T_END, e.g. 4x4@0.5,2x2@1"
+                    "write WIDTHxHEIGHT@T_END, e.g. 4x4@0.5,2x2@1"
                 ) from None
         return cls(tuple(stages))
 
     def __str__(self) -> str:
-        return ",".join(f"{s.patch[0]}x{s.patch[1]}@{s.t_end:g}" for s in self.stages)
+        return ",".join(f"{s.patch[1]}x{s.patch[0]}@{s.t_end:g}" for s in self.stages)
 
     def __len__(self) -> int:
         return len(self.stages)
@@ -98,7 +100,7 @@ class Pyramid:
         rows, cols = self.stages[stage].patch
         if latent_size % rows or latent_size % cols:
             raise InputError(
-                f"latent size {latent_size} is not divisible by the {rows}x{cols} patch of "
+                f"latent size {latent_size} is not divisible by the {cols}x{rows} patch of "
                 f"stage {stage}: choose patches that divide it"
             )
         return latent_size // rows, latent_size // cols

@@ -11,9 +11,7 @@ from ppflow_jax.pyramid import Pyramid
 
 def patchify(x: Float[Array, "b h w c"], patch: tuple[int, int]) -> Float[Array, "b n d"]:
     """Cut a latent into patches: tokens row-major, features ordered (row, column, channel)."""
-    return einops.rearrange(
-        x, "b (r p) (s q) c -> b (r s) (p q c)", p=patch[0], q=patch[1]
-    )
+    return einops.rearrange(x, "b (r p) (s q) c -> b (r s) (p q c)", p=patch[0], q=patch[1])
 
 
 def unpatchify(
@@ -46,6 +44,8 @@ def positions(pyramid: Pyramid, stage: int, latent_size: int, width: int) -> np.
     rows, cols = pyramid.grid(stage, latent_size)
     unit_h, unit_w = (min(s.patch[axis] for s in pyramid.stages) for axis in (0, 1))
     patch_h, patch_w = pyramid.stages[stage].patch
-    col, row = np.meshgrid(np.arange(cols) * (patch_w / unit_w), np.arange(rows) * (patch_h / unit_h))
+    col, row = np.meshgrid(
+        np.arange(cols) * (patch_w / unit_w), np.arange(rows) * (patch_h / unit_h)
+    )
     halves = [_sincos(axis.ravel(), width // 2) for axis in (col, row)]
     return np.concatenate(halves, axis=1).astype(np.float32)

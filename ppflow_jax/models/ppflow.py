@@ -103,7 +103,7 @@ class ModelConfig:
     def from_json(cls, values: dict[str, Any]) -> ModelConfig:
         known = {f.name for f in fields(cls)}
         if unknown := set(values) - known:
-            raise InputError(f"model config has unknown keys {sorted(unknown)}: made by a newer version?")
+            raise InputError(f"model config has unknown keys {sorted(unknown)}: update ppflow_jax")
         return cls(**(values | {"pyramid": Pyramid.parse(values["pyramid"])}))
 
 
@@ -192,7 +192,9 @@ def abstract_params(config: ModelConfig) -> Params:
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
-def make_apply(config: ModelConfig, *, dtype: DTypeLike = jnp.float32, remat: str = "none") -> Apply:
+def make_apply(
+    config: ModelConfig, *, dtype: DTypeLike = jnp.float32, remat: str = "none"
+) -> Apply:
     """The network as a pure function `apply(params, x, t, y, stage)`.
 
     x float32 [b, h, w, c] latent; t float32 [b] in [0, 1]; y int32 [b], null label allowed;
@@ -204,7 +206,9 @@ def make_apply(config: ModelConfig, *, dtype: DTypeLike = jnp.float32, remat: st
     """
     if remat not in REMAT_POLICIES:
         raise InputError(f"unknown remat policy {remat!r}: one of {', '.join(REMAT_POLICIES)}")
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: _module(config, jax.random.key(0), dtype, remat)))
+    graphdef, _ = nnx.split(
+        nnx.eval_shape(lambda: _module(config, jax.random.key(0), dtype, remat))
+    )
 
     def apply(params, x, t, y, stage):
         return nnx.merge(graphdef, params)(x, t, y, stage)

@@ -1,0 +1,38 @@
+"""Classifier-free guidance (arXiv 2207.12598)."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ppflow_jax.models.ppflow import Apply, Params
+
+
+def guided(
+    apply: Apply,
+    params: Params,
+    x: Float[Array, "b h w c"],
+    t: Float[Array, " b"],
+    y: Int[Array, " b"],
+    stage: int,
+    scale: Float[Array, ""] | float,
+    null_label: int,
+    channels: int,
+) -> Float[Array, "b h w c"]:
+    """u + scale (c - u), c with the label and u with the null class, from one doubled batch.
+
+    `channels` > 0 guides only the first ones; the others keep c (the PyTorch code guides 3 of
+    4). A scale of 1 is c: callers who know it beforehand call `apply` and save half.
+    """
+    both = apply(
+        params,
+        jnp.concatenate([x, x]),
+        jnp.concatenate([t, t]),
+        jnp.concatenate([y, jnp.full_like(y, null_label)]),
+        stage,
+    )
+    cond, uncond = jnp.split(both, 2)
+    out = uncond + scale * (cond - uncond)
+    if channels:
+        out = jnp.concatenate([out[..., :channels], cond[..., channels:]], axis=-1)
+    return out

@@ -1,0 +1,160 @@
+"""The training objective: a batch stratified by stage, each stage at its own token count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from ppflow_jax.errors import InputError
+from ppflow_jax.flow.path import WEIGHTINGS, Flow, interpolate, residual
+from ppflow_jax.models.ppflow import Apply, Params
+from ppflow_jax.pyramid import Pyramid
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised.
+
+    Attributes:
+      pyramid, flow: stages; path and prediction.
+      weighting: SiT loss weighting `none`, `velocity` or `likelihood` (score and noise only).
+      label_drop: probability of replacing the label by the null class.
+      null_label: label of the null class.
+      stage_share: samples of each stage out of every `sum(stage_share)` consecutive ones.
+        Empty: the stages' durations. Other shares spend the compute differently but estimate
+        the same objective, since a stage always weighs its duration.
+
+    Raises:
+      InputError: unknown weighting, weighting of a velocity, shares that do not fit the stages.
+    """
+
+    pyramid: Pyramid
+    flow: Flow
+    null_label: int
+    weighting: str = "none"
+    label_drop: float = 0.1
+    stage_share: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if self.weighting not in WEIGHTINGS:
+            raise InputError(
+                f"unknown weighting {self.weighting!r}: one of {', '.join(WEIGHTINGS)}"
+            )
+        if self.weighting != "none" and self.flow.prediction == "velocity":
+            raise InputError(
+                f"weighting {self.weighting!r} is for score and noise prediction; "
+                "velocity prediction takes 'none'"
+            )
+        if not 0 <= self.label_drop <= 1:
+            raise InputError(f"label_drop must be in [0, 1], got {self.label_drop}")
+        share = self.stage_share
+        if share and (len(share) != len(self.pyramid) or min(share) < 1):
+            raise InputError(
+                f"stage_share {share} must have one whole number >= 1 for each of the "
+                f"{len(self.pyramid)} stages"
+            )
+
+    @property
+    def pattern(self) -> tuple[int, ...]:
+        """Stage of sample i is `pattern[i % len(pattern)]`."""
+        counts = self.stage_share or self.pyramid.shares()
+        return tuple(stage for stage, count in enumerate(counts) for _ in range(count))
+
+    @property
+    def time_ranges(self) -> tuple[tuple[float, float], ...]:
+        """Times drawn for each stage: its interval without the path's singular ends."""
+        lo, hi = self.flow.train_interval()
+        return tuple((max(a, lo), min(b, hi)) for a, b in self.pyramid.intervals)
+
+    def check_batch(self, batch_size: int, shards: int) -> None:
+        """Every one of `shards` equal parts of the batch must hold whole stage patterns.
+
+        Raises:
+          InputError: it does not.
+        """
+        unit = len(self.pattern) * shards
+        if batch_size < 1 or batch_size % unit:
+            below = max(unit, batch_size // unit * unit)
+            raise InputError(
+                f"batch of {batch_size} cannot be divided among {shards} data shard(s) with "
+                f"stage shares {':'.join(map(str, self.stage_share or self.pyramid.shares()))}: "
+                f"choose a multiple of {unit}, e.g. {below}"
+            )
+
+
+class Draws(NamedTuple):
+    """Everything random in one step."""
+
+    noise: Float[Array, "b h w c"]
+    t: Float[Array, " b"]
+    labels: Int[Array, " b"]
+
+
+def strided(x: Array, pattern: tuple[int, ...], stage: int) -> Array:
+    """Samples of one stage, in order: a slice of every pattern, so no shard talks to another."""
+    where = np.flatnonzero(np.asarray(pattern) == stage)
+    first, count = int(where[0]), len(where)
+    rows = x.reshape(x.shape[0] // len(pattern), len(pattern), *x.shape[1:])
+    return rows[:, first : first + count].reshape(-1, *x.shape[1:])
+
+
+def draw(
+    objective: Objective,
+    key: Key[Array, ""],
+    x1: Float[Array, "b h w c"],
+    labels: Int[Array, " b"],
+) -> Draws:
+    """Noise, stratified times and dropped labels of one step."""
+    k_noise, k_time, k_drop = jax.random.split(key, 3)
+    batch = x1.shape[0]
+    lo, hi = np.asarray(objective.time_ranges, np.float32)[list(objective.pattern)].T
+    repeats = batch // len(objective.pattern)
+    u = jax.random.uniform(k_time, (batch,))
+    t = jnp.tile(lo, repeats) + jnp.tile(hi - lo, repeats) * u
+    dropped = jax.random.uniform(k_drop, (batch,)) < objective.label_drop
+    return Draws(
+        noise=jax.random.normal(k_noise, x1.shape),
+        t=t,
+        labels=jnp.where(dropped, objective.null_label, labels),
+    )
+
+
+def stage_losses(
+    objective: Objective,
+    apply: Apply,
+    params: Params,
+    x1: Float[Array, "b h w c"],
+    draws: Draws,
+) -> tuple[Float[Array, " n"], ...]:
+    """Loss of every sample, by stage: mean squared residual over a sample's elements."""
+    losses = []
+    for stage in range(len(objective.pyramid)):
+        data, noise, t, y = (strided(a, objective.pattern, stage) for a in (x1, *draws))
+        xt, velocity = interpolate(objective.flow.interpolant, noise, data, t)
+        prediction = apply(params, xt, t, y, stage)
+        error = residual(objective.flow, objective.weighting, noise, velocity, prediction, t)
+        losses.append(jnp.mean(jnp.square(error), axis=(1, 2, 3)))
+    return tuple(losses)
+
+
+def loss_fn(
+    objective: Objective,
+    apply: Apply,
+    params: Params,
+    x1: Float[Array, "b h w c"],
+    draws: Draws,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Mean loss over time, and the mean of every stage as `loss/stage{i}`.
+
+    Each stage counts by its duration, which equals the mean over the batch when the batch is
+    shared by duration.
+    """
+    means = [jnp.mean(x) for x in stage_losses(objective, apply, params, x1, draws)]
+    durations = [b - a for a, b in objective.pyramid.intervals]
+    total = sum(d * m for d, m in zip(durations, means))
+    return total, {f"loss/stage{i}": m for i, m in enumerate(means)} if len(means) > 1 else {}
