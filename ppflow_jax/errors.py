@@ -1,8 +1,9 @@
-"""The one exception that means: the input is wrong and the person can mend it."""
+"""The exceptions that speak to the person at the keyboard: one line, no traceback, exit code 1."""
 
 
 class InputError(ValueError):
-    """Bad configuration, flag or file. The message is one line: what, expected, what to do.
+    """Bad configuration, flag or file. The message says what, what was expected, what to do."""
 
-    The commands print it without a traceback and exit with code 1 (`ppflow_jax.cli`).
-    """
+
+class RunError(RuntimeError):
+    """A run that cannot go on, such as a loss that is not finite. The message says what is kept."""

@@ -1,0 +1,74 @@
+"""How every command starts and fails."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from absl import flags
+
+from ppflow_jax.errors import InputError, RunError
+
+
+def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
+    """Parse absl flags, call `main`, and turn expected failures into one line on stderr.
+
+    Exit codes: 0 done; 1 bad input or a failed run; 2 bad flags. Anything unexpected keeps its
+    traceback.
+    """
+    program = Path(sys.argv[0]).stem
+    try:
+        rest = flags.FLAGS(sys.argv)
+        if len(rest) > 1:
+            raise flags.Error(f"unexpected argument {rest[1]!r}: flags are written --name=value")
+        for name in required:
+            if not flags.FLAGS[name].value:
+                raise flags.Error(f"--{name} is required")
+    # ml_collections reports bad overrides of a config with these
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, ImportError, OSError) as e:
+        _fail(program, e, 2)
+    try:
+        main()
+    except (InputError, RunError) as e:
+        _fail(program, e, 1)
+    except OSError as e:
+        _fail(program, f"{e.strerror or e}: {e.filename}" if e.filename else e, 1)
+
+
+def _fail(program: str, message: object, code: int) -> None:
+    line = " ".join(str(message).split())
+    print(f"{program}: {line}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` that becomes `path` when the block succeeds."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def writable_directory(path: str | Path) -> Path:
+    """Make the directory if needed and prove that files can be written there.
+
+    Raises:
+      InputError: it cannot be made or written.
+    """
+    path = Path(path).absolute()
+    probe = path / f".write-test.{os.getpid()}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise InputError(
+            f"cannot write to {path} ({e.strerror}): choose a folder where you may write"
+        ) from e
+    return path
