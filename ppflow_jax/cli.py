@@ -28,7 +28,15 @@ def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
             if not flags.FLAGS[name].value:
                 raise flags.Error(f"--{name} is required")
     # ml_collections reports bad overrides of a config with these
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, ImportError, OSError) as e:
+    except (
+        flags.Error,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        ImportError,
+        OSError,
+    ) as e:
         _fail(program, e, 2)
     try:
         main()

@@ -24,8 +24,6 @@ def state_from(params: Params, tx: optax.GradientTransformation) -> TrainState:
     }
 
 
-def init_state(
-    model: ModelConfig, tx: optax.GradientTransformation, key: jax.Array
-) -> TrainState:
+def init_state(model: ModelConfig, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
     """Fresh state."""
     return state_from(init_params(model, key), tx)

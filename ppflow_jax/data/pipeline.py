@@ -28,6 +28,4 @@ def batches(
     stream = grain.MapDataset.source(source).shuffle(seed=seed).repeat()
     stream = stream[first_step * batch_size + process_index :: process_count]
     stream = stream.batch(batch_size // process_count, drop_remainder=True)
-    return iter(
-        stream.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
-    )
+    return iter(stream.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))

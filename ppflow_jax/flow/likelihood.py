@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from ppflow_jax.flow.path import Flow, velocity_from
-from ppflow_jax.flow.plan import SamplerConfig, plan
+from ppflow_jax.flow.plan import SamplerConfig, plan, reference_grid
 from ppflow_jax.flow.solvers import ODE_SOLVERS, rk_step
 from ppflow_jax.models.ppflow import Apply, ModelConfig, Params
 
@@ -83,7 +83,7 @@ def plan_backwards(
     if config.grid == "aligned":
         return [(s.stages, s.times[::-1]) for s in reversed(plan(config, model.pyramid, flow))]
     lo, hi = flow.sample_interval()
-    times = (np.float32(1) - np.linspace(1 - hi, 1 - lo, config.steps).astype(np.float32)).tolist()
+    times = (np.float32(1) - reference_grid(1 - hi, 1 - lo, config.steps)).tolist()
     nodes = ODE_SOLVERS[config.solver].nodes
     steps = []
     for a, b in zip(times, times[1:]):

@@ -153,6 +153,18 @@ def aligned_grid(lo: float, hi: float, steps: int, pyramid: Pyramid) -> np.ndarr
     return np.concatenate([*pieces, [hi]]).astype(np.float32)
 
 
+def reference_grid(lo: float, hi: float, points: int) -> np.ndarray:
+    """`torch.linspace(lo, hi, points)` in float32, to the last bit.
+
+    It counts from both ends with a fused multiply-add; NumPy's differs by an ulp, which can put
+    a point on the other side of a stage boundary.
+    """
+    lo, hi = np.float32(lo), np.float32(hi)
+    step, i = np.float64((hi - lo) / np.float32(points - 1)), np.arange(points)
+    ends = np.where(i < points // 2, lo + step * i, hi - step * (points - 1 - i))
+    return ends.astype(np.float32)
+
+
 def plan(config: SamplerConfig, pyramid: Pyramid, flow: Flow) -> tuple[Segment, ...]:
     """Segments of a run, in order.
 
@@ -175,7 +187,7 @@ def plan(config: SamplerConfig, pyramid: Pyramid, flow: Flow) -> tuple[Segment, 
     if config.grid == "aligned":
         times = aligned_grid(lo, hi, config.steps, pyramid)
     else:
-        times = np.linspace(lo, hi, config.steps).astype(np.float32)
+        times = reference_grid(lo, hi, config.steps)
 
     def step_stages(t0: np.float32, t1: np.float32) -> tuple[int, ...]:
         if config.grid == "aligned":

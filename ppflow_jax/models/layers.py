@@ -53,7 +53,12 @@ class TimestepEmbedder(nnx.Module):
         self.fc2 = linear(width, width, rngs, dtype=dtype, init=_normal)
 
     def __call__(self, t: Float[Array, " b"]) -> Float[Array, "b d"]:
-        return self.fc2(jax.nn.silu(self.fc1(timestep_features(t))))
+        # Cosines and sines are summed apart: shorter sums round less, and an error made here
+        # reaches every block.
+        cos, sin = jnp.split(timestep_features(t), 2, axis=-1)
+        kernel = self.fc1.kernel[...]
+        hidden = cos @ kernel[:FREQUENCIES] + sin @ kernel[FREQUENCIES:] + self.fc1.bias[...][None]
+        return self.fc2(jax.nn.silu(hidden))
 
 
 class Attention(nnx.Module):

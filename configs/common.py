@@ -1,0 +1,71 @@
+"""Every setting, with the defaults of the paper (ImageNet-256 latents, SiT's recipe).
+
+An experiment file imports this and changes only what it must. Override from the command line
+with --config.a.b=value; unknown names are refused.
+"""
+
+from ml_collections import ConfigDict
+
+from ppflow_jax.models.ppflow import SIZES
+
+
+def get_config(size: str, pyramid: str) -> ConfigDict:
+    """Model of SiT's `size` (S, B, L, XL) with stages `pyramid`, e.g. "4x4@0.5,2x2@1"."""
+    c = ConfigDict()
+    c.seed = 0
+    c.init_from = ""  # checkpoint to take weights from; resuming a workdir needs no setting
+
+    c.model = ConfigDict()
+    c.model.pyramid = pyramid  # patch width x height @ end time, coarse to fine; t = 0 is noise
+    c.model.latent_size = 32
+    c.model.channels = 4
+    c.model.num_classes = 1000
+    c.model.update(SIZES[size])
+    c.model.mlp_ratio = 4.0
+    c.model.learn_sigma = True  # variance channels of DiT, unused; the public weights have them
+    c.model.dtype = "bfloat16"  # of matrix products; parameters, norms and the last one float32
+    c.model.remat = "none"  # none, dots (keep matrix products) or full (keep nothing)
+
+    c.flow = ConfigDict()
+    c.flow.path = "linear"  # linear, gvp, vp
+    c.flow.prediction = "velocity"  # velocity, score, noise
+    c.flow.weighting = "none"  # none, velocity, likelihood; for score and noise
+    c.flow.label_drop = 0.1
+    c.flow.stage_share = ()  # samples of each stage, e.g. (2, 1, 1); empty: by duration
+
+    c.data = ConfigDict()
+    c.data.source = "arrays"  # arrays: latents.npy and labels.npy in data.path; digits
+    c.data.path = ""
+    c.data.space = "latents"  # latents or pixels, for showing samples
+    c.data.batch_size = 256
+
+    c.optim = ConfigDict()
+    c.optim.lr = 1e-4
+    c.optim.schedule = "constant"  # constant, cosine
+    c.optim.warmup_steps = 0
+    c.optim.b1 = 0.9
+    c.optim.b2 = 0.999
+    c.optim.eps = 1e-8
+    c.optim.weight_decay = 0.0
+    c.optim.clip = 0.0  # global gradient norm; 0: no clipping
+
+    c.train = ConfigDict()
+    c.train.steps = 400_000
+    c.train.ema = 0.9999
+    c.train.accumulate = 1  # microbatches of one step
+    c.train.log_every = 100
+    c.train.save_every = 10_000
+    c.train.keep = 3
+
+    c.sample = ConfigDict()
+    c.sample.every = 10_000  # steps between EMA sample grids; 0: only at the end
+    c.sample.count = 20
+    c.sample.solver = "heun"
+    c.sample.steps = 50
+    c.sample.cfg = (4.0,)  # one scale, or one for every stage
+
+    c.mesh = ConfigDict()
+    c.mesh.data = -1  # -1: all remaining devices
+    c.mesh.fsdp = 1
+    c.mesh.tensor = 1
+    return c

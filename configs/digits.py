@@ -1,0 +1,32 @@
+"""Handwritten digits (scikit-learn, 1,797 images of 8x8 pixels): the demo, without download.
+
+    python -m ppflow_jax.main --config=configs/digits.py --workdir=runs/digits
+
+`configs/digits.py:sit` is the one-stage baseline, `:levels3` has three stages.
+"""
+
+from configs import common
+
+PYRAMIDS = {"": "2x2@0.5,1x1@1", "sit": "1x1@1", "levels3": "2x2@0.5,2x1@0.75,1x1@1"}
+
+
+def get_config(variant: str = ""):
+    if variant not in PYRAMIDS:
+        raise ValueError(f"unknown variant {variant!r}: sit, levels3 or none")
+    c = common.get_config("S", PYRAMIDS[variant])
+    c.model.update(dict(latent_size=8, channels=1, num_classes=10, width=96, depth=4, heads=4))
+    c.model.learn_sigma = False
+    c.model.dtype = "float32"
+    c.data.source, c.data.space = "digits", "pixels"
+    c.optim.lr = 1e-3
+    c.optim.warmup_steps = 50
+    c.optim.schedule = "cosine"
+    c.train.steps = 600
+    c.train.ema = 0.99
+    c.train.log_every = 10
+    c.train.save_every = 100
+    c.sample.every = 200
+    c.sample.count = 100
+    c.sample.steps = 20
+    c.sample.cfg = (2.0,)
+    return c

@@ -1,0 +1,14 @@
+"""PPFlow-S, 2 levels, on ImageNet-256 latents (32x32x4).
+
+    python -m ppflow_jax.main --config=configs/ppflow_s2.py --workdir=DIR \\
+        --config.data.path=LATENTS
+
+LATENTS holds latents.npy and labels.npy. Parameters: 32.9 M. Not verified here: neither the quality
+nor the speed of a full training run.
+"""
+
+from configs import common
+
+
+def get_config():
+    return common.get_config("S", "4x4@0.5,2x2@1")
