@@ -1,0 +1,307 @@
+"""PyTorch names of the autoencoders' weights <-> the paths of our parameters, both ways.
+
+Names are derived from our own tree by short rules, so no parameter can be forgotten. Three
+namings of AutoencoderKL are read and written: `diffusers`, `legacy` (diffusers before 0.15:
+attention called query/key/value/proj_attn) and `compvis` (the original latent-diffusion code).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from ppflow_jax.errors import InputError
+from ppflow_jax.models.autoencoder import Autoencoder, Config, Params
+from ppflow_jax.models.autoencoder_kl import AutoencoderKLConfig
+from ppflow_jax.models.taesd import TAESDConfig
+
+Kind = Literal["vae", "taesd"]
+State = Mapping[str, Any]
+
+# (pattern over our dotted path, replacement); applied in order, each wherever it matches.
+_COMMON = [
+    (r"^encoder\.quant_conv", "quant_conv"),
+    (r"^decoder\.post_quant_conv", "post_quant_conv"),
+    (r"\.(kernel|scale)$", ".weight"),
+]
+_DIFFUSERS = [
+    *_COMMON,
+    (r"\.(down|up)_(\d+)\.", r".\1_blocks.\2."),
+    (r"\.mid\.", ".mid_block."),
+    (r"\.resnet_(\d+)\.", r".resnets.\1."),
+    (r"\.norm_out\.", ".conv_norm_out."),
+    (r"\.shortcut\.", ".conv_shortcut."),
+    (r"\.(down|up)sample\.", r".\1samplers.0.conv."),
+    (r"\.attention\.norm\.", ".attention.group_norm."),
+    (r"\.attention\.", ".attentions.0."),
+]
+_RULES = {
+    "diffusers": [
+        *_DIFFUSERS,
+        (r"\.attentions\.0\.([qkv])\w+\.", r".attentions.0.to_\1."),
+        (r"\.attentions\.0\.out\.", ".attentions.0.to_out.0."),
+    ],
+    "legacy": [*_DIFFUSERS, (r"\.attentions\.0\.out\.", ".attentions.0.proj_attn.")],
+    "compvis": [
+        *_COMMON,
+        (r"\.mid\.resnet_0\.", ".mid.block_1."),
+        (r"\.mid\.resnet_1\.", ".mid.block_2."),
+        (r"\.(down|up)_(\d+)\.", r".\1.\2."),
+        (r"\.resnet_(\d+)\.", r".block.\1."),
+        (r"\.shortcut\.", ".nin_shortcut."),
+        (r"\.(down|up)sample\.", r".\1sample.conv."),
+        (r"\.attention\.", ".attn_1."),
+        (r"\.attn_1\.([qkv])\w+\.", r".attn_1.\1."),
+        (r"\.attn_1\.out\.", ".attn_1.proj_out."),
+    ],
+}
+# Deliberately not read: training losses (with their own networks) and the EMA shadow that the
+# CompVis trainer keeps beside the weights.
+DROPPED = (r"^loss\.", r"^model_ema\.")
+
+# TAESD is an nn.Sequential: our module -> its number there (Clamp, ReLU and Upsample count too).
+_TAESD_INDEX = {
+    "encoder": {
+        "conv_in": 0,
+        "block_in": 1,
+        **{f"stage_{s}.resample": 2 + 4 * s for s in range(3)},
+        **{f"stage_{s}.block_{j}": 3 + 4 * s + j for s in range(3) for j in range(3)},
+        "conv_out": 14,
+    },
+    "decoder": {
+        "conv_in": 1,
+        **{f"stage_{s}.block_{j}": 3 + 5 * s + j for s in range(3) for j in range(3)},
+        **{f"stage_{s}.resample": 7 + 5 * s for s in range(3)},
+        "block_out": 18,
+        "conv_out": 19,
+    },
+}
+
+
+def _vae_names(path: str, levels: int) -> dict[str, str]:
+    names = {}
+    for naming, rules in _RULES.items():
+        name = path
+        if naming == "compvis":  # numbers the decoder's levels from fine to coarse
+            name = re.sub(r"\.up_(\d+)\.", lambda m: f".up_{levels - 1 - int(m[1])}.", name)
+        for pattern, replacement in rules:
+            name = re.sub(pattern, replacement, name)
+        names[naming] = name
+    return names
+
+
+def _taesd_names(path: str) -> dict[str, str]:
+    half, rest = path.split(".", 1)
+    rest, leaf = rest.rsplit(".", 1)
+    suffix = "bias" if leaf == "bias" else "weight"
+    if match := re.fullmatch(r"(.*block_\w+)\.conv_(\d)", rest):
+        rest, suffix = match[1], f"conv.{2 * int(match[2])}.{suffix}"
+    index = _TAESD_INDEX[half][rest]
+    # diffusers' AutoencoderTiny keeps the decoder's clamp outside the sequence.
+    layer = index - (half == "decoder")
+    return {
+        "taesd": f"{half}.{index}.{suffix}",
+        "diffusers": f"{half}.layers.{layer}.{suffix}",
+    }
+
+
+def _leaves(params: Params) -> Iterator[tuple[str, Any]]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        yield jax.tree_util.keystr(path, simple=True, separator="."), leaf
+
+
+def key_table(kind: Kind, params: Params) -> dict[str, dict[str, str]]:
+    """Our dotted path -> its PyTorch name in every naming, for the leaves of `params`."""
+    paths = [path for path, _ in _leaves(params)]
+    if kind == "taesd":
+        return {path: _taesd_names(path) for path in paths}
+    levels = len({m[1] for path in paths if (m := re.match(r"decoder\.up_(\d+)\.", path))})
+    return {path: _vae_names(path, levels) for path in paths}
+
+
+def autoencoder_kind(state: State) -> Kind:
+    """Which autoencoder these keys belong to. Raises `InputError` for neither."""
+    if "quant_conv.weight" in state or "post_quant_conv.weight" in state:
+        return "vae"
+    tiny = re.compile(r"((en|de)coder\.(layers\.)?)?\d+\.conv\.\d\.weight")
+    if any(tiny.fullmatch(key) for key in state):
+        return "taesd"
+    raise InputError(
+        "these weights are no autoencoder that is known here (AutoencoderKL, TAESD); "
+        f"their first keys: {', '.join(list(state)[:5]) or 'none'}"
+    )
+
+
+def autoencoder_config(
+    kind: Kind, state: State, diffusers_config: Mapping[str, Any] | None = None
+) -> Config:
+    """The architecture, read from names and shapes (or from a diffusers `config.json`).
+
+    Not in the weights: the number of normalisation groups (32 is assumed) and the latent scale
+    (0.18215 is assumed); both are in `config.json`. Raises `InputError` where keys are missing.
+    """
+    if kind == "taesd":
+        state = _with_halves(state)
+        table = key_table("taesd", Autoencoder(TAESDConfig()).abstract_params())
+        first = {path: [n for n in names.values() if n in state] for path, names in table.items()}
+
+        def shape(path: str, axis: int, default: int) -> int:
+            found = first[path + ".kernel"]
+            return _side(state, found[0], axis) if found else default
+
+        latent = shape("decoder.conv_in", 1, shape("encoder.conv_out", 0, 4))
+        return TAESDConfig(
+            in_channels=shape("encoder.conv_in", 1, 3),
+            out_channels=shape("decoder.conv_out", 0, 3),
+            latent_channels=latent,
+            width=shape("decoder.conv_in", 0, shape("encoder.conv_in", 0, 64)),
+        )
+    if diffusers_config is not None:
+        return AutoencoderKLConfig.from_diffusers(diffusers_config)
+    pattern = r"encoder\.down(?:_blocks)?\.(\d+)\.(?:resnets|block)\.(\d+)\.conv1\.weight"
+    blocks = {(int(m[1]), int(m[2])): key for key in state if (m := re.fullmatch(pattern, key))}
+    needed = ["encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.conv_out.weight"]
+    missing = [key for key in needed if key not in state]
+    levels = 1 + max((i for i, _ in blocks), default=-1)
+    if missing or any((i, 0) not in blocks for i in range(levels)) or not levels:
+        raise InputError(
+            "the AutoencoderKL architecture cannot be read from these weights: needed are "
+            f"{', '.join(needed)} and encoder.down_blocks.*.resnets.*.conv1.weight (diffusers "
+            f"names) or encoder.down.*.block.*.conv1.weight (CompVis names); missing: "
+            f"{', '.join(missing) or 'residual blocks of the encoder'}"
+        )
+    return AutoencoderKLConfig(
+        in_channels=_side(state, needed[0], 1),
+        out_channels=_side(state, needed[2], 0),
+        block_out_channels=tuple(_side(state, blocks[i, 0], 0) for i in range(levels)),
+        layers_per_block=1 + max(j for i, j in blocks if i == 0),
+        latent_channels=_side(state, needed[1], 1),
+    )
+
+
+def autoencoder_params(kind: Kind, state: State, config: Config | None = None) -> Params:
+    """Parameters (nested dict of float32 NumPy arrays) from a PyTorch state dict.
+
+    A TAESD file may hold one half with bare names (`0.weight`) or both with the prefixes
+    `encoder.` and `decoder.`; the result has the halves that the file has.
+
+    Strict: every key is used or matches `DROPPED`, every parameter is filled exactly once, shapes
+    agree and values are finite. Raises one `InputError` that lists all mismatches.
+    """
+    config = config or autoencoder_config(kind, state)
+    if kind == "taesd":
+        state = _with_halves(state)
+    target = Autoencoder(config).abstract_params()
+    if kind == "taesd":
+        halves = {key.split(".", 1)[0] for key in state}
+        target = {half: tree for half, tree in target.items() if half in halves}
+    table = key_table(kind, target)
+
+    problems, used, filled = [], set(), {}
+    for path, leaf in _leaves(target):
+        # namings share most names; keep each once
+        names = list(dict.fromkeys(table[path].values()))
+        found = [name for name in names if name in state]
+        used.update(found)
+        if len(found) != 1:
+            what = f"given {len(found)} times ({', '.join(found)})" if found else "missing"
+            problems.append(f"{names[0]}: {what}")
+            continue
+        array = np.asarray(state[found[0]])
+        value = _from_torch(array, leaf.shape)
+        if value is None:
+            expected = _torch_shape(leaf.shape)
+            problems.append(f"{found[0]}: shape {array.shape}, expected {expected}")
+        elif not np.isfinite(value).all():
+            problems.append(f"{found[0]}: has values that are not finite")
+        else:
+            filled[path] = value
+    problems += [f"{key}: not expected" for key in state if key not in used and not _dropped(key)]
+    if problems or not filled:
+        raise InputError(
+            f"these weights do not fit {config} ({len(problems)} mismatches): "
+            + "; ".join(problems or ["no weights"])
+        )
+    return _unflatten(filled)
+
+
+def dropped_keys(state: State) -> list[str]:
+    """The keys of an AutoencoderKL file that `autoencoder_params` deliberately leaves out."""
+    return [key for key in state if _dropped(key)]
+
+
+def autoencoder_state(
+    kind: Kind, params: Params, names: str | None = None
+) -> dict[str, np.ndarray]:
+    """The reverse: a state dict in PyTorch's names and layouts.
+
+    `names` is `diffusers` (default), `legacy` or `compvis` for AutoencoderKL and `taesd`
+    (default, with the prefixes `encoder.` and `decoder.`) or `diffusers` for TAESD.
+    """
+    names = names or ("taesd" if kind == "taesd" else "diffusers")
+    table = key_table(kind, params)
+    choices = list(next(iter(table.values())))
+    if names not in choices:
+        raise InputError(f"names={names!r} is unknown for {kind}; choose from {', '.join(choices)}")
+    state = {}
+    for path, leaf in _leaves(params):
+        array = _to_torch(np.asarray(leaf))
+        if names == "compvis" and ".attention." in path and path.endswith(".kernel"):
+            array = array[:, :, None, None]
+        state[table[path][names]] = array
+    return state
+
+
+def _side(state: State, key: str, axis: int) -> int:
+    """One side of a convolution's OIHW weight."""
+    shape = np.shape(state[key])
+    if len(shape) != 4:
+        raise InputError(f"{key} has shape {shape}; a convolution has four axes (OIHW)")
+    return shape[axis]
+
+
+def _with_halves(state: State) -> State:
+    """Give the bare names of a single TAESD file their prefix; only an encoder starts at 0."""
+    if any(key.startswith(("encoder.", "decoder.")) for key in state):
+        return state
+    half = "encoder" if "0.weight" in state else "decoder"
+    return {f"{half}.{key}": value for key, value in state.items()}
+
+
+def _dropped(key: str) -> bool:
+    return any(re.match(pattern, key) for pattern in DROPPED)
+
+
+def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """OIHW of an HWIO convolution, OI of an IO matrix, vectors as they are."""
+    return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else shape[::-1]
+
+
+def _from_torch(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Float32 in our layout, or None where the shape does not fit."""
+    if len(shape) == 2 and array.ndim == 4 and array.shape[2:] == (1, 1):
+        array = array[:, :, 0, 0]  # attention stored as 1x1 convolution
+    if array.shape != _torch_shape(shape):
+        return None
+    array = array.astype(np.float32)
+    array = array.transpose(2, 3, 1, 0) if len(shape) == 4 else array.T
+    return np.ascontiguousarray(array)
+
+
+def _to_torch(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T)
+
+
+def _unflatten(leaves: Mapping[str, np.ndarray]) -> Params:
+    tree: Params = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split(".")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = leaf
+    return tree
