@@ -19,7 +19,8 @@ def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
     Exit codes: 0 done; 1 bad input or a failed run; 2 bad flags. Anything unexpected keeps its
     traceback.
     """
-    program = Path(sys.argv[0]).stem
+    program = Path(sys.argv[0])
+    program = program.parent.name if program.stem == "__main__" else program.stem
     try:
         rest = flags.FLAGS(sys.argv)
         if len(rest) > 1:

@@ -12,13 +12,14 @@ from absl import flags
 
 from ppflow_jax import cli
 from ppflow_jax.checkpoint import Card, find_checkpoint, load_weights, read_card
+from ppflow_jax.decode import Decoder
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.plan import GRIDS, SOLVERS, SamplerConfig, evaluations
 from ppflow_jax.flow.sampler import Sampler, image_noise
 from ppflow_jax.flow.solvers import DIFFUSIONS, LAST_STEPS
 from ppflow_jax.models.ppflow import make_apply
 from ppflow_jax.sharding import batch_sharding, data_shards, make_mesh
-from ppflow_jax.writers import progress, save_grid, save_png, to_uint8
+from ppflow_jax.writers import progress, save_grid, save_png
 
 _DEFAULT = SamplerConfig()
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir (its latest step) or one step.")
@@ -43,6 +44,9 @@ _NORM = flags.DEFINE_float("diffusion_norm", _DEFAULT.diffusion_norm, "Factor of
 _LAST = flags.DEFINE_enum("last_step", _DEFAULT.last_step, LAST_STEPS, "Last step of the SDE.")
 _LAST_SIZE = flags.DEFINE_float("last_step_size", _DEFAULT.last_step_size, "Its length in time.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of matrix products.")
+_DECODE = flags.DEFINE_string(
+    "decode", "none", "vae:DIR or taesd:DIR, a converted autoencoder; none: false colours."
+)
 _SAVE = flags.DEFINE_bool("save_latents", False, "Also write latents.npy and labels.npy.")
 _PNGS = flags.DEFINE_bool("pngs", True, "Write every image as a PNG, not only the grid.")
 
@@ -53,6 +57,7 @@ def main() -> None:
     config = _sampler_config()
     config.scales(card.model.pyramid)
     labels, noise = _labels_and_noise(card)
+    decoder = Decoder.parse(_DECODE.value, card)
     out = cli.writable_directory(_OUT.value)
 
     mesh = make_mesh()
@@ -68,7 +73,8 @@ def main() -> None:
             f"{bad} of {len(latents)} images are not finite: the weights may have diverged; "
             "try --dtype=float32, more --steps or a lower --cfg"
         )
-    _write(out, latents, labels, card)
+    with jax.default_matmul_precision("highest"):  # else TPUs round the decoder's convolutions
+        _write(out, latents, labels, decoder)
     nfe = "adaptive" if config.solver == "dopri5" else evaluations(sampler.segments)
     print(f"{len(latents)} images, {nfe} NFE each, {seconds:.1f} s with compilation, in {out}")
 
@@ -163,14 +169,18 @@ def _sample(sampler, params, card, labels, noise, mesh) -> np.ndarray:
     return np.concatenate(latents)
 
 
-def _write(out: Path, latents: np.ndarray, labels: np.ndarray, card: Card) -> None:
-    pictures = to_uint8(latents, card.space)
+def _write(out: Path, latents: np.ndarray, labels: np.ndarray, decoder: Decoder) -> None:
+    folder, shown, k = out / "images", [], 0
     if _PNGS.value:
-        folder = out / "images"
         folder.mkdir(exist_ok=True)
-        for k, (picture, label) in enumerate(zip(pictures, labels)):
-            save_png(folder / f"{k:06d}_class{label}.png", picture)
-    save_grid(out / "grid.png", pictures[:100], columns=min(10, len(pictures)))
+    for pictures in decoder.pictures(latents):
+        shown.extend(pictures[: max(0, 100 - len(shown))])
+        for picture in pictures if _PNGS.value else ():
+            save_png(folder / f"{k:06d}_class{labels[k]}.png", picture)
+            k += 1
+        if not _PNGS.value and len(shown) == 100:
+            break
+    save_grid(out / "grid.png", np.stack(shown), columns=min(10, len(shown)))
     if _SAVE.value:
         for name, array in {"latents": latents, "labels": labels}.items():
             with cli.atomic(out / f"{name}.npy") as temporary, temporary.open("wb") as file:

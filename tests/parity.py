@@ -22,7 +22,8 @@ import numpy as np
 import optax
 from safetensors.numpy import load_file
 
-from ppflow_jax.convert.keys import from_torch, key_table, to_torch
+from ppflow_jax.convert.keys import key_table, to_torch
+from ppflow_jax.convert.load import from_torch
 from ppflow_jax.data.transforms import center_crop
 from ppflow_jax.flow import path as paths
 from ppflow_jax.flow.guidance import guided

@@ -1,5 +1,7 @@
 """Key tables: names and layouts of the PyTorch SiT / PPFlow state dict <-> our parameters.
 
+`convert.load` fills parameters from a file by these tables, strictly.
+
 The PyTorch code shuffles a coarse patch's pixels into channels before a convolution of the base
 patch, and writes the mirror image of that on the way out; here a patch is one matrix product on
 its pixels, so the tables reorder rows and columns. Every entry is a bijection of the elements.
@@ -7,12 +9,15 @@ its pixels, so the tables reorder rows and columns. Every entry is a bijection o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import einops
 import numpy as np
+from jaxtyping import Float
 
+from ppflow_jax.errors import InputError
+from ppflow_jax.models.patch import positions
 from ppflow_jax.models.ppflow import ModelConfig, Params
 
 
@@ -36,7 +41,11 @@ def _transpose(x):
 
 
 def key_table(config: ModelConfig) -> tuple[Entry, ...]:
-    """Every trainable tensor of the PyTorch state dict of this architecture."""
+    """Every trainable tensor of the PyTorch state dict of this architecture.
+
+    Raises:
+      InputError: a patch is no multiple of the last stage's, which that layout needs.
+    """
     table: list[Entry] = []
 
     def add(torch, path, ours=_same, theirs=_same, layer=None):
@@ -50,6 +59,11 @@ def key_table(config: ModelConfig) -> tuple[Entry, ...]:
     base = config.pyramid.stages[-1].patch
     for stage, suffix in enumerate(_suffixes(config)):
         patch = config.pyramid.stages[stage].patch
+        if patch[0] % base[0] or patch[1] % base[1]:
+            raise InputError(
+                f"pyramid {config.pyramid} has no PyTorch layout: it needs every patch to be a "
+                f"multiple of the last one, {base[1]}x{base[0]}"
+            )
         factor = dict(p=base[0], q=base[1], i=patch[0] // base[0], j=patch[1] // base[1])
         _add_patch(
             add, stage, suffix, factor | dict(c=config.channels), factor | dict(o=out_channels)
@@ -114,40 +128,34 @@ def _add_patch(add, stage: int, suffix: str, into: dict[str, int], out: dict[str
     )
 
 
-def from_torch(config: ModelConfig, state: dict[str, np.ndarray]) -> Params:
-    """Our parameters from the tensors of a PyTorch state dict.
+def position_names(config: ModelConfig) -> tuple[str, ...]:
+    """Name of every stage's fixed positions in the state dict of SiT or PPFlow."""
+    if len(config.pyramid) == 1:
+        return ("pos_embed",)
+    return tuple(f"pos_embed.{stage}" for stage in range(len(config.pyramid)))
 
-    Raises:
-      KeyError: a tensor is missing.
-    """
-    params: Params = {}
+
+def position_values(config: ModelConfig, stage: int) -> Float[np.ndarray, "1 n d"]:
+    """Positions of one stage as the state dict has them."""
+    return positions(config.pyramid, stage, config.latent_size, config.width)[None]
+
+
+def torch_tensors(
+    config: ModelConfig, params: Params
+) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
+    """Name and maker of every PyTorch tensor of our parameters, to be made one at a time."""
     for entry in key_table(config):
-        *parents, leaf = entry.path
-        node = params
-        for part in parents:
-            node = node.setdefault(part, {})
-        value = entry.ours(np.asarray(state[entry.torch]))
-        if entry.layer is None:
-            node[leaf] = value
-        else:
-            node.setdefault(leaf, []).append(value)
-    blocks = params["blocks"]
+        leaf = params
+        for part in entry.path:
+            leaf = leaf[part]
 
-    def stack(node):
-        if isinstance(node, dict):
-            return {k: stack(v) for k, v in node.items()}
-        return np.stack(node)
+        def make(leaf=leaf, entry=entry):
+            value = np.asarray(leaf if entry.layer is None else leaf[entry.layer])
+            return np.ascontiguousarray(entry.theirs(value))
 
-    return params | {"blocks": stack(blocks)}
+        yield entry.torch, make
 
 
 def to_torch(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
     """PyTorch names and layouts of our parameters (or of anything shaped like them)."""
-    state = {}
-    for entry in key_table(config):
-        value = params
-        for part in entry.path:
-            value = value[part]
-        value = np.asarray(value if entry.layer is None else value[entry.layer])
-        state[entry.torch] = np.ascontiguousarray(entry.theirs(value))
-    return state
+    return {name: make() for name, make in torch_tensors(config, params)}

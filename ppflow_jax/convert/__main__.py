@@ -1,0 +1,249 @@
+"""Convert weights.
+
+    python -m ppflow_jax.convert --source=SiT-XL-2-256.pt --target=DIR [--pyramid=ppflow3]
+    python -m ppflow_jax.convert --source=DIR --target=FILE --to=torch
+
+The first makes a checkpoint of a SiT, PPFlow, AutoencoderKL or TAESD file (.pt, .pth, .bin,
+.safetensors); nothing in the file is run. The second goes back.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+
+from ppflow_jax import cli
+from ppflow_jax.checkpoint import (
+    Card,
+    check_new,
+    find_checkpoint,
+    load_stored,
+    read_card,
+    read_json,
+    save_weights,
+    stored_tree,
+)
+from ppflow_jax.convert.autoencoder_keys import (
+    autoencoder_config,
+    autoencoder_params,
+    autoencoder_state,
+)
+from ppflow_jax.convert.expand import expand
+from ppflow_jax.convert.infer import KINDS, Source, find_config, find_kind, open_source
+from ppflow_jax.convert.keys import position_names, position_values, torch_tensors
+from ppflow_jax.convert.load import DTYPES, EXACT, load_state
+from ppflow_jax.convert.torch_writer import save_torch_file
+from ppflow_jax.decode import load_autoencoder, save_autoencoder
+from ppflow_jax.errors import InputError
+from ppflow_jax.flow.path import Flow
+from ppflow_jax.models.ppflow import abstract_params
+from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, Pyramid
+from ppflow_jax.writers import progress
+
+_PYRAMIDS = {"ppflow2": PPFLOW2, "ppflow3": PPFLOW3}
+
+_SOURCE = flags.DEFINE_list("source", None, "File; encoder,decoder of TAESD; with --to: folder.")
+_TARGET = flags.DEFINE_string("target", None, "New folder; with --to: new file.")
+_TO = flags.DEFINE_enum("to", "orbax", ["orbax", "torch", "safetensors"], "What to make.")
+_KIND = flags.DEFINE_enum("kind", None, KINDS, "Of the file; default: found from its names.")
+_WEIGHTS = flags.DEFINE_enum(
+    "weights", None, ["ema", "model", "params"], "Entry of a checkpoint; default: ema if there."
+)
+_PYRAMID = flags.DEFINE_string(
+    "pyramid", None, "Expand a one-stage model: ppflow2, ppflow3, or as 4x4@0.5,4x2@0.75,2x2@1."
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the level table when expanding.")
+_HEADS = flags.DEFINE_integer("heads", None, "Attention heads, where the width is not public.")
+_LATENT = flags.DEFINE_integer("latent_size", None, "Where the file has no positions.")
+_DTYPE = flags.DEFINE_enum("dtype", None, ["float32"], "Round to it; default: as in the file.")
+_PATH = flags.DEFINE_string("path", None, "linear, gvp, vp; default: as the file says, or linear.")
+_PREDICTION = flags.DEFINE_string(
+    "prediction", None, "velocity, score, noise; default: as the file says, or velocity."
+)
+_VAE_CONFIG = flags.DEFINE_string(
+    "vae_config", None, "config.json of an AutoencoderKL; default: the one beside the file."
+)
+
+
+def main() -> None:
+    target = check_new(_TARGET.value)
+    if _TO.value != "orbax":
+        if len(_SOURCE.value) > 1:
+            raise InputError(f"--to={_TO.value} takes one checkpoint folder as --source")
+        export(_SOURCE.value[0], target)
+        return
+    if Path(_SOURCE.value[0]).is_dir():
+        raise InputError(
+            f"--source={_SOURCE.value[0]} is a folder: give a file of weights, or add --to=torch "
+            "or --to=safetensors to make one of a checkpoint"
+        )
+    weights = "model" if _WEIGHTS.value == "params" else _WEIGHTS.value
+    sources = [open_source(path, weights) for path in _SOURCE.value]
+    try:
+        kinds = {_KIND.value or find_kind(source.state) for source in sources}
+        if kinds <= {"sit", "ppflow"} and len(sources) == 1:
+            import_model(sources[0], *kinds, target)
+        elif len(kinds) == 1 and (kinds == {"taesd"} or len(sources) == 1):
+            import_autoencoder(sources, *kinds, target)
+        else:
+            raise InputError("only the encoder and the decoder of a TAESD may be given together")
+    except InputError as error:
+        raise InputError(f"{','.join(_SOURCE.value)}: {error}") from error
+
+
+def import_model(source: Source, kind: str, target: Path) -> None:
+    """SiT or PPFlow file -> checkpoint.
+
+    Raises:
+      InputError: see `find_config`, `load_state`, `expand`.
+    """
+    pyramid = None
+    if _PYRAMID.value:
+        pyramid = _PYRAMIDS.get(_PYRAMID.value) or Pyramid.parse(_PYRAMID.value)
+    state = source.state
+    config = find_config(
+        state, kind, pyramid=pyramid, heads=_HEADS.value, latent_size=_LATENT.value
+    )
+    flow = Flow(
+        _PATH.value or str(source.arguments.get("path_type") or "linear").lower(),
+        _PREDICTION.value or str(source.arguments.get("prediction") or "velocity").lower(),
+    )
+    with progress(len(state), 0, "tensor", "convert") as bar:
+        dtype = np.dtype(_DTYPE.value) if _DTYPE.value else None
+        loaded = load_state(config, state, dtype=dtype, on_tensor=bar.update)
+        params, positions = loaded.params, loaded.positions
+        if pyramid and pyramid != config.pyramid:
+            config, params = expand(config, params, pyramid, _SEED.value)
+            positions = {}
+        bar.set_postfix_str("writing")
+        save_weights(target, Card(config, flow, "latents"), params, positions)
+    if loaded.drift > EXACT:
+        print(
+            f"positions of the file differ from the sin-cos values by up to {loaded.drift:.1e}, as "
+            "rounding in a trainer's EMA makes them: the exact ones are used"
+        )
+    _report(source, kind, params, target)
+    print(
+        f"stages {config.pyramid}; latent {'x'.join(map(str, config.shape))}, {config.num_classes} "
+        f"classes, width {config.width}, depth {config.depth}, heads {config.heads}; "
+        f"{flow.path} path, {flow.prediction}"
+    )
+
+
+def import_autoencoder(sources: list[Source], kind: str, target: Path) -> None:
+    """AutoencoderKL or TAESD file(s) -> folder for `sample --decode`.
+
+    Raises:
+      InputError: see `autoencoder_params`; dtypes that float32 parameters cannot keep.
+    """
+    if _PYRAMID.value:
+        raise InputError(f"--pyramid={_PYRAMID.value} is for SiT models, the file is a {kind}")
+    refs = [ref for source in sources for ref in source.state.values()]
+    dtypes = sorted({str(np.dtype(ref.dtype)) for ref in refs if ref.dtype in DTYPES})
+    if not _DTYPE.value and (len(dtypes) > 1 or "float64" in dtypes):
+        raise InputError(
+            f"has tensors of {' and '.join(dtypes)}: give --dtype=float32 to convert them all"
+        )
+    params, config = {}, None
+    with progress(len(refs), 0, "tensor", "convert") as bar:
+        for source in sources:
+            state = {}
+            for name, ref in source.state.items():
+                state[name] = ref.read()
+                bar.update()
+            config = autoencoder_config(kind, state, _vae_config(source.path, kind))
+            part = autoencoder_params(kind, state, config)
+            if again := params.keys() & part.keys():
+                raise InputError(f"the {' and '.join(again)} is in both files")
+            params |= part
+        save_autoencoder(target, kind, config, params, _DTYPE.value or dtypes[0])
+    _report(sources[0], kind, params, target)
+    print(f"{', '.join(params)}; {config}")
+
+
+def _vae_config(path: str, kind: str) -> dict | None:
+    """The config.json that the user gives, or an AutoencoderKL's beside the file."""
+    given = _VAE_CONFIG.value
+    file = Path(given) if given else Path(path).with_name("config.json")
+    if kind != "vae" or not (given or file.is_file()):
+        return None
+    try:
+        values = json.loads(file.read_text())
+        named = values.get("_class_name") == "AutoencoderKL"
+    except (ValueError, AttributeError, OSError) as error:
+        if not given:
+            return None
+        raise InputError(f"cannot read --vae_config={given}: {error}") from error
+    if not given and not named:
+        return None
+    print(f"architecture from {file}")
+    return values
+
+
+def _report(source: Source, kind: str, params, target: Path) -> None:
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    dropped = ", ".join(f"{name} ({n} tensors)" for name, n in source.dropped.items())
+    print(
+        f"{kind}{f' from {source.entry!r}' if source.entry else ''}: {count:,} parameters in "
+        f"{target}{f'; left out: {dropped}' if dropped else ''}"
+    )
+
+
+def export(source: str, target: Path) -> None:
+    """Checkpoint of a model or autoencoder -> file with the names of the PyTorch code.
+
+    Raises:
+      InputError: not a checkpoint, or a pyramid without a PyTorch layout.
+    """
+    folder = find_checkpoint(source)
+    if "autoencoder" in read_json(folder):
+        kind, _, params, dtype = load_autoencoder(source)
+        state = autoencoder_state(kind, params)
+        tensors = {k: (lambda v=v: v.astype(_named(dtype))) for k, v in state.items()}
+    else:
+        card = read_card(folder)
+        which = "ema" if _WEIGHTS.value in (None, "ema") else "params"
+        tree = stored_tree(folder)
+        if which not in tree:
+            raise InputError(f"{folder} has no {which!r} weights: change --weights")
+        params = load_stored(folder, {which: abstract_params(card.model)})[which]
+        tensors = dict(torch_tensors(card.model, params))
+        abstract = {
+            k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in tree.get("positions", {}).items()
+        }
+        kept = load_stored(folder, {"positions": abstract})["positions"] if abstract else {}
+        for stage, name in enumerate(position_names(card.model)):
+            found = kept.get(str(stage))
+            tensors[name] = lambda s=stage, x=found: (
+                position_values(card.model, s) if x is None else x
+            )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with progress(len(tensors), 0, "tensor", "convert") as bar:
+
+        def counted(make):
+            bar.update()
+            return make()
+
+        if _TO.value == "torch":
+            save_torch_file(
+                target, {k: (lambda make=make: counted(make)) for k, make in tensors.items()}
+            )
+        else:
+            from safetensors.numpy import save_file
+
+            with cli.atomic(target) as partial:
+                arrays = {k: counted(make) for k, make in tensors.items()}
+                save_file(arrays, partial, metadata={"format": "pt"})
+    print(f"{len(tensors)} tensors in {target}")
+
+
+def _named(dtype: str) -> np.dtype:
+    return next(d for d in DTYPES if str(d) == dtype)
+
+
+if __name__ == "__main__":
+    cli.run(main, required=("source", "target"))

@@ -1,0 +1,216 @@
+"""What a file of weights holds: kind, chosen entry, architecture."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ppflow_jax.convert.autoencoder_keys import autoencoder_kind
+from ppflow_jax.convert.torch_file import open_torch_file
+from ppflow_jax.convert.weights_file import read_state
+from ppflow_jax.errors import InputError
+from ppflow_jax.models.ppflow import SIZES, ModelConfig
+from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, Pyramid, Stage
+
+KINDS = ("sit", "ppflow", "vae", "taesd")
+WEIGHTS = ("ema", "model", "state_dict")  # in the order of preference
+# Entries of training checkpoints that no conversion needs, dropped on purpose.
+DROPPED = ("opt", "optimizer", "scheduler", "lr_scheduler", "scaler", "args")
+HEADS = {size["width"]: size["heads"] for size in SIZES.values()}
+
+
+@dataclass(frozen=True)
+class Source:
+    """The tensors to convert, unread, and what else the file has.
+
+    Attributes:
+      state: by PyTorch name, without the entry's prefix.
+      entry: `ema`, `model` or `state_dict` of a checkpoint; "" for a bare state dict.
+      dropped: tensors of every other entry.
+      arguments: of the training script, if the file has them.
+    """
+
+    path: str
+    state: Mapping[str, Any]
+    entry: str
+    dropped: Mapping[str, int]
+    arguments: Mapping[str, Any]
+
+
+def open_source(path: str, weights: str | None = None) -> Source:
+    """Opens a file and selects `weights` (default: the EMA, if there is one).
+
+    Raises:
+      InputError: not readable, or the entry is not there.
+    """
+    refs = read_state(path)
+    entries = [e for e in WEIGHTS if any(name.startswith(f"{e}.") for name in refs)]
+    if weights and weights not in entries:
+        found = ", ".join(entries) if entries else "one bare state dict"
+        raise InputError(f"{path} has no {weights!r} weights, it has {found}: change --weights")
+    entry = weights or next(iter(entries), "")
+    prefix, state, dropped = f"{entry}." if entry else "", {}, {}
+    for name, ref in refs.items():
+        first = name.split(".", 1)[0]
+        if prefix and name.startswith(prefix):
+            state[name.removeprefix(prefix)] = ref
+        elif prefix and first in WEIGHTS + DROPPED:
+            dropped[first] = dropped.get(first, 0) + 1
+        else:
+            state[name] = ref
+    for wrapper in ("module.", "_orig_mod."):  # DistributedDataParallel, torch.compile
+        if state and all(name.startswith(wrapper) for name in state):
+            state = {name.removeprefix(wrapper): ref for name, ref in state.items()}
+    arguments = {}
+    if entry and not path.endswith(".safetensors"):
+        tree = open_torch_file(path)
+        arguments = tree.get("args") if isinstance(tree.get("args"), dict) else {}
+    return Source(path, state, entry, dropped, arguments)
+
+
+def find_kind(state: Mapping[str, Any]) -> str:
+    """`sit`, `ppflow`, `vae` or `taesd`, from the names.
+
+    Raises:
+      InputError: none of them.
+    """
+    if any(name.startswith(("x_embedder.", "final_layer.", "blocks.0.")) for name in state):
+        several = ("level_embedder.", "pos_embed.", "x_embedder.proj1.", "final_layer.linear1.")
+        return "ppflow" if any(name.startswith(several) for name in state) else "sit"
+    if any(re.match(r"Conv2d_1a_3x3\.|Mixed_5b\.", name) for name in state):
+        raise InputError("is an Inception network, which is no model to convert")
+    try:
+        return autoencoder_kind(state)
+    except InputError as error:
+        raise InputError(
+            "is none of SiT, PPFlow, AutoencoderKL, TAESD; its first names: "
+            f"{', '.join(list(state)[:4])}"
+        ) from error
+
+
+def find_config(
+    state: Mapping[str, Any],
+    kind: str,
+    *,
+    pyramid: Pyramid | None = None,
+    heads: int | None = None,
+    latent_size: int | None = None,
+) -> ModelConfig:
+    """Architecture of a SiT or PPFlow state dict, from names and shapes.
+
+    Args:
+      state: by PyTorch name.
+      kind: `sit` or `ppflow`.
+      pyramid: of a PPFlow file, where it is not the public one.
+      heads: where the width is not a public one.
+      latent_size: where the file has no positions.
+
+    Raises:
+      InputError: what cannot be found, or does not agree.
+    """
+    dims = {
+        "x_embedder.proj.weight": 4,
+        "final_layer.linear.weight": 2,
+        "y_embedder.embedding_table.weight": 2,
+        "blocks.0.mlp.fc1.weight": 2,
+    }
+    shapes = {k: state[k].shape if k in state else () for k in dims}
+    missing = [k for k, n in dims.items() if len(shapes[k]) != n or not all(shapes[k])]
+    if missing:
+        raise InputError(
+            f"the architecture of a {kind} model cannot be read from this file: it needs "
+            f"{', '.join(f'{k} with {dims[k]} axes' for k in missing)}"
+        )
+    width, channels, *base = state["x_embedder.proj.weight"].shape
+    area = math.prod(base)
+    rows = state["final_layer.linear.weight"].shape[0]
+    if rows not in (area * channels, 2 * area * channels):
+        raise InputError(
+            f"final_layer.linear.weight has {rows} rows; {base[1]}x{base[0]} patches of {channels} "
+            f"channels need {area * channels}, or twice as many with learn_sigma"
+        )
+    found = Pyramid((Stage(1.0, tuple(base)),))
+    if kind == "ppflow":
+        found = _pyramid(state, channels, tuple(base), pyramid)
+    last = "pos_embed" if kind == "sit" else f"pos_embed.{len(found) - 1}"
+    blocks = {m[1] for name in state if (m := re.match(r"blocks\.(\d+)\.", name))}
+    hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
+    return ModelConfig(
+        pyramid=found,
+        latent_size=latent_size or _latent_size(state, last, area),
+        channels=channels,
+        width=width,
+        depth=len(blocks),
+        heads=heads or _heads(width),
+        num_classes=state["y_embedder.embedding_table.weight"].shape[0] - 1,
+        mlp_ratio=_ratio(hidden, width),
+        learn_sigma=rows == 2 * area * channels,
+    )
+
+
+def _heads(width: int) -> int:
+    if width not in HEADS:
+        raise InputError(
+            f"the number of attention heads is not in the file, and width {width} is not that of "
+            "a public model: say it with --heads=N"
+        )
+    return HEADS[width]
+
+
+def _ratio(hidden: int, width: int) -> float:
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def _latent_size(state: Mapping[str, Any], name: str, area: int) -> int:
+    if name not in state or len(state[name].shape) != 3:
+        raise InputError(
+            f"the latent size cannot be read, because {name} is not in the file: say it with "
+            "--latent_size=32 (256-pixel images)"
+        )
+    tokens = state[name].shape[1]
+    size = math.isqrt(tokens * area)
+    if size * size != tokens * area:
+        raise InputError(f"{name} has {tokens} tokens, which is no square latent")
+    return size
+
+
+def _pyramid(
+    state: Mapping[str, Any], channels: int, base: tuple[int, int], given: Pyramid | None
+) -> Pyramid:
+    """Stages of a PPFlow file: the public ones by their channels, or those the user states."""
+    names = [n for n in state if re.fullmatch(r"x_embedder\.proj\d+\.weight", n)]
+    levels = len(names) + 1
+    factors = []
+    for k in range(1, levels):
+        ref = state.get(f"x_embedder.proj{k}.weight")
+        if ref is None or len(ref.shape) != 4 or ref.shape[1] % channels:
+            raise InputError(
+                f"the pyramid cannot be read: x_embedder.proj{k}.weight is missing or not a "
+                f"convolution of a multiple of {channels} channels; there are {', '.join(names)}"
+            )
+        factors.append(ref.shape[1] // channels)
+    factors.append(1)
+    if given:
+        areas = [s.patch[0] * s.patch[1] for s in given.stages]
+        if given.stages[-1].patch != base or areas != [f * math.prod(base) for f in factors]:
+            raise InputError(
+                f"--pyramid={given} is not that of the file, which has {levels} level(s) whose "
+                f"patches have {', '.join(str(f * math.prod(base)) for f in factors)} latent "
+                f"pixels, the last {base[1]}x{base[0]}; only a one-stage model can be expanded"
+            )
+        return given
+    for public in (PPFLOW2, PPFLOW3):
+        unit = public.stages[-1].patch
+        scales = [(s.patch[0] // unit[0], s.patch[1] // unit[1]) for s in public.stages]
+        if [i * j for i, j in scales] == factors:
+            ends = [s.t_end for s in public.stages]
+            patches = [(base[0] * i, base[1] * j) for i, j in scales]
+            return Pyramid(tuple(map(Stage, ends, patches)))
+    raise InputError(
+        f"{levels} level(s) with {', '.join(map(str, factors))} times the channels of the last are "
+        "not a public pyramid: say its patches and times, e.g. --pyramid=8x8@0.5,2x2@1"
+    )

@@ -1,0 +1,122 @@
+"""From latents to pictures: autoencoders on disk, and what `--decode` names.
+
+An autoencoder lies in the folders of a checkpoint (see checkpoint.py): `state` is its parameters
+`{"encoder": ..., "decoder": ...}`, of which one may be absent, and `config` says which it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from ppflow_jax.checkpoint import (
+    LATENT_SCALE,
+    Card,
+    find_checkpoint,
+    load_stored,
+    read_json,
+    stored_tree,
+    write_checkpoint,
+)
+from ppflow_jax.errors import InputError
+from ppflow_jax.models.autoencoder import Autoencoder, Config, Params, decode_chunked
+from ppflow_jax.models.autoencoder_kl import AutoencoderKLConfig
+from ppflow_jax.models.taesd import TAESDConfig
+from ppflow_jax.writers import to_uint8
+
+KINDS = {"vae": AutoencoderKLConfig, "taesd": TAESDConfig}
+CHUNK = 16
+
+
+def save_autoencoder(target: str | Path, kind: str, config: Config, params: Params, dtype: str):
+    """A new folder with an autoencoder; `dtype` is that of the file it came from.
+
+    Raises:
+      InputError: something is there already, or it cannot be written.
+    """
+    values = {"autoencoder": {"kind": kind, "config": asdict(config), "dtype": dtype}}
+    write_checkpoint(target, params, values)
+
+
+def load_autoencoder(
+    path: str | Path, halves: tuple[str, ...] | None = None
+) -> tuple[str, Config, Params, str]:
+    """Kind, config, float32 parameters (of all or some halves) and the dtype of the source.
+
+    Raises:
+      InputError: not there, not an autoencoder, damaged, or without one of `halves`.
+    """
+    folder = find_checkpoint(path)
+    values = read_json(folder).get("autoencoder")
+    if values is None or values.get("kind") not in KINDS:
+        raise InputError(
+            f"{path} is no autoencoder: make one with python -m ppflow_jax.convert from the file "
+            "of an AutoencoderKL or TAESD"
+        )
+    config = KINDS[values["kind"]](**values["config"])
+    found = stored_tree(folder)
+    halves = halves or tuple(found)
+    if missing := [half for half in halves if half not in found]:
+        raise InputError(
+            f"{path} has no {' and no '.join(missing)}: convert the files of both halves"
+        )
+    abstract = Autoencoder(config).abstract_params()
+    params = load_stored(folder, {half: abstract[half] for half in halves})
+    return values["kind"], config, params, values["dtype"]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The pictures of a model's outputs: through an autoencoder, or false colours without one."""
+
+    card: Card
+    autoencoder: Autoencoder | None = None
+    params: Any = None
+    factor: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str, card: Card) -> Decoder:
+        """From `none`, `vae:DIR` or `taesd:DIR`; loads the decoder's parameters.
+
+        Raises:
+          InputError: not of that form, or an autoencoder that does not fit the model.
+        """
+        kind, _, folder = text.partition(":")
+        if text == "none":
+            return cls(card)
+        if kind not in KINDS or not folder:
+            raise InputError(f"--decode={text}: write none, vae:DIR or taesd:DIR")
+        if card.space != "latents":
+            raise InputError(f"--decode={text}: this model makes pixels, not latents; use none")
+        found, config, params, _ = load_autoencoder(folder, ("decoder",))
+        if found != kind:
+            raise InputError(
+                f"--decode={text}: that folder holds a {found}; write {found}:{folder}"
+            )
+        if config.latent_channels != card.model.channels:
+            raise InputError(
+                f"--decode={text} decodes {config.latent_channels} channels, the model makes "
+                f"{card.model.channels}: use the autoencoder that the model was trained with"
+            )
+        # Each autoencoder takes latents at its own scale; TAESD's is that of Stable Diffusion.
+        scale = getattr(config, "scaling_factor", LATENT_SCALE)
+        return cls(card, Autoencoder(config), jax.device_put(params), scale / card.latent_scale)
+
+    def pictures(
+        self, latents: Float[np.ndarray, "b h w c"]
+    ) -> Iterator[UInt8[np.ndarray, "n y x k"]]:
+        """The pictures in order, a chunk at a time."""
+        for first in range(0, len(latents), CHUNK):
+            part = latents[first : first + CHUNK]
+            if self.autoencoder is None:
+                yield to_uint8(part, self.card.space)
+                continue
+            chunk = min(CHUNK, len(latents))
+            part = np.float32(part * self.factor)
+            yield decode_chunked(self.autoencoder, self.params, part, chunk=chunk, uint8=True)
