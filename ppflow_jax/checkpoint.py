@@ -271,9 +271,10 @@ def write_checkpoint(target: str | Path, state: Any, values: dict[str, Any]) -> 
     target = check_new(target)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     arrays = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
-    handler = ocp.PyTreeCheckpointHandler(
-        type_handler_registry=ocp.type_handlers.create_type_handler_registry((np.ndarray, arrays))
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, arrays), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     saved = ocp.args.PyTreeSave(
         state,
         save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=2**24), state),

@@ -59,7 +59,8 @@ def load_autoencoder(
             f"{path} is no autoencoder: make one with python -m ppflow_jax.convert from the file "
             "of an AutoencoderKL or TAESD"
         )
-    config = KINDS[values["kind"]](**values["config"])
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in values["config"].items()}
+    config = KINDS[values["kind"]](**settings)
     found = stored_tree(folder)
     halves = halves or tuple(found)
     if missing := [half for half in halves if half not in found]:

@@ -64,6 +64,7 @@ _PATH = flags.DEFINE_string("path", None, "linear, gvp, vp; default: as the file
 _PREDICTION = flags.DEFINE_string(
     "prediction", None, "velocity, score, noise; default: as the file says, or velocity."
 )
+_SPACE = flags.DEFINE_enum("space", "latents", ["latents", "pixels"], "What the model makes.")
 _VAE_CONFIG = flags.DEFINE_string(
     "vae_config", None, "config.json of an AutoencoderKL; default: the one beside the file."
 )
@@ -120,7 +121,7 @@ def import_model(source: Source, kind: str, target: Path) -> None:
             config, params = expand(config, params, pyramid, _SEED.value)
             positions = {}
         bar.set_postfix_str("writing")
-        save_weights(target, Card(config, flow, "latents"), params, positions)
+        save_weights(target, Card(config, flow, _SPACE.value), params, positions)
     if loaded.drift > EXACT:
         print(
             f"positions of the file differ from the sin-cos values by up to {loaded.drift:.1e}, as "
