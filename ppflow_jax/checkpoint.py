@@ -226,7 +226,7 @@ def load_stored(path: Path, tree: Any) -> Any:
 def stored_tree(path: Path) -> dict[str, Any]:
     """Shapes and dtypes of everything in the state at `path`; reads no array."""
     with _readable(path):
-        return ocp.PyTreeCheckpointer().metadata(path / "state").item_metadata.tree
+        return ocp.PyTreeCheckpointHandler().metadata(path / "state").tree
 
 
 def check_new(target: str | Path) -> Path:
@@ -266,7 +266,7 @@ def write_checkpoint(target: str | Path, state: Any, values: dict[str, Any]) -> 
     copies them, and then holds all of them again on the way to the disk.
 
     Raises:
-      InputError: see `check_new`.
+      InputError: see `check_new`; the disk is full.
     """
     target = check_new(target)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
@@ -289,7 +289,8 @@ def write_checkpoint(target: str | Path, state: Any, values: dict[str, Any]) -> 
         manager.save(0, args=ocp.args.Composite(state=saved, config=ocp.args.JsonSave(values)))
         manager.close()
         os.replace(partial, target)  # an empty folder is replaced, any other is not
-    except OSError as e:
-        raise InputError(f"cannot write {target} ({e.strerror or e}): choose another") from e
+    except Exception as e:  # TensorStore reports a full disk as a ValueError, among others
+        reason = str(e).strip().rsplit('": ', 1)[-1][:200] or type(e).__name__
+        raise InputError(f"cannot write {target} ({reason}): is the disk full?") from e
     finally:
         shutil.rmtree(partial, ignore_errors=True)

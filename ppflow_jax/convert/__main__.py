@@ -15,6 +15,8 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import flags
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from ppflow_jax import cli
 from ppflow_jax.checkpoint import (
@@ -32,7 +34,7 @@ from ppflow_jax.convert.autoencoder_keys import (
     autoencoder_params,
     autoencoder_state,
 )
-from ppflow_jax.convert.expand import expand
+from ppflow_jax.convert.expand import expand, expanded_config
 from ppflow_jax.convert.infer import KINDS, Source, find_config, find_kind, open_source
 from ppflow_jax.convert.keys import position_names, position_values, torch_tensors
 from ppflow_jax.convert.load import DTYPES, EXACT, load_state
@@ -109,6 +111,9 @@ def import_model(source: Source, kind: str, target: Path) -> None:
     config = find_config(
         state, kind, pyramid=pyramid, heads=_HEADS.value, latent_size=_LATENT.value
     )
+    expanding = pyramid is not None and pyramid != config.pyramid
+    if expanding:
+        expanded_config(config, pyramid)  # before anything is read
     flow = Flow(
         _PATH.value or str(source.arguments.get("path_type") or "linear").lower(),
         _PREDICTION.value or str(source.arguments.get("prediction") or "velocity").lower(),
@@ -117,7 +122,7 @@ def import_model(source: Source, kind: str, target: Path) -> None:
         dtype = np.dtype(_DTYPE.value) if _DTYPE.value else None
         loaded = load_state(config, state, dtype=dtype, on_tensor=bar.update)
         params, positions = loaded.params, loaded.positions
-        if pyramid and pyramid != config.pyramid:
+        if expanding:
             config, params = expand(config, params, pyramid, _SEED.value)
             positions = {}
         bar.set_postfix_str("writing")
@@ -234,11 +239,12 @@ def export(source: str, target: Path) -> None:
                 target, {k: (lambda make=make: counted(make)) for k, make in tensors.items()}
             )
         else:
-            from safetensors.numpy import save_file
-
-            with cli.atomic(target) as partial:
-                arrays = {k: counted(make) for k, make in tensors.items()}
-                save_file(arrays, partial, metadata={"format": "pt"})
+            arrays = {k: counted(make) for k, make in tensors.items()}
+            try:
+                with cli.atomic(target) as partial:
+                    save_file(arrays, partial, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise InputError(f"cannot write {target} ({error})") from error
     print(f"{len(tensors)} tensors in {target}")
 
 

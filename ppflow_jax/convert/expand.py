@@ -19,13 +19,8 @@ from ppflow_jax.pyramid import Pyramid
 LEVEL_SCALE = 0.02  # standard deviation of a fresh level table
 
 
-def expand(
-    config: ModelConfig, params: Params, pyramid: Pyramid, seed: int = 0
-) -> tuple[ModelConfig, Params]:
-    """Model and parameters for `pyramid`; the trunk is shared, not copied.
-
-    The level table, which the source has not, is N(0, 0.02) from `seed`. New arrays have the
-    dtype of what they are made from.
+def expanded_config(config: ModelConfig, pyramid: Pyramid) -> ModelConfig:
+    """The model that `expand` makes; needs no parameters.
 
     Raises:
       InputError: the source has several stages, or a patch is no multiple of its patch.
@@ -36,12 +31,27 @@ def expand(
             "--pyramid, or state its own"
         )
     p, q = config.pyramid.stages[0].patch
-    target = replace(config, pyramid=pyramid)
     if wrong := [s.patch for s in pyramid.stages if s.patch[0] % p or s.patch[1] % q]:
         raise InputError(
             f"patch {wrong[0][1]}x{wrong[0][0]} of {pyramid} is no multiple of the {q}x{p} patch "
             "of the source: choose patches that are"
         )
+    return replace(config, pyramid=pyramid)
+
+
+def expand(
+    config: ModelConfig, params: Params, pyramid: Pyramid, seed: int = 0
+) -> tuple[ModelConfig, Params]:
+    """Model and parameters for `pyramid`; the trunk is shared, not copied.
+
+    The level table, which the source has not, is N(0, 0.02) from `seed`. New arrays have the
+    dtype of what they are made from.
+
+    Raises:
+      InputError: see `expanded_config`.
+    """
+    target = expanded_config(config, pyramid)
+    p, q = config.pyramid.stages[0].patch
     into, out = params["patchify"][0], params["unpatchify"][0]
     patchify, unpatchify = {}, {}
     for k, stage in enumerate(pyramid.stages):

@@ -64,14 +64,11 @@ class Result(NamedTuple):
     err: str
 
 
-def convert(folder: Path, *commands: list[object]) -> list[Result]:
-    """Exit codes and outputs of `convert` with each list of flags, run in `folder`."""
+def convert(folder: Path, *commands: list[str]) -> list[Result]:
+    """Exit codes and outputs of `convert` with each list of flags, where ~ is `folder`."""
     logs = folder / "logs"
     logs.mkdir(exist_ok=True)
-    flags = [
-        [str(f).replace("=", f"={folder}/", 1) if "@" in f else f for f in c] for c in commands
-    ]
-    flags = [[f.replace("@", "") for f in c] for c in flags]
+    flags = [[f.replace("=~", f"={folder}/") for f in command] for command in commands]
     subprocess.run(
         [sys.executable, "-c", FORKS],
         input=json.dumps(flags),
@@ -148,9 +145,9 @@ def test_round_trip_is_bitwise_for_every_dtype(tmp_path, sit, ppflow2):
         else:
             save_file(state, tmp_path / f"{name}.safetensors")
         ending = "pt" if number % 2 else "safetensors"
-        to.append([f"--source=@{name}.{ending}", f"--target=@{name}", "--heads=4"])
+        to.append([f"--source=~{name}.{ending}", f"--target=~{name}", "--heads=4"])
         way = "safetensors" if number in (0, 3) else "torch"
-        back.append([f"--source=@{name}", f"--target=@{name}.back.{way}", f"--to={way}"])
+        back.append([f"--source=~{name}", f"--target=~{name}.back.{way}", f"--to={way}"])
     results = convert(tmp_path, *to, *back)
     assert [r.code for r in results] == [0] * len(results), results
     assert "differ from the sin-cos values by up to 1.0e-04" in results[len(to) - 1].out
@@ -176,20 +173,20 @@ def test_entries_kinds_and_cards(tmp_path, sit, ppflow2):
     explicit = "--pyramid=8x8@0.25,4x2@0.75,2x2@1"
     results = convert(
         tmp_path,
-        ["--source=@both.pt", "--target=@ema", heads],
-        ["--source=@both.pt", "--target=@model", heads, "--weights=model", "--path=linear"],
-        ["--source=@raw.pth", "--target=@deep/raw", heads, "--pyramid=4x4@0.25,2x2@1"],
-        ["--source=@sit.safetensors", "--target=@three", heads, "--pyramid=ppflow3", "--seed=5"],
-        ["--source=@sit.safetensors", "--target=@explicit", heads, explicit, "--space=pixels"],
-        ["--source=@raw.pth", "--target=@none", heads, "--weights=ema"],
-        ["--source=@raw.pth", "--target=@none", heads, "--pyramid=ppflow3"],
-        ["--source=@raw.pth", "--target=@none"],
-        ["--source=@both.pt", "--target=@ema", heads],
-        ["--source=@ema", "--target=@none"],
-        ["--source=@ema", "--target=@none.pt", "--to=torch", "--weights=params"],
-        ["--source=@sit.safetensors", "--target=@none", heads, "--kind=ppflow"],
-        ["--source=@both.pt", "--target=@none", heads, "--kind=sit"],
-        ["--source=@both.pt", "--target=@x/y.pt", heads],
+        ["--source=~both.pt", "--target=~ema", heads],
+        ["--source=~both.pt", "--target=~model", heads, "--weights=model", "--path=linear"],
+        ["--source=~raw.pth", "--target=~deep/raw", heads, "--pyramid=4x4@0.25,2x2@1"],
+        ["--source=~sit.safetensors", "--target=~three", heads, "--pyramid=ppflow3", "--seed=5"],
+        ["--source=~sit.safetensors", "--target=~explicit", heads, explicit, "--space=pixels"],
+        ["--source=~raw.pth", "--target=~none", heads, "--weights=ema"],
+        ["--source=~raw.pth", "--target=~none", heads, "--pyramid=ppflow3"],
+        ["--source=~raw.pth", "--target=~none"],
+        ["--source=~both.pt", "--target=~ema", heads],
+        ["--source=~ema", "--target=~none"],
+        ["--source=~ema", "--target=~none.pt", "--to=torch", "--weights=params"],
+        ["--source=~sit.safetensors", "--target=~none", heads, "--kind=ppflow"],
+        ["--source=~both.pt", "--target=~none", heads, "--kind=sit", "--latent_size=8"],
+        ["--source=~both.pt", "--target=~x/y.pt", heads],
     )
     done, refused = [*results[:5], results[-1]], results[5:-1]
     assert [r.code for r in done] == [0] * 6, done
@@ -256,7 +253,7 @@ def test_broken_files_leave_nothing(tmp_path, sit):
         "pos.safetensors": "pos_embed: differs",
     }
     before = {*tmp_path.iterdir(), tmp_path / "logs"}
-    flags = [[f"--source=@{name}", "--target=@new/out", "--heads=4"] for name in words]
+    flags = [[f"--source=~{name}", "--target=~new/out", "--heads=4"] for name in words]
     for result, (name, word) in zip(convert(tmp_path, *flags), words.items(), strict=True):
         assert result.code == 1, (name, result)
         line = result.err.splitlines()[-1]
@@ -279,19 +276,19 @@ def test_autoencoders_both_ways(tmp_path):
     config = f"--vae_config={REFERENCE / 'vae' / 'config.json'}"
     results = convert(
         tmp_path,
-        ["--source=@vae.bin", "--target=@vae", config],
-        [f"--source={tmp_path}/encoder.safetensors,{tmp_path}/decoder.safetensors", "--target=@t"],
-        ["--source=@decoder.safetensors", "--target=@half"],
-        ["--source=@vae", "--target=@vae.pt", "--to=torch"],
-        ["--source=@t", "--target=@t.safetensors", "--to=safetensors"],
-        ["--source=@vae.bin", "--target=@none"],
-        ["--source=@vae64.safetensors", "--target=@none", config],
-        [f"--source={tmp_path}/decoder.safetensors,{tmp_path}/vae.bin", "--target=@none"],
+        ["--source=~vae.bin", "--target=~vae", config],
+        [f"--source={tmp_path}/encoder.safetensors,{tmp_path}/decoder.safetensors", "--target=~t"],
+        ["--source=~decoder.safetensors", "--target=~half"],
+        ["--source=~vae", "--target=~vae.pt", "--to=torch"],
+        ["--source=~t", "--target=~t.safetensors", "--to=safetensors"],
+        ["--source=~vae.bin", "--target=~none"],
+        ["--source=~vae64.safetensors", "--target=~none", config],
+        [f"--source={tmp_path}/decoder.safetensors,{tmp_path}/vae.bin", "--target=~none"],
         [
             f"--source={tmp_path}/decoder.safetensors,{tmp_path}/decoder.safetensors",
-            "--target=@none",
+            "--target=~none",
         ],
-        ["--source=@decoder.safetensors", "--target=@none", "--pyramid=ppflow2"],
+        ["--source=~decoder.safetensors", "--target=~none", "--pyramid=ppflow2"],
     )
     assert [r.code for r in results[:5]] == [0] * 5, results
     words = ("config.json", "--dtype=float32", "given together", "in both files", "for SiT models")
@@ -330,7 +327,7 @@ def test_latent_scales_that_differ_are_reconciled(tmp_path):
 def test_sample_from_a_converted_file_and_decode(tmp_path, ppflow2):
     ref = np.load(REFERENCE / "convert" / "ode.npz")
     save_torch_file(tmp_path / "model.pt", {"ema": ppflow2, "model": {}, "opt": {}})
-    (result,) = convert(tmp_path, ["--source=@model.pt", "--target=@model", "--heads=4"])
+    (result,) = convert(tmp_path, ["--source=~model.pt", "--target=~model", "--heads=4"])
     assert result.code == 0, result
     tiny = TAESDConfig(width=8)
     params = jax.tree.map(np.asarray, Autoencoder(tiny).init(0))
@@ -388,9 +385,9 @@ def test_train_from_a_converted_file_and_back(tmp_path):
     assert done.returncode == 0, done.stderr
     results = convert(
         tmp_path,
-        ["--source=@run", "--target=@ema.safetensors", "--to=safetensors"],
-        ["--source=@run", "--target=@model.pt", "--to=torch", "--weights=model"],
-        ["--source=@model.pt", "--target=@again", "--heads=2"],
+        ["--source=~run", "--target=~ema.safetensors", "--to=safetensors"],
+        ["--source=~run", "--target=~model.pt", "--to=torch", "--weights=model"],
+        ["--source=~model.pt", "--target=~again", "--heads=2"],
     )
     assert [r.code for r in results] == [0] * 3, results
     ours = to_torch(config, params)
