@@ -260,7 +260,7 @@ def _sample_grid(experiment: Experiment, sampler: Sampler, root: Path):
     """Function that writes a grid of EMA samples, always of the same noise and labels."""
     model = experiment.card.model
     count = experiment.config.sample.count
-    labels = np.arange(count, dtype=np.int32) % model.num_classes
+    labels = jnp.arange(count, dtype=jnp.int32) % model.num_classes
     noise, keys = image_noise(experiment.config.seed, np.arange(count), model.shape)
     folder = root / "samples"
     folder.mkdir(exist_ok=True)
