@@ -41,9 +41,8 @@ def main(argv: list[str]) -> int:
     folder = Path(argv[1])
     images, labels = np.load(folder / "latents.npy"), np.load(folder / "labels.npy")
     share, by_class, real = consistency(images, labels)
-    print(
-        f"class consistency of {len(images)} samples: {share:.1%} (judge on real digits: {real:.1%})"
-    )
+    judged = f"(judge on real digits: {real:.1%})"
+    print(f"class consistency of {len(images)} samples: {share:.1%} {judged}")
     print("by class: " + " ".join(f"{c}:{s:.0%}" for c, s in enumerate(by_class)))
     return 0
 

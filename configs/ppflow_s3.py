@@ -3,8 +3,7 @@
     python -m ppflow_jax.main --config=configs/ppflow_s3.py --workdir=DIR \\
         --config.data.path=LATENTS
 
-LATENTS holds latents.npy and labels.npy. Parameters: 33.0 M. Not verified here: neither the quality
-nor the speed of a full training run.
+LATENTS holds latents.npy and labels.npy. Parameters: 33.0 M. Not verified here.
 """
 
 from configs import common

@@ -2,7 +2,8 @@
 
     python -m ppflow_jax.main --config=configs/sit_xl.py --workdir=DIR --config.data.path=LATENTS
 
-LATENTS holds latents.npy and labels.npy. Paper (SiT, arXiv 2401.08740): FID-50K 2.15 with guidance (ODE). Not verified here.
+LATENTS holds latents.npy and labels.npy. Paper (SiT, arXiv 2401.08740): FID-50K 2.15 with
+guidance (ODE). Not verified here.
 """
 
 from configs import common

@@ -6,6 +6,7 @@ import bisect
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import SupportsFloat
 
 import numpy as np
 
@@ -83,7 +84,7 @@ class Pyramid:
         ends = (0.0, *(s.t_end for s in self.stages))
         return tuple(zip(ends, ends[1:]))
 
-    def stage_at(self, t: float) -> int:
+    def stage_at(self, t: SupportsFloat) -> int:
         """Index of the stage at time `t`, compared in float32 as the sampler does.
 
         Times outside [0, 1] belong to the first or last stage.

@@ -15,8 +15,8 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from ppflow_jax import cli
 from ppflow_jax.checkpoint import Card, Checkpoints, find_checkpoint, load_weights, read_card
-from ppflow_jax.cli import writable_directory
 from ppflow_jax.data.pipeline import batches
 from ppflow_jax.data.sources import open_source
 from ppflow_jax.errors import InputError, RunError
@@ -110,7 +110,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     source = open_source(config.data.source, config.data.path)
     source.check_fits(model.shape, model.num_classes)
 
-    root = writable_directory(workdir)
+    root = cli.writable_directory(workdir)
     checkpoints = Checkpoints(root, card, keep=config.train.keep)
     state, shardings = _first_state(experiment, checkpoints, mesh)
     first = int(state["step"])
@@ -217,16 +217,16 @@ def _announce(experiment: Experiment, state: Any, mesh: Mesh, first: int, root: 
     if jax.process_index():
         return
     config = experiment.config
-    (root / "config.json").write_text(json.dumps(experiment.card.to_json(), indent=1))
-    count = parameter_overview.count_parameters(jax.tree.map(np.asarray, {}) or state["params"])
-    origin = (
-        f"resumed at step {first}"
-        if first
-        else f"init_from {config.init_from}" * bool(config.init_from) or "fresh parameters"
-    )
+    with cli.atomic(root / "config.json") as temporary:
+        temporary.write_text(json.dumps(experiment.card.to_json(), indent=1))
+    if first:
+        origin = f"going on from step {first}"
+    else:
+        origin = f"weights from {config.init_from}" if config.init_from else "fresh parameters"
     print(
-        f"{count:,} parameters; stages {experiment.card.model.pyramid}; mesh {dict(mesh.shape)} "
-        f"on {jax.default_backend()}; batch {config.data.batch_size}; {origin}",
+        f"{parameter_overview.count_parameters(state['params']):,} parameters; stages "
+        f"{experiment.card.model.pyramid}; batch {config.data.batch_size}; mesh "
+        f"{dict(mesh.shape)} of {jax.devices()[0].device_kind}; {origin}",
         flush=True,
     )
 
@@ -260,7 +260,7 @@ def _sample_grid(experiment: Experiment, sampler: Sampler, root: Path):
     """Function that writes a grid of EMA samples, always of the same noise and labels."""
     model = experiment.card.model
     count = experiment.config.sample.count
-    labels = np.arange(count, dtype=np.int32) % model.num_classes
+    labels = jnp.arange(count, dtype=jnp.int32) % model.num_classes
     noise, keys = image_noise(experiment.config.seed, np.arange(count), model.shape)
     folder = root / "samples"
     folder.mkdir(exist_ok=True)

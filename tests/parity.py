@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,8 +64,14 @@ class Row:
         return bool(self.error <= self.bound)  # a NaN error is not ok
 
 
-def nhwc(x: np.ndarray) -> np.ndarray:
-    return np.moveaxis(np.asarray(x), -3, -1)
+def nhwc(x: np.ndarray) -> jax.Array:
+    return jnp.asarray(np.moveaxis(np.asarray(x), -3, -1))
+
+
+def load(file: Path) -> dict[str, np.ndarray | jax.Array]:
+    """Arrays of a file, on the device unless that would round them."""
+    kept = (np.float64, np.str_)
+    return {k: v if v.dtype.type in kept else jnp.asarray(v) for k, v in np.load(file).items()}
 
 
 def max_abs(a, b) -> float:
@@ -100,9 +106,8 @@ class Case:
         self.apply = make_apply(self.config)
         self.jitted = jax.jit(self.apply, static_argnums=4)
 
-    def load(self, name: str) -> dict[str, np.ndarray] | None:
-        file = self.folder / f"{name}.npz"
-        return dict(np.load(file)) if file.exists() else None
+    def load(self, name: str) -> dict[str, np.ndarray | jax.Array]:
+        return load(self.folder / f"{name}.npz")
 
     def shape_of(self, stage: int) -> dict[str, int]:
         """Factors between a stage's patch and the base patch."""
@@ -249,10 +254,12 @@ def train(case: Case, ref: dict) -> Iterator[Row]:
         predictions.append(case.down(out, stage))
         theirs = ref[f"isolated_pred_s{stage}"]
         yield Row(f"isolated prediction stage {stage}", max_abs(predictions[-1], theirs), 1e-5)
-    losses = jnp.concatenate(stage_losses(objective, case.apply, case.params, x1, draws))
+    losses = jax.jit(lambda p: stage_losses(objective, case.apply, p, x1, draws))(case.params)
+    losses = jnp.concatenate(losses)
     for name in ("isolated_loss", "isolated_loss_f64"):
         yield Row(name, relative(losses, ref[name]), 2e-6, "max rel")
-    grads = jax.grad(lambda p: loss_fn(objective, case.apply, p, x1, draws)[0])(case.params)
+    loss = lambda p: loss_fn(objective, case.apply, p, x1, draws)[0]
+    grads = jax.jit(jax.grad(loss))(case.params)
     grads = to_torch(case.config, grads)
     for key, theirs in ref.items():
         if key.startswith("isolated_grad:"):
@@ -311,14 +318,17 @@ def sit_train(case: Case, ref: dict) -> Iterator[Row]:
         weighting = weighting.replace("None", "none")
         objective = Objective(case.pyramid, flow, case.config.null_label, weighting)
         (lo, hi) = objective.time_ranges[0]
-        t = np.float32(ref["u"]) * np.float32(hi - lo) + np.float32(lo)
-        (losses,) = stage_losses(objective, case.apply, case.params, x1, Draws(x0, t, y))
+        draws = Draws(x0, ref["u"] * np.float32(hi - lo) + np.float32(lo), y)
+        (losses,) = jax.jit(lambda p, o=objective, d=draws: stage_losses(o, case.apply, p, x1, d))(
+            case.params
+        )
         # the weights span six orders of magnitude; near an end sigma itself cancels in float32
         bound = 2e-6 if path == "Linear" and weighting == "none" else 2e-5
         yield Row(key, relative(losses, theirs), bound, "max rel")
     objective = Objective(case.pyramid, Flow(), case.config.null_label)
     draws = Draws(x0, ref["u"], y)
-    grads = jax.grad(lambda p: loss_fn(objective, case.apply, p, x1, draws)[0])(case.params)
+    loss = lambda p: loss_fn(objective, case.apply, p, x1, draws)[0]
+    grads = jax.jit(jax.grad(loss))(case.params)
     grads = to_torch(case.config, grads)
     for key, theirs in ref.items():
         if key.startswith("grad:"):
@@ -501,7 +511,7 @@ def _ops_layout(ref: dict) -> Iterator[Row]:
         entry = table[("unpatchify", stage, "bias")]
         ours = np.stack([[entry.ours(token) for token in row] for row in tokens])
         patch, grid = pyramid.stages[stage].patch, pyramid.grid(stage, config.latent_size)
-        image = unpatchify(ours, grid, patch)
+        image = unpatchify(jnp.asarray(ours), grid, patch)
         i, j = patch[0] // 2, patch[1] // 2
         down = einops.rearrange(image, "b (h i) (w j) c -> b (c i j) h w", i=i, j=j)
         yield Row(f"unpatchify stage {stage}", max_abs(down, ref[f"unpatchify_s{stage}_out"]), 0)
@@ -518,43 +528,50 @@ def crops(ref: dict) -> Iterator[Row]:
     for name in ref:
         if name.startswith("image"):
             k = name.removeprefix("image")
-            ours = center_crop(ref[name], int(ref[f"size{k}"]))
+            ours = center_crop(np.asarray(ref[name]), int(ref[f"size{k}"]))
             yield Row(f"crop {k}", max_abs(ours, ref[f"crop{k}"]), 0)
 
 
-def compare(folder: Path) -> Iterator[Row]:
-    """All comparisons that the files in `folder` allow."""
+CHECKS = {
+    "forward": forward,
+    "cfg": guidance,
+    "intermediates": intermediates,
+    "train": train,
+    "train_steps_isolated": train_steps,
+    "ode": ode,
+    "sde": sde,
+    "likelihood": likelihood,
+}
 
-    def labelled(prefix, rows):
-        for row in rows:
-            yield Row(f"{prefix}: {row.name}", row.error, row.bound, row.kind)
 
-    for name in MODELS:
-        if not (folder / name / "model.safetensors").exists():
-            continue
+def groups(folder: Path) -> dict[str, Callable[[], Iterator[Row]]]:
+    """Comparisons that the files in `folder` allow, by the file they read."""
+
+    def of_model(name: str, file: str) -> Iterator[Row]:
         case = Case(folder / name)
-        for key, value in case.state.items():
-            if key.startswith("pos_embed"):
-                stage = int(key.rsplit(".", 1)[1]) if "." in key else 0
-                ours = positions(case.pyramid, stage, case.config.latent_size, case.config.width)
-                yield Row(f"{name}: {key}", max_abs(ours, value[0]), 1e-6)
-        checks = {
-            "forward": forward,
-            "cfg": guidance,
-            "intermediates": intermediates,
-            "train": sit_train if name == "sit" else train,
-            "train_steps_isolated": train_steps,
-            "ode": ode,
-            "sde": sde,
-            "likelihood": likelihood,
-        }
-        for file, check in checks.items():
-            ref = case.load(file)
-            if ref is not None:
-                yield from labelled(f"{name}/{file}", check(case, ref))
+        check = sit_train if (name, file) == ("sit", "train") else CHECKS[file]
+        return check(case, case.load(file))
+
+    found = {}
+    for name in MODELS:
+        if (folder / name / "model.safetensors").exists():
+            found[f"{name}/pos_embed"] = lambda name=name: embeddings(Case(folder / name))
+        for file in CHECKS:
+            if (folder / name / f"{file}.npz").exists():
+                found[f"{name}/{file}"] = lambda name=name, file=file: of_model(name, file)
     for name, check in {"ops": ops, "data": crops}.items():
-        if (folder / f"{name}.npz").exists():
-            yield from labelled(name, check(dict(np.load(folder / f"{name}.npz"))))
+        file = folder / f"{name}.npz"
+        if file.exists():
+            found[name] = lambda check=check, file=file: check(load(file))
+    return found
+
+
+def embeddings(case: Case) -> Iterator[Row]:
+    for key, value in case.state.items():
+        if key.startswith("pos_embed"):
+            stage = int(key.rsplit(".", 1)[1]) if "." in key else 0
+            ours = positions(case.pyramid, stage, case.config.latent_size, case.config.width)
+            yield Row(key, max_abs(ours, value[0]), 1e-6)
 
 
 def main(argv: list[str]) -> int:
@@ -562,14 +579,13 @@ def main(argv: list[str]) -> int:
         print("usage: python -m tests.parity DIR   (a folder laid out like tests/reference)")
         return 2
     rows = []
-    with jax.default_matmul_precision("highest"):
-        for row in compare(Path(argv[1])):
-            rows.append(row)
-            verdict = "ok" if row.ok else "OVER"
-            print(
-                f"{row.error:10.2e}  {row.bound:8.1e}  {row.kind:14}  {verdict:4}  {row.name}",
-                flush=True,
-            )
+    for name, check in groups(Path(argv[1])).items():
+        with jax.default_matmul_precision("highest"):
+            for row in check():
+                rows.append(row)
+                verdict = "ok" if row.ok else "OVER"
+                numbers = f"{row.error:10.2e}  {row.bound:8.1e}  {row.kind:18}{verdict:5}"
+                print(f"{numbers}{name}: {row.name}", flush=True)
     over = [r for r in rows if not r.ok]
     print(f"{len(rows)} comparisons, {len(over)} over their bound")
     for row in over:

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ppflow_jax.errors import InputError
 
-Prediction = Literal["velocity", "score", "noise"]
 PREDICTIONS = ("velocity", "score", "noise")
 WEIGHTINGS = ("none", "velocity", "likelihood")
 
@@ -91,7 +89,7 @@ class Flow:
     """
 
     path: str = "linear"
-    prediction: Prediction = "velocity"
+    prediction: str = "velocity"
 
     def __post_init__(self):
         if self.path not in PATHS:

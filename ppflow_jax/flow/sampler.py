@@ -56,7 +56,7 @@ class Sampler:
         *,
         replay: Float[Array, "n b h w c"] | None = None,
         trajectory: bool = False,
-    ) -> Float[Array, "b h w c"] | Float[Array, "n b h w c"]:
+    ) -> Float[Array, "b h w c"] | Float[Array, "points b h w c"]:
         """Integrate `noise` to data.
 
         Args:

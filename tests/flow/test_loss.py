@@ -1,0 +1,144 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ppflow_jax.errors import InputError
+from ppflow_jax.flow.loss import Draws, Objective, draw, loss_fn, strided
+from ppflow_jax.flow.path import (
+    PATHS,
+    PREDICTIONS,
+    WEIGHTINGS,
+    Flow,
+    interpolate,
+    score_from,
+    velocity_from,
+)
+from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT, Pyramid
+
+
+def test_strided_split_keeps_every_sample_once():
+    objective = Objective(PPFLOW3, Flow(), 10)
+    assert objective.pattern == (0, 0, 1, 2)
+    x = jnp.arange(12)
+    parts = [strided(x, objective.pattern, s).tolist() for s in range(3)]
+    assert parts == [[0, 1, 4, 5, 8, 9], [2, 6, 10], [3, 7, 11]]
+
+
+def test_split_needs_no_communication_on_a_sharded_batch():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.P("data"))
+    pattern = Objective(PPFLOW3, Flow(), 10).pattern
+
+    def means(x):
+        return [jnp.sin(strided(x, pattern, stage)) for stage in range(3)]
+
+    x = jax.ShapeDtypeStruct((64, 4), jnp.float32, sharding=sharding)
+    text = jax.jit(means, out_shardings=sharding).lower(x).compile().as_text()
+    assert not any(op in text for op in ("collective-permute", "all-gather", "all-to-all"))
+
+
+def test_times_lie_in_their_stage_and_labels_are_dropped_at_the_rate(key):
+    objective = Objective(PPFLOW3, Flow(), 10, label_drop=0.25)
+    x1 = jnp.zeros((4096, 2, 2, 1))
+    draws = draw(objective, key, x1, jnp.arange(4096) % 10)
+    stages = np.array([PPFLOW3.stage_at(t) for t in np.asarray(draws.t)])
+    wanted = np.tile(objective.pattern, 1024)
+    # a draw of exactly the lower end is the boundary itself
+    assert np.mean(stages == wanted) > 0.999
+    assert np.mean(np.asarray(draws.labels) == 10) == pytest.approx(0.25, abs=0.03)
+    kept = np.asarray(draws.labels) != 10
+    assert (np.asarray(draws.labels)[kept] == (np.arange(4096) % 10)[kept]).all()
+    for stage, (lo, hi) in enumerate(objective.time_ranges):
+        t = np.asarray(draws.t)[wanted == stage]
+        assert t.mean() == pytest.approx((lo + hi) / 2, abs=0.02)
+        assert t.min() < lo + 0.01 and t.max() > hi - 0.01
+
+
+def oracle(flow, x0, x1):
+    """A network that knows the answer: the exact prediction for this pair."""
+
+    def apply(params, x, t, y, stage):
+        _, velocity = interpolate(flow.interpolant, x0[stage], x1[stage], t)
+        if flow.prediction == "velocity":
+            return velocity + params["off"]
+        sigma = flow.interpolant.sigma(t)[:, None, None, None]
+        return (x0[stage] if flow.prediction == "noise" else -x0[stage] / sigma) + params["off"]
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("path", "prediction", "pyramid"),
+    itertools.product(PATHS, PREDICTIONS, (SIT, PPFLOW2, PPFLOW3)),
+)
+def test_the_exact_prediction_has_no_loss_on_any_path_and_pyramid(path, prediction, pyramid, key):
+    flow = Flow(path, prediction)
+    x1, labels = jax.random.normal(key, (8, 2, 2, 1)), jnp.zeros(8, jnp.int32)
+    weightings = WEIGHTINGS if prediction != "velocity" else ("none",)
+    for weighting in weightings:
+        objective = Objective(pyramid, flow, 10, weighting)
+        draws = draw(objective, key, x1, labels)
+        parts = [
+            [strided(a, objective.pattern, s) for s in range(len(pyramid))]
+            for a in (draws.noise, x1)
+        ]
+        right, _ = loss_fn(objective, oracle(flow, *parts), {"off": 0.0}, x1, draws)
+        wrong, _ = loss_fn(objective, oracle(flow, *parts), {"off": 0.1}, x1, draws)
+        assert right < 1e-5 * wrong
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_score_and_noise_give_the_velocity_back(path, key):
+    t = jnp.linspace(0.1, 0.9, 5)
+    x0, x1 = jax.random.normal(key, (2, 5, 2, 2, 1))
+    x, velocity = interpolate(PATHS[path], x0, x1, t)
+    noise = velocity_from(Flow(path, "noise"), x0, x, t)
+    np.testing.assert_allclose(noise, velocity, rtol=1e-4, atol=1e-4)
+    score = score_from(Flow(path, "velocity"), velocity, x, t)
+    back = velocity_from(Flow(path, "score"), score, x, t)
+    np.testing.assert_allclose(back, velocity, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_derivatives_of_the_path(path):
+    p, t = PATHS[path], jnp.linspace(0.05, 0.95, 7)
+    for f, df in ((p.alpha, p.d_alpha), (p.sigma, p.d_sigma)):
+        np.testing.assert_allclose(
+            jax.vmap(jax.grad(lambda s, f=f: f(s[None])[0]))(t), df(t), rtol=2e-4
+        )
+    np.testing.assert_allclose(p.alpha_ratio(t), p.d_alpha(t) / p.alpha(t), rtol=1e-5)
+
+
+def test_a_stage_weighs_its_duration_whatever_its_share(key):
+    def apply(params, x, t, y, stage):
+        return x * 0 + stage  # a constant error per stage once x1 = x0 = 0
+
+    x1 = jnp.zeros((16, 2, 2, 1))
+    for share in ((), (1, 2, 5)):
+        objective = Objective(PPFLOW3, Flow(), 10, stage_share=share)
+        draws = Draws(jnp.zeros_like(x1), jnp.full(16, 0.5), jnp.zeros(16, jnp.int32))
+        loss, by_stage = loss_fn(objective, apply, {}, x1, draws)
+        assert float(loss) == pytest.approx(0.25 * 1 + 0.25 * 4)
+        assert [float(v) for v in by_stage.values()] == [0, 1, 4]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Objective(SIT, Flow(), 10, "velocity"), "score and noise"),
+        (lambda: Objective(SIT, Flow(), 10, "snr"), "unknown weighting"),
+        (lambda: Objective(PPFLOW2, Flow(), 10, stage_share=(1,)), "stage_share"),
+        (lambda: Objective(SIT, Flow(), 10, label_drop=2.0), "label_drop"),
+        (lambda: Flow("cosine"), "unknown path"),
+        (lambda: Flow(prediction="x0"), "unknown prediction"),
+        (lambda: Objective(PPFLOW3, Flow(), 10).check_batch(10, 1), "multiple of 4"),
+        (lambda: Objective(PPFLOW3, Flow(), 10).check_batch(16, 8), "multiple of 32"),
+        (lambda: Objective(Pyramid.parse("2x2@0.3,1x1@1"), Flow(), 1).check_batch(8, 1), "3:7"),
+    ],
+)
+def test_bad_settings_are_refused(make, words):
+    with pytest.raises(InputError, match=words):
+        make()

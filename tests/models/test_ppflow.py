@@ -1,0 +1,177 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ppflow_jax.convert.keys import key_table, to_torch
+from ppflow_jax.errors import InputError
+from ppflow_jax.models.ppflow import (
+    SIZES,
+    ModelConfig,
+    abstract_params,
+    init_params,
+    make_apply,
+)
+from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT, Pyramid
+
+REFERENCE = Path(__file__).parents[1] / "reference"
+TINY = ModelConfig(PPFLOW3, latent_size=8, channels=3, width=16, depth=2, heads=2, num_classes=5)
+
+
+def imagenet(size, pyramid):
+    return ModelConfig(pyramid, 32, 4, **SIZES[size], num_classes=1000)
+
+
+def fresh(config, key):
+    return jax.jit(lambda key: init_params(config, key))(key)
+
+
+def apply_of(config, **options):
+    return jax.jit(make_apply(config, **options), static_argnums=4)
+
+
+def count(config):
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
+
+
+@pytest.mark.parametrize(
+    ("size", "pyramid", "trainable"),
+    [
+        ("XL", SIT, 674_834_720),
+        ("S", PPFLOW2, 32_940_064),
+        ("S", PPFLOW3, 32_977_760),
+        ("B", PPFLOW2, 130_465_696),
+        ("B", PPFLOW3, 130_541_024),
+        ("XL", PPFLOW2, 675_059_488),
+        ("XL", PPFLOW3, 675_172_448),
+    ],
+)
+def test_parameter_counts_are_the_public_ones(size, pyramid, trainable):
+    assert count(imagenet(size, pyramid)) == trainable
+
+
+def test_sit_xl_with_its_fixed_positions():
+    assert count(imagenet("XL", SIT)) + 256 * 1152 == 675_129_632
+
+
+def test_every_published_shape():
+    published = json.loads((REFERENCE / "state_dict_shapes.json").read_text())
+    assert len(published) == 12
+    for name, entry in published.items():
+        size = name.split("-")[1].split("/")[0] if "-" in name else name.split("_")[1]
+        pyramid = SIT if "-" in name else {"2": PPFLOW2, "3": PPFLOW3}[name[-1]]
+        config = dataclasses.replace(imagenet(size, pyramid), depth=1)
+        zeros = jax.tree.map(lambda s: np.broadcast_to(0.0, s.shape), abstract_params(config))
+        ours = {k: list(v.shape) for k, v in to_torch(config, zeros).items()}
+        theirs = {k: v for k, v in entry["state_dict"].items() if not k.startswith("pos_embed")}
+        assert ours == theirs, name
+
+
+def test_key_table_reaches_every_parameter_once():
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_params(TINY))
+    paths = [tuple(getattr(k, "key", None) for k in path) for path, _ in leaves]
+    table = key_table(TINY)
+    assert {e.path for e in table} == set(paths)
+    assert len({(e.path, e.layer) for e in table}) == len(table)
+
+
+def test_a_fresh_model_outputs_zeros(key):
+    x = jax.random.normal(key, (2, 8, 8, 3))
+    out = apply_of(TINY)(fresh(TINY, key), x, jnp.ones(2), jnp.zeros(2, jnp.int32), 1)
+    assert out.shape == x.shape and not out.any()
+
+
+def test_fresh_parameters_follow_the_public_initialisation(key):
+    params = fresh(dataclasses.replace(TINY, width=128), key)
+    qkv = params["blocks"]["attention"]["qkv_kernel"]
+    bound = np.sqrt(6 / (128 + 3 * 128))
+    assert 0.99 * bound < np.abs(qkv).max() <= bound
+    assert np.std(params["label"]["embedding"]) == pytest.approx(0.02, rel=0.1)
+    assert not np.asarray(params["blocks"]["adaln"]["kernel"]).any()
+    first, second = np.asarray(params["blocks"]["fc1"]["kernel"])
+    assert np.abs(first - second).max() > 0.01  # layers are drawn apart
+
+
+def noisy(config, key):
+    """Parameters under which every part of the network shows in the output."""
+    leaves, tree = jax.tree.flatten(fresh(config, key))
+    keys = jax.random.split(key, len(leaves))
+    return tree.unflatten([x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_remat_changes_memory_not_numbers(remat, key):
+    params = noisy(TINY, key)
+    x, y = jax.random.normal(key, (2, 8, 8, 3)), jnp.array([1, 5])
+
+    def grad(remat):
+        apply = make_apply(TINY, remat=remat)
+        loss = lambda p: jnp.sum(apply(p, x, jnp.full(2, 0.3), y, 0) ** 2)
+        return jax.jit(jax.grad(loss))(params)
+
+    text = str(
+        jax.make_jaxpr(lambda p: make_apply(TINY, remat=remat)(p, x, jnp.ones(2), y, 0))(params)
+    )
+    assert "checkpoint" in text or "remat" in text
+    plain, rematerialised = (jax.tree.leaves(grad(policy)) for policy in ("none", remat))
+    scale = max(float(jnp.abs(leaf).max()) for leaf in plain)
+    for a, b in zip(plain, rematerialised):
+        np.testing.assert_allclose(a, b, atol=1e-5 * scale, rtol=1e-4)
+
+
+def test_bfloat16_computes_in_bfloat16_and_returns_float32(key):
+    params = noisy(TINY, key)
+    args = (params, jax.random.normal(key, (2, 8, 8, 3)), jnp.full(2, 0.3), jnp.array([1, 5]), 0)
+    low, high = (apply_of(TINY, dtype=d)(*args) for d in (jnp.bfloat16, jnp.float32))
+    assert low.dtype == jnp.float32
+    error = float(jnp.linalg.norm(low - high) / jnp.linalg.norm(high))
+    assert 1e-4 < error < 3e-2
+
+
+def test_samples_do_not_see_each_other(key):
+    params, apply = noisy(TINY, key), apply_of(TINY)
+    x, t, y = jax.random.normal(key, (4, 8, 8, 3)), jnp.full(4, 0.2), jnp.arange(4)
+    for stage in range(3):
+        out = apply(params, x, t, y, stage)
+        changed = apply(params, x.at[1].add(1.0), t, y, stage)
+        np.testing.assert_allclose(np.delete(out, 1, 0), np.delete(changed, 1, 0), atol=1e-6)
+        assert float(jnp.abs(out[1] - changed[1]).max()) > 1e-2
+
+
+@pytest.mark.parametrize("pyramid", ["8x8@1", "1x1@1", "8x8@0.2,2x4@0.4,4x2@0.8,1x1@1"])
+def test_any_pyramid_runs(pyramid, key):
+    config = dataclasses.replace(TINY, pyramid=Pyramid.parse(pyramid))
+    params, apply = noisy(config, key), apply_of(config)
+    x = jax.random.normal(key, (2, 8, 8, 3))
+    for stage in range(len(config.pyramid)):
+        out = apply(params, x, jnp.full(2, 0.5), jnp.array([0, 5]), stage)
+        assert out.shape == x.shape and float(jnp.abs(out).max()) > 0
+
+
+def test_config_round_trips_through_json():
+    assert ModelConfig.from_json(json.loads(json.dumps(TINY.to_json()))) == TINY
+    with pytest.raises(InputError, match="unknown keys"):
+        ModelConfig.from_json(TINY.to_json() | {"windows": 3})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(latent_size=10), "not divisible by the 4x4 patch"),
+        (dict(heads=3), "divisible by heads"),
+        (dict(width=18), "divisible by heads"),
+        (dict(depth=0), "at least 1"),
+    ],
+)
+def test_impossible_sizes_are_refused(change, words):
+    with pytest.raises(InputError, match=words):
+        dataclasses.replace(TINY, **change)
+
+
+def test_unknown_remat_policy_is_refused():
+    with pytest.raises(InputError, match="none, full, dots"):
+        make_apply(TINY, remat="all")
