@@ -63,15 +63,17 @@ def test_coarse_stages_see_the_pooled_latent_and_give_the_upsampled_output(sit, 
         rows, cols = config.pyramid.grid(k, 24)
         i, j = stage.patch[0] // 2, stage.patch[1] // 2
         pooled = einops.reduce(x, "b (h i) (w j) c -> b h w c", "mean", i=i, j=j)
-        theirs = patchify(jnp.asarray(pooled), (2, 2)) @ into["kernel"] + into["bias"]
+        theirs = patchify(jnp.asarray(pooled), (2, 2)) @ into["kernel"] + into["bias"][None, None]
         mine = expanded["patchify"][k]
-        ours = patchify(jnp.asarray(x), stage.patch) @ mine["kernel"] + mine["bias"]
+        ours = patchify(jnp.asarray(x), stage.patch) @ mine["kernel"] + mine["bias"][None, None]
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
         hidden = jnp.asarray(rng.standard_normal((3, rows * cols, 64), np.float32))
-        coarse = unpatchify(hidden @ out["kernel"] + out["bias"], (rows, cols), (2, 2))
+        coarse = unpatchify(hidden @ out["kernel"] + out["bias"][None, None], (rows, cols), (2, 2))
         theirs = einops.repeat(coarse, "b h w c -> b (h i) (w j) c", i=i, j=j)
         mine = expanded["unpatchify"][k]
-        ours = unpatchify(hidden @ mine["kernel"] + mine["bias"], (rows, cols), stage.patch)
+        ours = unpatchify(
+            hidden @ mine["kernel"] + mine["bias"][None, None], (rows, cols), stage.patch
+        )
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
 

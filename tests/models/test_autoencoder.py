@@ -251,7 +251,7 @@ def test_taesd_equals_a_plain_restatement():
         out = jax.lax.conv_general_dilated(
             x, state[name + ".weight"], (stride, stride), [(1, 1), (1, 1)]
         )
-        return out + state[name + ".bias"][:, None, None] if name + ".bias" in state else out
+        return out + state[name + ".bias"][None, :, None, None] if name + ".bias" in state else out
 
     def block(x, name):
         h = np.maximum(conv(x, name + ".conv.0"), 0)
