@@ -1,6 +1,6 @@
 """TAESD with its trained weights on real photographs: reconstruction and published latents.
 
-    python benchmarks/taesd_photos.py --weights=DIR --images DIR... --count=60 --out=DIR \
+    python -m benchmarks.taesd_photos --weights=DIR --images DIR... --count=60 --out=DIR \
         [--latents=FILE.npz --root=DIR]
 
 Prints the PSNR (dB, on unrounded images in [0, 1]) of every photograph after ADM's centre crop to

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
@@ -323,6 +324,17 @@ def test_latent_scales_that_differ_are_reconciled(tmp_path):
     ours = np.concatenate(list(decoder.pictures(latents * np.float32(0.18215))))
     theirs = decode_chunked(Autoencoder(config), params, latents * np.float32(0.5), uint8=True)
     assert np.abs(np.int32(ours) - theirs).max() <= 1 and np.ptp(ours) > 50
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def full(self, step, args):
+        (Path(self.directory) / "half").write_text("")
+        raise ValueError('Error writing "x" at local file "y": No space left on device')
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+    with pytest.raises(InputError, match=r"\(No space left on device\): is the disk full"):
+        save_weights(tmp_path / "out", Card(MODEL, Flow(), "latents"), {"x": np.ones(3)})
+    assert not list(tmp_path.iterdir())
 
 
 def test_sample_from_a_converted_file_and_decode(tmp_path, ppflow2):
