@@ -7,14 +7,14 @@
 
 from configs import common
 
-PYRAMIDS = {"": "2x2@0.5,1x1@1", "sit": "1x1@1", "levels3": "2x2@0.5,2x1@0.75,1x1@1"}
+PYRAMIDS = {"": "4x4@0.5,2x2@1", "sit": "2x2@1", "levels3": "4x4@0.5,4x2@0.75,2x2@1"}
 
 
 def get_config(variant: str = ""):
     if variant not in PYRAMIDS:
         raise ValueError(f"unknown variant {variant!r}: sit, levels3 or none")
     c = common.get_config("S", PYRAMIDS[variant])
-    c.model.update(dict(latent_size=8, channels=1, num_classes=10, width=96, depth=4, heads=4))
+    c.model.update(dict(latent_size=8, channels=1, num_classes=10, width=128, depth=6, heads=4))
     c.model.learn_sigma = False
     c.model.dtype = "float32"
     c.data.source, c.data.space = "digits", "pixels"

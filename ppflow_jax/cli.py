@@ -29,16 +29,11 @@ def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
             if not flags.FLAGS[name].value:
                 raise flags.Error(f"--{name} is required")
     # ml_collections reports bad overrides of a config with these
-    except (
-        flags.Error,
-        AttributeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        ImportError,
-        OSError,
-    ) as e:
-        _fail(program, e, 2)
+    except (AttributeError, KeyError) as e:
+        _fail(program, f"unknown key in a --config override: {e.args[0] if e.args else e}", 2)
+    except (flags.Error, TypeError, ValueError, ImportError, OSError) as e:
+        # absl quotes the whole traceback of a config file that raised: its last line says why
+        _fail(program, str(e).strip().splitlines()[-1] if "Traceback" in str(e) else e, 2)
     try:
         main()
     except (InputError, RunError) as e:

@@ -55,15 +55,14 @@ def main() -> None:
     step_folder = find_checkpoint(_CHECKPOINT.value)
     card = read_card(step_folder)
     config = _sampler_config()
-    config.scales(card.model.pyramid)
-    labels, noise = _labels_and_noise(card)
-    decoder = Decoder.parse(_DECODE.value, card)
-    out = cli.writable_directory(_OUT.value)
-
-    mesh = make_mesh()
     apply = make_apply(card.model, dtype=jnp.dtype(_DTYPE.value))
     sampler = Sampler(apply, card.model, card.flow, config)
+    labels, noise = _labels_and_noise(card)
+    decoder = Decoder.parse(_DECODE.value, card)
+    mesh = make_mesh()
     params = load_weights(step_folder, card, mesh, _WEIGHTS.value)
+    out = cli.writable_directory(_OUT.value)
+
     start = time.monotonic()
     with jax.default_matmul_precision("highest" if _DTYPE.value == "float32" else "default"):
         latents = _sample(sampler, params, card, labels, noise, mesh)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -87,6 +88,8 @@ class Experiment:
             raise InputError(f"config.train.ema must be in [0, 1), got {t.ema}")
         if c.dtype not in ("float32", "bfloat16"):
             raise InputError(f"unknown dtype {c.dtype!r}: float32 or bfloat16")
+        if config.data.space not in ("latents", "pixels"):
+            raise InputError(f"unknown space {config.data.space!r}: latents or pixels")
         card = Card(model, flow, config.data.space, json.loads(config.to_json_best_effort()))
         return cls(card, objective, OptimConfig(**config.optim), sampler, config)
 
@@ -112,11 +115,11 @@ def train(config: ConfigDict, workdir: str) -> None:
 
     root = cli.writable_directory(workdir)
     checkpoints = Checkpoints(root, card, keep=config.train.keep)
-    state, shardings = _first_state(experiment, checkpoints, mesh)
+    tx = make_optimizer(experiment.optim, steps)
+    state, shardings = _first_state(experiment, tx, checkpoints, mesh)
     first = int(state["step"])
     _announce(experiment, state, mesh, first, root)
 
-    tx = make_optimizer(experiment.optim, steps)
     step_fn = jax.jit(
         make_train_step(
             experiment.objective,
@@ -181,10 +184,11 @@ def train(config: ConfigDict, workdir: str) -> None:
         print(f"done: step {steps}; checkpoints, samples/, loss.png, metrics.jsonl in {root}")
 
 
-def _first_state(experiment: Experiment, checkpoints: Checkpoints, mesh: Mesh) -> tuple[Any, Any]:
+def _first_state(
+    experiment: Experiment, tx: optax.GradientTransformation, checkpoints: Checkpoints, mesh: Mesh
+) -> tuple[Any, Any]:
     """State to go on from, made or restored straight into its shardings."""
     model, config = experiment.card.model, experiment.config
-    tx = make_optimizer(experiment.optim, config.train.steps)
     key = jax.random.key(config.seed)
 
     def init(key):

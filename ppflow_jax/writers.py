@@ -56,7 +56,7 @@ class MetricWriter:
         self._events.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, int | float]]:
     """Rows of a `metrics.jsonl`; a last line cut off by a kill is left out."""
     if not path.exists():
         return []
@@ -98,7 +98,7 @@ def save_grid(path: Path, images: UInt8[np.ndarray, "b h w c"], columns: int) ->
     save_png(path, grid.reshape(b // columns * h, columns * w, c))
 
 
-def save_loss_plot(path: Path, rows: list[dict[str, float]]) -> None:
+def save_loss_plot(path: Path, rows: list[dict[str, int | float]]) -> None:
     """Loss over steps, total and by stage."""
     from matplotlib.figure import Figure
 

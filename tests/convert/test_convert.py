@@ -380,6 +380,7 @@ def test_train_from_a_converted_file_and_back(tmp_path):
     with pytest.raises(InputError, match="exists"):
         save_weights(tmp_path / "start", Card(config, Flow(), "pixels"), params)
     flags = {
+        "model.pyramid": config.pyramid,
         "model.width": 32,
         "model.depth": 1,
         "model.heads": 2,

@@ -1,0 +1,30 @@
+# make demo   train on handwritten digits and sample them
+# make test   run the tests
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUN := runs/digits
+
+.PHONY: setup demo test lint
+setup: $(STAMP)
+
+$(STAMP): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt $(EXTRA_REQUIREMENTS) -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m ppflow_jax.main --config=configs/digits.py --workdir=$(RUN)
+	$(BIN)/python -m ppflow_jax.sample --checkpoint=$(RUN) --out=$(RUN)/demo --num=1000 --batch=250 \
+		--cfg=2 --steps=20 --save_latents --nopngs
+	@$(BIN)/python -m benchmarks.digits_consistency $(RUN)/demo
+	@echo "pictures: $(RUN)/demo/grid.png $(RUN)/samples/ $(RUN)/loss.png; metrics: $(RUN)/metrics.jsonl"
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .

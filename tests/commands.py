@@ -1,0 +1,73 @@
+"""Runs the commands in this process, as their users would."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+from absl import flags
+
+from ppflow_jax import cli
+
+ROOT = Path(__file__).parents[1]
+REQUIRED = {"main": ("config", "workdir"), "sample": ("checkpoint", "out")}
+# A model that trains in seconds; 8 fake devices need a batch of 16 for two stages.
+SMALL = [
+    "--config.model.width=16",
+    "--config.model.depth=1",
+    "--config.model.heads=2",
+    "--config.data.batch_size=16",
+    "--config.train.steps=6",
+    "--config.train.save_every=2",
+    "--config.train.log_every=1",
+    "--config.sample.every=0",
+    "--config.sample.count=8",
+    "--config.sample.steps=2",
+]
+
+
+def run(name: str, *args: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of `python -m ppflow_jax.NAME ARGS`."""
+    module = importlib.import_module(f"ppflow_jax.{name}")
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    flags.FLAGS.unparse_flags()
+    for flag in list(flags.FLAGS):
+        if flag.startswith("config."):  # made by the overrides of an earlier run
+            delattr(flags.FLAGS, flag)
+        else:
+            flags.FLAGS[flag].unparse()
+    with (
+        mock.patch.object(sys, "argv", [f"{name}.py", *map(str, args)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            cli.run(module.main, required=REQUIRED[name])
+        except SystemExit as e:
+            code = e.code
+        finally:
+            flags.FLAGS.mark_as_parsed()
+    return code, out.getvalue(), err.getvalue()
+
+
+def train(workdir: Path, *args: str, variant: str = "") -> tuple[int, str, str]:
+    config = f"--config={ROOT}/configs/digits.py{variant}"
+    return run("main", config, f"--workdir={workdir}", *SMALL, *args)
+
+
+def weights(workdir: Path, which: str = "params") -> dict[str, np.ndarray]:
+    """Parameters of the latest checkpoint by path."""
+    import jax
+
+    from ppflow_jax.checkpoint import find_checkpoint, load_weights, read_card
+    from ppflow_jax.sharding import leaf_path, make_mesh
+
+    path = find_checkpoint(workdir)
+    params = load_weights(path, read_card(path), make_mesh(), which)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {leaf_path(p): np.asarray(v) for p, v in leaves}

@@ -1,0 +1,195 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ppflow_jax import train as train_module
+from ppflow_jax.flow.loss import Objective
+from ppflow_jax.flow.path import Flow
+from ppflow_jax.models.ppflow import ModelConfig, make_apply
+from ppflow_jax.optim import OptimConfig, learning_rate, make_optimizer
+from ppflow_jax.pyramid import PPFLOW3
+from ppflow_jax.sharding import batch_sharding, make_mesh, replicated, tree_shardings
+from ppflow_jax.state import init_state
+from ppflow_jax.train_step import make_train_step
+from ppflow_jax.writers import read_metrics
+from tests.commands import ROOT, SMALL, train, weights
+
+MODEL = ModelConfig(PPFLOW3, latent_size=8, channels=1, width=32, depth=2, heads=4, num_classes=10)
+OBJECTIVE = Objective(PPFLOW3, Flow(), 10)
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    return all(np.array_equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trained")
+    code, out, err = train(workdir)
+    assert code == 0, err
+    return workdir, out, err
+
+
+def test_a_run_leaves_what_its_owner_looks_for(trained):
+    workdir, out, err = trained
+    rows = read_metrics(workdir / "metrics.jsonl")
+    assert [r["step"] for r in rows] == list(range(1, 7))
+    assert {"loss", "loss/stage0", "loss/stage1", "grad_norm", "lr", "images_per_s"} <= set(rows[0])
+    assert (workdir / "loss.png").stat().st_size > 1000
+    assert (workdir / "samples" / "step_0000006.png").exists()
+    assert list((workdir / "tensorboard").glob("events*"))
+    assert "parameters; stages 4x4@0.5,2x2@1" in out
+    assert "loss=" in err and "img/s" in err  # the progress bar
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["2", "4", "6"]
+
+
+def test_stopped_and_resumed_equals_uninterrupted(trained, tmp_path):
+    assert train(tmp_path, "--config.train.steps=2", "--config.optim.schedule=constant")[0] == 0
+    code, out, _ = train(tmp_path, "--config.optim.schedule=constant")
+    assert code == 0 and "going on from step 2" in out
+    whole = tmp_path / "whole"
+    assert train(whole, "--config.optim.schedule=constant")[0] == 0
+    for which in ("params", "ema"):
+        assert same(weights(tmp_path, which), weights(whole, which))
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    losses = [[r["loss"] for r in read_metrics(d / "metrics.jsonl")] for d in (tmp_path, whole)]
+    assert losses[0] == losses[1]
+
+
+def test_killed_and_rerun_equals_uninterrupted(tmp_path):
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "ppflow_jax.main", "--config=configs/digits.py", *SMALL]
+    command += ["--config.train.steps=40", "--config.train.save_every=5"]
+
+    def start(workdir):
+        args = [*command, f"--workdir={workdir}"]
+        return subprocess.Popen(args, cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
+
+    killed = start(tmp_path / "killed")
+    saved = tmp_path / "killed" / "checkpoints" / "10"
+    deadline = time.monotonic() + 240
+    while not saved.exists() and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert start(tmp_path / "killed").wait() == 0
+    assert start(tmp_path / "whole").wait() == 0
+    assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+
+
+def test_init_from_takes_weights_only(trained, tmp_path):
+    first = weights(trained[0], "ema")
+    args = [f"--config.init_from={trained[0]}", "--config.optim.lr=1e-30", "--config.train.ema=0"]
+    code, out, err = train(tmp_path, *args, "--config.train.steps=1")
+    assert code == 0 and "weights from" in out, err
+    assert same(weights(tmp_path), first)
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+
+
+def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    real = train_module.make_train_step
+
+    def poisoned(*args, **options):
+        step = real(*args, **options)
+
+        def wrapped(state, batch, key):
+            new, metrics = step(state, batch, key)
+            bad = jnp.where(state["step"] == 4, jnp.nan, 1.0)
+            return new | {"params": jax.tree.map(lambda p: p * bad, new["params"])}, metrics | {
+                "loss": metrics["loss"] * bad
+            }
+
+        return wrapped
+
+    monkeypatch.setattr(train_module, "make_train_step", poisoned)
+    code, _, err = train(tmp_path)
+    assert code == 1
+    line = err.strip().splitlines()[-1]
+    assert "loss not finite at step 5" in line and "the checkpoint of step 4 is good" in line
+    assert all(np.isfinite(v).all() for v in weights(tmp_path).values())
+
+
+def run_steps(mesh, accumulate=1, steps=3, remat="none"):
+    tx = make_optimizer(OptimConfig(lr=1e-3), steps)
+    apply = make_apply(MODEL, remat=remat)
+    init = lambda key: init_state(MODEL, tx, key)
+    key = jax.random.key(0)
+    shardings = tree_shardings(jax.eval_shape(init, key), mesh)
+    state = jax.jit(init, out_shardings=shardings)(key)
+    step = jax.jit(
+        make_train_step(OBJECTIVE, apply, tx, ema=0.9, accumulate=accumulate),
+        in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+    rng = np.random.default_rng(0)
+    losses = []
+    for _ in range(steps):
+        x = rng.normal(size=(64, 8, 8, 1)).astype(np.float32)
+        batch = {"x": x, "label": rng.integers(0, 10, 64).astype(np.int32)}
+        batch = jax.device_put(batch, batch_sharding(mesh))
+        state, metrics = step(state, batch, jax.device_put(key, replicated(mesh)))
+        losses.append(float(metrics["loss"]))
+    assert step._cache_size() == min(steps, 1)  # no recompilation during a run
+    return losses, state
+
+
+def single():
+    return jax.make_mesh(
+        (1, 1, 1),
+        ("data", "fsdp", "tensor"),
+        devices=jax.devices()[:1],
+        axis_types=(jax.sharding.AxisType.Auto,) * 3,
+    )
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
+def test_eight_devices_equal_one(sizes):
+    losses, state = run_steps(make_mesh(*sizes))
+    alone, _ = run_steps(single())
+    np.testing.assert_allclose(losses, alone, rtol=1e-5)
+    kernel = state["params"]["blocks"]["fc1"]["kernel"]
+    moment = state["opt_state"][0].mu["blocks"]["fc1"]["kernel"]
+    assert kernel.sharding == moment.sharding
+    assert kernel.addressable_shards[0].data.size * sizes[1] * sizes[2] == kernel.size
+
+
+def test_accumulation_changes_only_the_rounding():
+    plain, accumulated = run_steps(single())[0], run_steps(single(), accumulate=4)[0]
+    np.testing.assert_allclose(accumulated, plain, rtol=1e-5)
+
+
+def test_ema_and_first_step_of_adamw():
+    _, state = run_steps(single(), steps=1)
+    _, before = run_steps(single(), steps=0)
+    for path in (("label", "embedding"), ("blocks", "fc1", "bias")):
+        start, now, ema = before["params"], state["params"], state["ema"]
+        for part in path:
+            start, now, ema = start[part], now[part], ema[part]
+        np.testing.assert_allclose(ema, 0.9 * start + 0.1 * now, atol=1e-7)
+
+
+def test_learning_rate_schedules():
+    warm = learning_rate(OptimConfig(lr=1.0, warmup_steps=10), 100)
+    assert [float(warm(s)) for s in (0, 5, 10, 99)] == pytest.approx([0, 0.5, 1, 1])
+    cosine = learning_rate(OptimConfig(lr=1.0, warmup_steps=10, schedule="cosine"), 110)
+    assert [float(cosine(s)) for s in (10, 60, 110)] == pytest.approx([1, 0.5, 0], abs=1e-6)
+
+
+def test_clipping_bounds_the_gradient():
+    tx = make_optimizer(OptimConfig(lr=1.0, clip=1.0, b1=0.0, b2=0.0, eps=1.0), 10)
+    params = {"w": jnp.zeros(4)}
+    state = tx.init(params)
+    updates, _ = tx.update({"w": jnp.full(4, 100.0)}, state, params)
+    # eps 1 keeps the size: g / (|g| + 1) with |g| = 1/2 per entry
+    np.testing.assert_allclose(updates["w"], -1 / 3, rtol=1e-5)
+    assert isinstance(optax.global_norm(updates), jax.Array)
