@@ -21,11 +21,17 @@ import orbax.checkpoint as ocp
 
 from ppflow_jax.checkpoint import find_checkpoint
 from ppflow_jax.sharding import leaf_path
+from ppflow_jax.writers import read_metrics
 
 
 def start(workdir: Path, extra: list[str]) -> subprocess.Popen:
     command = [sys.executable, "-m", "ppflow_jax.main", "--config=configs/digits.py"]
     return subprocess.Popen([*command, f"--workdir={workdir}", *extra])
+
+
+def reached(workdir: Path) -> int:
+    """Last step that was logged."""
+    return max((r["step"] for r in read_metrics(workdir / "metrics.jsonl")), default=0)
 
 
 def final_state(workdir: Path) -> tuple[str, dict[str, np.ndarray]]:
@@ -42,21 +48,21 @@ def main() -> int:
     parser.add_argument("extra", nargs="*")
     args = parser.parse_args()
 
-    begun = time.monotonic()
     if start(args.out / "whole", args.extra).wait():
         return 1
-    duration = time.monotonic() - begun
+    steps = reached(args.out / "whole")
     moments = random.Random(args.seed)
-    for kill in range(args.kills):
+    for target in sorted(moments.randrange(1, steps) for _ in range(args.kills)):
         run = start(args.out / "killed", args.extra)
-        seconds = moments.uniform(0.05, 0.7) * duration
-        try:
-            run.wait(seconds)
-            print(f"kill {kill}: the run had ended before {seconds:.1f} s")
-        except subprocess.TimeoutExpired:
-            run.kill()
-            run.wait()
-            print(f"kill {kill}: SIGKILL after {seconds:.1f} s")
+        while reached(args.out / "killed") < target and run.poll() is None:
+            time.sleep(0.05)
+        time.sleep(moments.uniform(0, 2))
+        if run.poll() is not None:
+            print("the run had ended before it could be killed")
+            return 1
+        run.kill()
+        run.wait()
+        print(f"SIGKILL at step {reached(args.out / 'killed')} of {steps}", flush=True)
     if start(args.out / "killed", args.extra).wait():
         return 1
     (step_a, a), (step_b, b) = (final_state(args.out / name) for name in ("whole", "killed"))
