@@ -44,7 +44,7 @@ class BlockSpec(NamedTuple):
     """Branches that are concatenated in this order, each a chain of layers.
 
     A chain may end in two layers side by side. The one called `branch_pool` starts from the 3x3
-    average or maximum of stride 1; where pool is "reduce", a maximum of stride 2 is the last branch.
+    average or maximum of stride 1; where pool is "reduce", a maximum of stride 2 comes last.
     """
 
     branches: tuple[tuple[Layer | tuple[Layer, Layer], ...], ...]
@@ -192,7 +192,8 @@ class ConvNorm(nnx.Module):
         factor = lax.rsqrt(self.var[...] + EPSILON)
         if self.scale is not None:
             factor = factor * self.scale[...]
-        return jax.nn.relu((self.conv(x) - self.mean[...]) * factor + self.bias[...])
+        mean, factor, bias = (v[None, None, None] for v in (self.mean[...], factor, self.bias[...]))
+        return jax.nn.relu((self.conv(x) - mean) * factor + bias)
 
 
 class Block(nnx.Module):
@@ -227,7 +228,7 @@ class Block(nnx.Module):
 
 
 class InceptionNetwork(nnx.Module):
-    """Scaled images -> output of every layer of the stem, of the pools and of the blocks, by name."""
+    """Scaled images -> outputs of the stem's layers and pools and of the blocks, by name."""
 
     def __init__(self, config: InceptionConfig, *, rngs: nnx.Rngs):
         channels = 3
@@ -317,9 +318,7 @@ class Inception:
             of another size.
         """
         if unknown := [name for name in names if name not in FEATURES]:
-            raise InputError(
-                f"no features {', '.join(unknown)}; choose from {', '.join(FEATURES)}"
-            )
+            raise InputError(f"no features {', '.join(unknown)}; choose from {', '.join(FEATURES)}")
         if not self.config.logits and any(name.startswith("logits") for name in names):
             raise InputError(
                 "these Inception weights have no last layer, so there are no logits and no "
@@ -332,5 +331,5 @@ class Inception:
         if self.config.logits:
             kernel, bias = params["fc"]["kernel"], params["fc"]["bias"]
             logits = jnp.dot(found["2048"], kernel, precision=lax.Precision.HIGHEST)
-            found |= {"logits": logits + bias, "logits_unbiased": logits}
+            found |= {"logits": logits + bias[None], "logits_unbiased": logits}
         return {name: found[name] for name in names}
