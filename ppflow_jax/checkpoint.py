@@ -4,7 +4,8 @@
 
 `state` is the training state, or only `ema` (and `positions`, see `save_weights`) in a converted
 checkpoint; `config` is JSON with the entries `model`, `flow`, `data` and, for a trained one,
-`experiment`. A converted autoencoder lies in the same folders: see decode.py.
+`experiment`. A converted autoencoder or feature network lies in the same folders: see
+decode.py and features.py.
 """
 
 from __future__ import annotations
@@ -169,6 +170,8 @@ def read_card(path: Path) -> Card:
         raise InputError(
             f"{path} holds an autoencoder: give it as --decode of sample, and a model here"
         )
+    if "inception" in values:
+        raise InputError(f"{path} holds an Inception network, for metrics: give a model here")
     with _readable(path):
         return Card.from_json(values)
 

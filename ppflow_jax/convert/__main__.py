@@ -3,13 +3,15 @@
     python -m ppflow_jax.convert --source=SiT-XL-2-256.pt --target=DIR [--pyramid=ppflow3]
     python -m ppflow_jax.convert --source=DIR --target=FILE --to=torch
 
-The first makes a checkpoint of a SiT, PPFlow, AutoencoderKL or TAESD file (.pt, .pth, .bin,
-.safetensors); nothing in the file is run. The second goes back.
+The first makes a checkpoint of a SiT, PPFlow, AutoencoderKL, TAESD or FID Inception file (.pt,
+.pth, .bin, .safetensors); nothing in the file is run. The second goes back.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -35,12 +37,14 @@ from ppflow_jax.convert.autoencoder_keys import (
     autoencoder_state,
 )
 from ppflow_jax.convert.expand import expand, expanded_config
+from ppflow_jax.convert.inception_keys import dropped, inception_params, inception_state
 from ppflow_jax.convert.infer import KINDS, Source, find_config, find_kind, open_source
 from ppflow_jax.convert.keys import position_names, position_values, torch_tensors
 from ppflow_jax.convert.load import DTYPES, EXACT, load_state
 from ppflow_jax.convert.torch_writer import save_torch_file
 from ppflow_jax.decode import load_autoencoder, save_autoencoder
 from ppflow_jax.errors import InputError
+from ppflow_jax.features import load_inception, save_inception
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.models.ppflow import abstract_params
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, Pyramid
@@ -90,6 +94,8 @@ def main() -> None:
         kinds = {_KIND.value or find_kind(source.state) for source in sources}
         if kinds <= {"sit", "ppflow"} and len(sources) == 1:
             import_model(sources[0], *kinds, target)
+        elif kinds == {"inception"} and len(sources) == 1:
+            import_inception(sources[0], target)
         elif len(kinds) == 1 and (kinds == {"taesd"} or len(sources) == 1):
             import_autoencoder(sources, *kinds, target)
         else:
@@ -146,6 +152,39 @@ def import_autoencoder(sources: list[Source], kind: str, target: Path) -> None:
     Raises:
       InputError: see `autoencoder_params`; dtypes that float32 parameters cannot keep.
     """
+    dtype = _one_dtype(sources, kind)
+    params, config = {}, None
+    with progress(sum(len(source.state) for source in sources), 0, "tensor", "convert") as bar:
+        for source in sources:
+            state = _read(source, bar)
+            config = autoencoder_config(kind, state, _vae_config(source.path, kind))
+            part = autoencoder_params(kind, state, config)
+            if again := params.keys() & part.keys():
+                raise InputError(f"the {' and '.join(again)} is in both files")
+            params |= part
+        save_autoencoder(target, kind, config, params, dtype)
+    _report(sources[0], kind, params, target)
+    print(f"{', '.join(params)}; {config}")
+
+
+def import_inception(source: Source, target: Path) -> None:
+    """FID Inception file -> folder for the metrics.
+
+    Raises:
+      InputError: see `inception_params`; dtypes that float32 parameters cannot keep.
+    """
+    dtype = _one_dtype([source], "inception")
+    left_out = Counter(filter(None, map(dropped, source.state)))
+    with progress(len(source.state), 0, "tensor", "convert") as bar:
+        config, params = inception_params(_read(source, bar))
+        save_inception(target, config, params, dtype)
+    _report(replace(source, dropped={**source.dropped, **left_out}), "inception", params, target)
+    layer = "with" if config.logits else "without"
+    print(f"{layer} the last layer, which only the Inception Score needs")
+
+
+def _one_dtype(sources: list[Source], kind: str) -> str:
+    """The dtype of networks that are kept in float32: of all tensors, or as --dtype says."""
     if _PYRAMID.value:
         raise InputError(f"--pyramid={_PYRAMID.value} is for SiT models, the file is a {kind}")
     refs = [ref for source in sources for ref in source.state.values()]
@@ -154,21 +193,15 @@ def import_autoencoder(sources: list[Source], kind: str, target: Path) -> None:
         raise InputError(
             f"has tensors of {' and '.join(dtypes)}: give --dtype=float32 to convert them all"
         )
-    params, config = {}, None
-    with progress(len(refs), 0, "tensor", "convert") as bar:
-        for source in sources:
-            state = {}
-            for name, ref in source.state.items():
-                state[name] = ref.read()
-                bar.update()
-            config = autoencoder_config(kind, state, _vae_config(source.path, kind))
-            part = autoencoder_params(kind, state, config)
-            if again := params.keys() & part.keys():
-                raise InputError(f"the {' and '.join(again)} is in both files")
-            params |= part
-        save_autoencoder(target, kind, config, params, _DTYPE.value or dtypes[0])
-    _report(sources[0], kind, params, target)
-    print(f"{', '.join(params)}; {config}")
+    return _DTYPE.value or next(iter(dtypes), "float32")
+
+
+def _read(source: Source, bar) -> dict[str, np.ndarray]:
+    state = {}
+    for name, ref in source.state.items():
+        state[name] = ref.read()
+        bar.update()
+    return state
 
 
 def _vae_config(path: str, kind: str) -> dict | None:
@@ -206,9 +239,14 @@ def export(source: str, target: Path) -> None:
       InputError: not a checkpoint, or a pyramid without a PyTorch layout.
     """
     folder = find_checkpoint(source)
-    if "autoencoder" in read_json(folder):
-        kind, _, params, dtype = load_autoencoder(source)
-        state = autoencoder_state(kind, params)
+    values = read_json(folder)
+    if values.keys() & {"autoencoder", "inception"}:
+        if "inception" in values:
+            _, params, dtype = load_inception(source)
+            state = inception_state(params)
+        else:
+            kind, _, params, dtype = load_autoencoder(source)
+            state = autoencoder_state(kind, params)
         tensors = {k: (lambda v=v: v.astype(_named(dtype))) for k, v in state.items()}
     else:
         card = read_card(folder)

@@ -8,19 +8,18 @@ attention called query/key/value/proj_attn) and `compvis` (the original latent-d
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
+from ppflow_jax.convert.fill import State, fill, leaves, to_torch
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.autoencoder import Autoencoder, Config, Params
 from ppflow_jax.models.autoencoder_kl import AutoencoderKLConfig
 from ppflow_jax.models.taesd import TAESDConfig
 
 Kind = Literal["vae", "taesd"]
-State = Mapping[str, Any]
 
 # (pattern over our dotted path, replacement); applied in order, each wherever it matches.
 _COMMON = [
@@ -109,14 +108,9 @@ def _taesd_names(path: str) -> dict[str, str]:
     }
 
 
-def _leaves(params: Params) -> Iterator[tuple[str, Any]]:
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        yield jax.tree_util.keystr(path, simple=True, separator="."), leaf
-
-
 def key_table(kind: Kind, params: Params) -> dict[str, dict[str, str]]:
     """Our dotted path -> its PyTorch name in every naming, for the leaves of `params`."""
-    paths = [path for path, _ in _leaves(params)]
+    paths = [path for path, _ in leaves(params)]
     if kind == "taesd":
         return {path: _taesd_names(path) for path in paths}
     levels = len({m[1] for path in paths if (m := re.match(r"decoder\.up_(\d+)\.", path))})
@@ -201,32 +195,7 @@ def autoencoder_params(kind: Kind, state: State, config: Config | None = None) -
         target = {half: tree for half, tree in target.items() if half in halves}
     table = key_table(kind, target)
 
-    problems, used, filled = [], set(), {}
-    for path, leaf in _leaves(target):
-        # namings share most names; keep each once
-        names = list(dict.fromkeys(table[path].values()))
-        found = [name for name in names if name in state]
-        used.update(found)
-        if len(found) != 1:
-            what = f"given {len(found)} times ({', '.join(found)})" if found else "missing"
-            problems.append(f"{names[0]}: {what}")
-            continue
-        array = np.asarray(state[found[0]])
-        value = _from_torch(array, leaf.shape)
-        if value is None:
-            expected = _torch_shape(leaf.shape)
-            problems.append(f"{found[0]}: shape {array.shape}, expected {expected}")
-        elif not np.isfinite(value).all():
-            problems.append(f"{found[0]}: has values that are not finite")
-        else:
-            filled[path] = value
-    problems += [f"{key}: not expected" for key in state if key not in used and not _dropped(key)]
-    if problems or not filled:
-        raise InputError(
-            f"these weights do not fit {config} ({len(problems)} mismatches): "
-            + "; ".join(problems or ["no weights"])
-        )
-    return _unflatten(filled)
+    return fill(target, table, state, config, dropped=_dropped)
 
 
 def dropped_keys(state: State) -> list[str]:
@@ -248,8 +217,8 @@ def autoencoder_state(
     if names not in choices:
         raise InputError(f"names={names!r} is unknown for {kind}; choose from {', '.join(choices)}")
     state = {}
-    for path, leaf in _leaves(params):
-        array = _to_torch(np.asarray(leaf))
+    for path, leaf in leaves(params):
+        array = to_torch(np.asarray(leaf))
         if names == "compvis" and ".attention." in path and path.endswith(".kernel"):
             array = array[:, :, None, None]
         state[table[path][names]] = array
@@ -274,34 +243,3 @@ def _with_halves(state: State) -> State:
 
 def _dropped(key: str) -> bool:
     return any(re.match(pattern, key) for pattern in DROPPED)
-
-
-def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """OIHW of an HWIO convolution, OI of an IO matrix, vectors as they are."""
-    return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else shape[::-1]
-
-
-def _from_torch(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
-    """Float32 in our layout, or None where the shape does not fit."""
-    if len(shape) == 2 and array.ndim == 4 and array.shape[2:] == (1, 1):
-        array = array[:, :, 0, 0]  # attention stored as 1x1 convolution
-    if array.shape != _torch_shape(shape):
-        return None
-    array = array.astype(np.float32)
-    array = array.transpose(2, 3, 1, 0) if len(shape) == 4 else array.T
-    return np.ascontiguousarray(array)
-
-
-def _to_torch(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T)
-
-
-def _unflatten(leaves: Mapping[str, np.ndarray]) -> Params:
-    tree: Params = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split(".")
-        node = tree
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[last] = leaf
-    return tree

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ppflow_jax.convert.autoencoder_keys import autoencoder_kind
+from ppflow_jax.convert.inception_keys import is_inception
 from ppflow_jax.convert.torch_file import open_torch_file
 from ppflow_jax.convert.weights_file import read_state
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.ppflow import SIZES, ModelConfig
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, Pyramid, Stage
 
-KINDS = ("sit", "ppflow", "vae", "taesd")
+KINDS = ("sit", "ppflow", "vae", "taesd", "inception")
 WEIGHTS = ("ema", "model", "state_dict")  # in the order of preference
 # Entries of training checkpoints that no conversion needs, dropped on purpose.
 DROPPED = ("opt", "optimizer", "scheduler", "lr_scheduler", "scaler", "args")
@@ -72,7 +73,7 @@ def open_source(path: str, weights: str | None = None) -> Source:
 
 
 def find_kind(state: Mapping[str, Any]) -> str:
-    """`sit`, `ppflow`, `vae` or `taesd`, from the names.
+    """One of `KINDS`, from the names.
 
     Raises:
       InputError: none of them.
@@ -80,13 +81,13 @@ def find_kind(state: Mapping[str, Any]) -> str:
     if any(name.startswith(("x_embedder.", "final_layer.", "blocks.0.")) for name in state):
         several = ("level_embedder.", "pos_embed.", "x_embedder.proj1.", "final_layer.linear1.")
         return "ppflow" if any(name.startswith(several) for name in state) else "sit"
-    if any(re.match(r"Conv2d_1a_3x3\.|Mixed_5b\.", name) for name in state):
-        raise InputError("is an Inception network, which is no model to convert")
+    if is_inception(state):
+        return "inception"
     try:
         return autoencoder_kind(state)
     except InputError as error:
         raise InputError(
-            "is none of SiT, PPFlow, AutoencoderKL, TAESD; its first names: "
+            "is none of SiT, PPFlow, AutoencoderKL, TAESD, Inception; its first names: "
             f"{', '.join(list(state)[:4])}"
         ) from error
 

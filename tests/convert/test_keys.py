@@ -130,12 +130,8 @@ def test_heads_and_a_pyramid_of_other_patches_are_refused():
 
 
 def test_foreign_names():
-    for name, words in {
-        "Mixed_5b.branch1x1.conv.weight": "Inception",
-        "bert.q.w": "bert.q.w",
-    }.items():
-        with pytest.raises(InputError, match=words):
-            find_kind({name: Shape((1,))})
+    with pytest.raises(InputError, match=r"bert\.q\.w"):
+        find_kind({"bert.q.w": Shape((1,))})
 
 
 def test_round_trip_is_bitwise_with_every_name(ppflow2):
