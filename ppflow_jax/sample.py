@@ -14,6 +14,7 @@ from ppflow_jax import cli
 from ppflow_jax.checkpoint import Card, find_checkpoint, load_weights, read_card
 from ppflow_jax.decode import Decoder
 from ppflow_jax.errors import InputError
+from ppflow_jax.files import atomic, writable_directory
 from ppflow_jax.flow.plan import GRIDS, SOLVERS, SamplerConfig, evaluations
 from ppflow_jax.flow.sampler import Sampler, image_noise
 from ppflow_jax.flow.solvers import DIFFUSIONS, LAST_STEPS
@@ -61,7 +62,7 @@ def main() -> None:
     decoder = Decoder.parse(_DECODE.value, card)
     mesh = make_mesh()
     params = load_weights(step_folder, card, mesh, _WEIGHTS.value)
-    out = cli.writable_directory(_OUT.value)
+    out = writable_directory(_OUT.value)
 
     start = time.monotonic()
     with jax.default_matmul_precision("highest" if _DTYPE.value == "float32" else "default"):
@@ -182,7 +183,7 @@ def _write(out: Path, latents: np.ndarray, labels: np.ndarray, decoder: Decoder)
     save_grid(out / "grid.png", np.stack(shown), columns=min(10, len(shown)))
     if _SAVE.value:
         for name, array in {"latents": latents, "labels": labels}.items():
-            with cli.atomic(out / f"{name}.npy") as temporary, temporary.open("wb") as file:
+            with atomic(out / f"{name}.npy") as temporary, temporary.open("wb") as file:
                 np.save(file, array)
 
 

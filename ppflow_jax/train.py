@@ -16,11 +16,11 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ppflow_jax import cli
 from ppflow_jax.checkpoint import Card, Checkpoints, find_checkpoint, load_weights, read_card
 from ppflow_jax.data.pipeline import batches
 from ppflow_jax.data.sources import open_source
 from ppflow_jax.errors import InputError, RunError
+from ppflow_jax.files import atomic, writable_directory
 from ppflow_jax.flow.loss import Objective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
@@ -113,7 +113,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     source = open_source(config.data.source, config.data.path)
     source.check_fits(model.shape, model.num_classes)
 
-    root = cli.writable_directory(workdir)
+    root = writable_directory(workdir)
     checkpoints = Checkpoints(root, card, keep=config.train.keep)
     tx = make_optimizer(experiment.optim, steps)
     state, shardings = _first_state(experiment, tx, checkpoints, mesh)
@@ -221,7 +221,7 @@ def _announce(experiment: Experiment, state: Any, mesh: Mesh, first: int, root: 
     if jax.process_index():
         return
     config = experiment.config
-    with cli.atomic(root / "config.json") as temporary:
+    with atomic(root / "config.json") as temporary:
         temporary.write_text(json.dumps(experiment.card.to_json(), indent=1))
     if first:
         origin = f"going on from step {first}"

@@ -11,7 +11,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from ppflow_jax.cli import atomic
+from ppflow_jax.files import atomic
 
 
 def progress(total: int, done: int, unit: str, what: str) -> tqdm:

@@ -44,6 +44,7 @@ from ppflow_jax.convert.load import DTYPES, EXACT, load_state
 from ppflow_jax.convert.torch_writer import save_torch_file
 from ppflow_jax.decode import load_autoencoder, save_autoencoder
 from ppflow_jax.errors import InputError
+from ppflow_jax.files import atomic
 from ppflow_jax.features import load_inception, save_inception
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.models.ppflow import abstract_params
@@ -279,7 +280,7 @@ def export(source: str, target: Path) -> None:
         else:
             arrays = {k: counted(make) for k, make in tensors.items()}
             try:
-                with cli.atomic(target) as partial:
+                with atomic(target) as partial:
                     save_file(arrays, partial, metadata={"format": "pt"})
             except SafetensorError as error:
                 raise InputError(f"cannot write {target} ({error})") from error

@@ -172,5 +172,5 @@ def _chunked(function: Callable, batch, chunk: int, sharding) -> Any:
         kept = len(part)
         part = np.pad(part, [(0, chunk - kept)] + [(0, 0)] * (part.ndim - 1), mode="edge")
         part = jax.device_put(part, sharding)
-        results.append(jax.tree.map(lambda x: np.asarray(x)[:kept], function(part)))  # noqa: B023
+        results.append(jax.tree.map(lambda x, kept=kept: np.asarray(x)[:kept], function(part)))
     return jax.tree.map(lambda *parts: np.concatenate(parts), *results)
