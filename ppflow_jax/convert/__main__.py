@@ -44,8 +44,8 @@ from ppflow_jax.convert.load import DTYPES, EXACT, load_state
 from ppflow_jax.convert.torch_writer import save_torch_file
 from ppflow_jax.decode import load_autoencoder, save_autoencoder
 from ppflow_jax.errors import InputError
-from ppflow_jax.files import atomic
 from ppflow_jax.features import load_inception, save_inception
+from ppflow_jax.files import atomic
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.models.ppflow import abstract_params
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, Pyramid
