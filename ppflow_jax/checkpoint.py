@@ -1,11 +1,14 @@
-"""Checkpoints on disk: orbax, with the model's configuration inside.
+"""Checkpoints on disk: orbax, with the model's configuration and checksums inside.
 
-    WORKDIR/checkpoints/STEP/{state,config}/
+    WORKDIR/checkpoints/STEP/{state,config,SHA256SUMS}
 
 `state` is the training state, or only `ema` (and `positions`, see `save_weights`) in a converted
 checkpoint; `config` is JSON with the entries `model`, `flow`, `data` and, for a trained one,
 `experiment`. A converted autoencoder or feature network lies in the same folders: see
 decode.py and features.py.
+
+A checkpoint is written under a temporary name, is given the checksums of its files when all are
+there, and is only then renamed. Every reading compares them, so that damage is never used.
 """
 
 from __future__ import annotations
@@ -22,14 +25,19 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from ppflow_jax import checksums
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.models.ppflow import ModelConfig, Params, abstract_params
 from ppflow_jax.sharding import tree_shardings
 
 FOLDER = "checkpoints"
+CONFIG = "config/metadata"
+# Orbax's times and handler names, completed after the checksums; no reading depends on them.
+EXEMPT = ("_CHECKPOINT_METADATA", "commit_success.txt")
 LATENT_SCALE = 0.18215  # of the Stable Diffusion autoencoders, as in SiT and PPFlow
 
 
@@ -76,69 +84,64 @@ class Card:
         return ", ".join(f"{k}: {ours[k]} -> {theirs[k]}" for k in ours if ours[k] != theirs[k])
 
 
-class Checkpoints:
-    """The checkpoints of one workdir, saved in the background, the newest `keep` kept."""
+def digest(path: str | Path) -> str:
+    """SHA-256 that names the content of a checkpoint, `path` being as in `find_checkpoint`.
 
-    def __init__(self, workdir: Path, card: Card, *, keep: int):
-        self.card = card
-        self.manager = ocp.CheckpointManager(
-            workdir / FOLDER,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),
-        )
+    It is that of the files: a copy has the same, a second save of equal arrays has not.
 
-    def latest(self) -> int | None:
-        return self.manager.latest_step()
+    Raises:
+      InputError: no checkpoint, or one without checksums.
+    """
+    path = find_checkpoint(path)
+    with readable(path):
+        return checksums.digest(path)
 
-    def save(self, step: int, state: Any) -> None:
-        """Start writing; the state may be donated as soon as this returns."""
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(self.card.to_json())
-        )
-        self.manager.save(step, args=args)
 
-    def restore(self, step: int, abstract: Any) -> Any:
-        """State of `step`, placed as `abstract` (shapes, dtypes and shardings) says.
+def verify(path: Path, together: bool = False) -> None:
+    """Compare all files of a checkpoint with their checksums.
 
-        Raises:
-          InputError: made by another model, or not readable.
-        """
-        path = Path(self.manager.directory) / str(step)
-        found = read_card(path)
-        if difference := found.differences(self.card):
-            raise InputError(
-                f"{path} is a checkpoint of another model ({difference}): use another --workdir, "
-                "or the configuration it was made with"
-            )
-        if found.experiment is None:
-            raise InputError(
-                f"{path} holds converted weights, not a run to go on with: give it as "
-                "--config.init_from, and another --workdir"
-            )
-        with _readable(path):
-            return self.manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-            )["state"]
+    Args:
+      together: all processes call this at once; each reads its part of the files, and all fail
+        if one does.
 
-    def close(self) -> None:
-        """Wait until everything is on disk."""
-        self.manager.wait_until_finished()
-        self.manager.close()
+    Raises:
+      InputError: a file is damaged, missing or too many.
+    """
+    index, count = (jax.process_index(), jax.process_count()) if together else (0, 1)
+    with readable(path):
+        bad = checksums.first_damaged(path, EXEMPT, index, count)
+        if count > 1:
+            mine = np.int32(-1 if bad is None else bad)
+            worst = int(np.max(multihost_utils.process_allgather(mine)))
+            bad = None if worst < 0 else worst
+        if bad is not None:
+            name = checksums.names(path, EXEMPT)[bad]
+            raise ValueError(f"{name} is not as it was written: see {checksums.NAME}")
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
+    """Turn what goes wrong in the block into one line about the checkpoint at `path`."""
     # Orbax and TensorStore report damage with many exception types.
     try:
         yield
     except Exception as e:
-        reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
         raise InputError(
-            f"checkpoint {path} is damaged or incomplete ({reason}): remove that folder to go on "
-            "from the one before, or give another checkpoint"
+            f"checkpoint {path} is damaged or incomplete ({reason(e)}): remove that folder to go "
+            "on from the one before, or give another checkpoint"
         ) from e
 
 
-def _steps(folder: Path) -> list[int]:
+def reason(error: BaseException) -> str:
+    """The telling part of an exception: TensorStore puts the system's words last."""
+    text = str(error).strip().rsplit('": ', 1)[-1]
+    return text.splitlines()[0][:200] if text else type(error).__name__
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Steps that have a folder, in order; unfinished ones have another name."""
+    if not folder.is_dir():
+        return []
     return sorted(int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdigit())
 
 
@@ -150,7 +153,7 @@ def find_checkpoint(path: str | Path) -> Path:
     """
     path = Path(path).absolute()
     for folder in (path / FOLDER, path):
-        if folder.is_dir() and (steps := _steps(folder)):
+        if steps := steps_in(folder):
             return folder / str(steps[-1])
     if (path / "state").is_dir():
         return path
@@ -172,7 +175,7 @@ def read_card(path: Path) -> Card:
         )
     if "inception" in values:
         raise InputError(f"{path} holds an Inception network, for metrics: give a model here")
-    with _readable(path):
+    with readable(path):
         return Card.from_json(values)
 
 
@@ -182,23 +185,28 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
       InputError: missing or unreadable.
     """
-    with _readable(path):
-        return dict(json.loads((path / "config" / "metadata").read_text()))
+    with readable(path):
+        if not checksums.file_is_good(path, CONFIG):
+            raise ValueError(f"{CONFIG} is not as it was written: see {checksums.NAME}")
+        return dict(json.loads((path / CONFIG).read_text()))
 
 
 def load_weights(path: Path, card: Card, mesh: Mesh, which: str = "ema") -> Params:
     """Parameters of the checkpoint at `path`: `ema`, or `params` as last trained.
 
+    All processes call this at once.
+
     Raises:
-      InputError: unreadable, or not there.
+      InputError: damaged, unreadable, or not there.
     """
+    verify(path, together=True)
     abstract = {which: abstract_params(card.model)}
     target = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract,
         tree_shardings(abstract, mesh),
     )
-    with _readable(path):
+    with readable(path):
         return ocp.PyTreeCheckpointer().restore(
             path / "state",
             args=ocp.args.PyTreeRestore(
@@ -213,9 +221,10 @@ def load_stored(path: Path, tree: Any) -> Any:
     """Those leaves of the state at `path` that `tree` has, in the dtypes they are stored in.
 
     Raises:
-      InputError: unreadable, or not there.
+      InputError: damaged, unreadable, or not there.
     """
-    with _readable(path):
+    verify(path)
+    with readable(path):
         return ocp.PyTreeCheckpointer().restore(
             path / "state",
             args=ocp.args.PyTreeRestore(
@@ -228,7 +237,7 @@ def load_stored(path: Path, tree: Any) -> Any:
 
 def stored_tree(path: Path) -> dict[str, Any]:
     """Shapes and dtypes of everything in the state at `path`; reads no array."""
-    with _readable(path):
+    with readable(path):
         return ocp.PyTreeCheckpointHandler().metadata(path / "state").tree
 
 
@@ -291,9 +300,9 @@ def write_checkpoint(target: str | Path, state: Any, values: dict[str, Any]) -> 
         )
         manager.save(0, args=ocp.args.Composite(state=saved, config=ocp.args.JsonSave(values)))
         manager.close()
+        checksums.write(partial / FOLDER / "0", exempt=EXEMPT)
         os.replace(partial, target)  # an empty folder is replaced, any other is not
     except Exception as e:  # TensorStore reports a full disk as a ValueError, among others
-        reason = str(e).strip().rsplit('": ', 1)[-1][:200] or type(e).__name__
-        raise InputError(f"cannot write {target} ({reason}): is the disk full?") from e
+        raise InputError(f"cannot write {target} ({reason(e)}): is the disk full?") from e
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -16,7 +16,7 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ppflow_jax.checkpoint import Card, Checkpoints, find_checkpoint, load_weights, read_card
+from ppflow_jax.checkpoint import Card, find_checkpoint, load_weights, read_card
 from ppflow_jax.data.pipeline import batches
 from ppflow_jax.data.sources import open_source
 from ppflow_jax.errors import InputError, RunError
@@ -28,6 +28,7 @@ from ppflow_jax.flow.sampler import Sampler, image_noise
 from ppflow_jax.models.ppflow import ModelConfig, make_apply
 from ppflow_jax.optim import OptimConfig, learning_rate, make_optimizer
 from ppflow_jax.pyramid import Pyramid
+from ppflow_jax.run_checkpoints import Checkpoints
 from ppflow_jax.sharding import (
     batch_sharding,
     data_shards,

@@ -1,0 +1,134 @@
+"""The checkpoints of a run: saved in the background, never half-written, never mixed up."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from ppflow_jax import checksums
+from ppflow_jax.checkpoint import (
+    EXEMPT,
+    FOLDER,
+    Card,
+    read_card,
+    readable,
+    reason,
+    steps_in,
+    verify,
+)
+from ppflow_jax.errors import InputError, RunError
+
+
+class Checkpoints:
+    """The checkpoints of one workdir, saved in the background, the newest `keep` kept."""
+
+    def __init__(self, workdir: Path, card: Card, *, keep: int):
+        self.card = card
+        self.folder = workdir / FOLDER
+        self._saving = 0
+        self.manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                enable_async_checkpointing=True,
+                cleanup_tmp_directories=True,  # what a killed run was writing
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            ),
+        )
+
+    def latest(self) -> int | None:
+        """Latest step, be it damaged or not: what is lost must be said."""
+        return max(steps_in(self.folder), default=None)
+
+    def save(self, step: int, state: Any) -> None:
+        """Start writing; the state may be donated as soon as this returns.
+
+        Raises:
+          RunError: this checkpoint, or the one before in the background, cannot be written.
+        """
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(self.card.to_json())
+        )
+        with self._written():
+            self.manager.wait_until_finished()
+            self._saving = step
+            self.manager.save(step, args=args)
+
+    def check(self) -> None:
+        """Raise what went wrong in the background, without waiting.
+
+        Raises:
+          RunError: the checkpoint cannot be written.
+        """
+        if not self.manager.is_saving_in_progress():
+            with self._written():
+                self.manager.wait_until_finished()
+
+    def restore(self, step: int, abstract: Any) -> Any:
+        """State of `step`, placed as `abstract` (shapes, dtypes and shardings) says.
+
+        Raises:
+          InputError: made by another model, damaged or not readable.
+        """
+        path = self.folder / str(step)
+        try:
+            verify(path, together=True)
+            found = read_card(path)
+        except InputError as e:
+            raise InputError(f"{e}; {self._intact_before(step)}") from e
+        if difference := found.differences(self.card):
+            raise InputError(
+                f"{path} is a checkpoint of another model ({difference}): use another --workdir, "
+                "or the configuration it was made with"
+            )
+        if found.experiment is None:
+            raise InputError(
+                f"{path} holds converted weights, not a run to go on with: give it as "
+                "--config.init_from, and another --workdir"
+            )
+        with readable(path):
+            return self.manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            )["state"]
+
+    def close(self) -> None:
+        """Wait until everything is on disk.
+
+        Raises:
+          RunError: the last checkpoint cannot be written.
+        """
+        with self._written():
+            self.manager.wait_until_finished()
+        self.manager.close()
+
+    def _seal(self) -> None:
+        # Orbax calls this in process 0, in the background, when all hosts have written and
+        # before it renames the folder.
+        folder = self.folder / f"{self._saving}{ocp.utils.TMP_DIR_SUFFIX}"
+        checksums.write(folder, exempt=EXEMPT)
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as e:  # TensorStore reports a full disk as a ValueError, among others
+            latest = self.latest()
+            kept = "no checkpoint is there" if latest is None else f"that of step {latest} is good"
+            raise RunError(
+                f"cannot write the checkpoint of step {self._saving} to {self.folder} "
+                f"({reason(e)}); {kept}: see that the disk has room, and run the same command "
+                "again"
+            ) from e
+
+    def _intact_before(self, damaged: int) -> str:
+        for step in reversed([s for s in steps_in(self.folder) if s < damaged]):
+            try:
+                verify(self.folder / str(step))
+            except InputError:
+                continue
+            return f"that of step {step} is intact"
+        return "no earlier one is intact"
