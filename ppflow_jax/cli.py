@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags
 
-from ppflow_jax.errors import InputError, RunError
+from ppflow_jax.errors import InputError, RunError, Stopped
 
 
 def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
     """Parse absl flags, call `main`, and turn expected failures into one line on stderr.
 
-    Exit codes: 0 done; 1 bad input or a failed run; 2 bad flags. Anything unexpected keeps its
-    traceback.
+    Exit codes: 0 done; 1 bad input or a failed run; 2 bad flags; 75 (EX_TEMPFAIL) stopped by a
+    signal with everything saved, the same command goes on; 130 stopped at once by Ctrl-C. Anything
+    unexpected keeps its traceback.
     """
     program = Path(sys.argv[0])
     program = program.parent.name if program.stem == "__main__" else program.stem
@@ -36,8 +39,15 @@ def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
         main()
     except (InputError, RunError) as e:
         _fail(program, e, 1)
+    except Stopped as e:
+        _fail(program, e, os.EX_TEMPFAIL)
+    except KeyboardInterrupt:
+        _fail(program, "interrupted", 130)
     except OSError as e:
-        _fail(program, f"{e.strerror or e}: {e.filename}" if e.filename else e, 1)
+        message = f"{e.strerror or e}: {e.filename}" if e.filename else e.strerror or e
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = f"{message}: make room on the disk, and run the same command again"
+        _fail(program, message, 1)
 
 
 def _fail(program: str, message: object, code: int) -> None:

@@ -1,4 +1,4 @@
-"""The exceptions that speak to the person at the keyboard: one line, no traceback, exit code 1."""
+"""The exceptions that speak to the person at the keyboard: one line, no traceback. See cli.py."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """A run that cannot go on, such as a loss that is not finite. The message says what is kept."""
+
+
+class Stopped(RuntimeError):
+    """A run that was asked to stop and has saved everything: the same command goes on."""

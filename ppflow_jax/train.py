@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,9 @@ from ml_collections import ConfigDict
 
 from ppflow_jax.checkpoint import Card, find_checkpoint, load_weights, read_card
 from ppflow_jax.data.pipeline import batches
-from ppflow_jax.data.sources import open_source
-from ppflow_jax.errors import InputError, RunError
-from ppflow_jax.files import atomic, writable_directory
+from ppflow_jax.data.sources import ArraySource, open_source
+from ppflow_jax.errors import InputError, RunError, Stopped
+from ppflow_jax.files import atomic, locked, writable_directory
 from ppflow_jax.flow.loss import Objective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
@@ -38,6 +40,7 @@ from ppflow_jax.sharding import (
     tree_shardings,
 )
 from ppflow_jax.state import init_state, state_from
+from ppflow_jax.stop import StopRequest
 from ppflow_jax.train_step import make_train_step
 from ppflow_jax.writers import (
     MetricWriter,
@@ -102,19 +105,36 @@ def train(config: ConfigDict, workdir: str) -> None:
     `config.init_from` (weights only); fresh parameters.
 
     Raises:
-      InputError: bad configuration, data or checkpoint.
-      RunError: the loss is not finite.
+      InputError: bad configuration, data or checkpoint; another run is in `workdir`.
+      RunError: the loss is not finite, or a checkpoint cannot be written.
+      Stopped: SIGTERM or Ctrl-C came; the step is finished and saved.
     """
     experiment = Experiment.from_config(config)
-    card, model = experiment.card, experiment.card.model
+    model = experiment.card.model
     apply = make_apply(model, dtype=jnp.dtype(config.model.dtype), remat=config.model.remat)
     mesh = make_mesh(**config.mesh)
-    batch_size, steps = config.data.batch_size, config.train.steps
-    experiment.objective.check_batch(batch_size, data_shards(mesh) * config.train.accumulate)
+    experiment.objective.check_batch(
+        config.data.batch_size, data_shards(mesh) * config.train.accumulate
+    )
     source = open_source(config.data.source, config.data.path)
     source.check_fits(model.shape, model.num_classes)
 
     root = writable_directory(workdir)
+    lock = locked(root) if jax.process_index() == 0 else contextlib.nullcontext()
+    with lock, StopRequest() as stop:
+        _run(experiment, apply, mesh, source, root, stop)
+
+
+def _run(
+    experiment: Experiment,
+    apply: Callable,
+    mesh: Mesh,
+    source: ArraySource,
+    root: Path,
+    stop: StopRequest,
+) -> None:
+    config, card, model = experiment.config, experiment.card, experiment.card.model
+    batch_size, steps = config.data.batch_size, config.train.steps
     checkpoints = Checkpoints(root, card, keep=config.train.keep)
     tx = make_optimizer(experiment.optim, steps)
     state, shardings = _first_state(experiment, tx, checkpoints, mesh)
@@ -146,23 +166,30 @@ def train(config: ConfigDict, workdir: str) -> None:
         experiment, Sampler(apply, model, card.flow, experiment.sampler), root
     )
     schedule = learning_rate(experiment.optim, steps)
-    writer = MetricWriter(root, first)
-    bar = progress(steps * batch_size, first * batch_size, "img", "train")
     clock, logged = time.monotonic(), first
     pending: tuple[int, dict[str, jax.Array]] | None = None
-    try:
+    step, stopped = first, first < steps and stop.reached(first)
+    with (
+        contextlib.closing(checkpoints),
+        contextlib.closing(MetricWriter(root, first)) as writer,
+        contextlib.closing(progress(steps * batch_size, first * batch_size, "img", "train")) as bar,
+    ):
         for step in range(first + 1, steps + 1):
+            if stopped:
+                break
             state, metrics = step_fn(state, to_global(next(stream), batch_sharding(mesh)), key)
+            stopped = stop.reached(step) and step < steps
             # Read the step before while this one runs; wait only where it must be known.
             log, save = step % config.train.log_every == 0, step % config.train.save_every == 0
             sample = config.sample.every and step % config.sample.every == 0
             last = step == steps
             values = _finite(pending, checkpoints) if pending else {}
             pending = (step, metrics)
-            if log or save or sample or last:
+            if log or save or sample or last or stopped:
                 values, pending = _finite(pending, checkpoints), None
             bar.update(batch_size)
-            if log or last:
+            if log or last or stopped:
+                checkpoints.check()
                 now = time.monotonic()
                 values |= {
                     "lr": float(schedule(step - 1)),
@@ -171,16 +198,17 @@ def train(config: ConfigDict, workdir: str) -> None:
                 writer.write(step, values)
                 bar.set_postfix(step=step, loss=f"{values['loss']:.4f}")
                 clock, logged = now, step
-            if save or last:
+            if save or last or stopped:
                 checkpoints.save(step, state)
             if sample or last:
                 draw_samples(state["ema"], step)
                 clock, logged = time.monotonic(), step
-    finally:
-        bar.close()
-        writer.close()
-        checkpoints.close()
     save_loss_plot(root / "loss.png", read_metrics(root / "metrics.jsonl"))
+    if stopped:
+        raise Stopped(
+            f"stopped at step {step} of {steps}, everything saved in {root}: the same command goes "
+            "on from there"
+        )
     if jax.process_index() == 0:
         print(f"done: step {steps}; checkpoints, samples/, loss.png, metrics.jsonl in {root}")
 

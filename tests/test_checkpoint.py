@@ -21,9 +21,9 @@ MODEL = ModelConfig(PPFLOW2, latent_size=8, channels=4, width=64, depth=2, heads
 CARD = Card(MODEL, Flow(), "latents", experiment={})
 DAMAGE = {
     "cut": lambda data: data[: len(data) // 2],
-    "flipped": lambda data: data[: len(data) // 2]
-    + bytes([data[len(data) // 2] ^ 1])
-    + data[len(data) // 2 + 1 :],
+    "flipped": lambda data: (
+        data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
+    ),
     "missing": None,
 }
 
@@ -133,7 +133,7 @@ def test_a_write_that_fails_in_the_background_is_said_and_leaves_the_one_before(
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
-        with pytest.raises(RunError, match="step 2 .*File too large.*that of step 1 is good") as e:
+        with pytest.raises(RunError, match=r"step 2 .*File too large.*that of step 1 is good") as e:
             checkpoints.save(2, state)
             checkpoints.close()
     finally:
