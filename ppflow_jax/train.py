@@ -174,9 +174,8 @@ def _run(
         contextlib.closing(MetricWriter(root, first)) as writer,
         contextlib.closing(progress(steps * batch_size, first * batch_size, "img", "train")) as bar,
     ):
-        for step in range(first + 1, steps + 1):
-            if stopped:
-                break
+        while step < steps and not stopped:
+            step += 1
             state, metrics = step_fn(state, to_global(next(stream), batch_sharding(mesh)), key)
             stopped = stop.reached(step) and step < steps
             # Read the step before while this one runs; wait only where it must be known.

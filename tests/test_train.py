@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -25,6 +26,15 @@ from tests.commands import ROOT, SMALL, train, weights
 
 MODEL = ModelConfig(PPFLOW3, latent_size=8, channels=1, width=32, depth=2, heads=4, num_classes=10)
 OBJECTIVE = Objective(PPFLOW3, Flow(), 10)
+HOLDER = """
+import fcntl, sys, time
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+file.write("process 4242 on elsewhere")
+file.flush()
+print("held", flush=True)
+time.sleep(600)
+"""
 
 
 def same(a, b):
@@ -53,17 +63,63 @@ def test_a_run_leaves_what_its_owner_looks_for(trained):
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["2", "4", "6"]
 
 
-def test_stopped_and_resumed_equals_uninterrupted(trained, tmp_path):
-    assert train(tmp_path, "--config.train.steps=2", "--config.optim.schedule=constant")[0] == 0
-    code, out, _ = train(tmp_path, "--config.optim.schedule=constant")
-    assert code == 0 and "going on from step 2" in out
-    whole = tmp_path / "whole"
-    assert train(whole, "--config.optim.schedule=constant")[0] == 0
+def at_call(monkeypatch, name, call):
+    """Send this process SIGTERM at the `call`-th use of `train.NAME`."""
+    real, calls = getattr(train_module, name), []
+
+    def signalled(*args):
+        calls.append(None)
+        if len(calls) == call:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(train_module, name, signalled)
+
+
+def test_sigterm_saves_the_step_in_progress_and_the_same_command_goes_on(
+    trained, tmp_path, monkeypatch
+):
+    whole = trained[0]
+    at_call(monkeypatch, "to_global", 3)
+    code, out, err = train(tmp_path)
+    assert code == 75 and "done" not in out
+    assert "main: stopped at step 3 of 6" in err.splitlines()[-1]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    monkeypatch.undo()
+    code, out, err = train(tmp_path)
+    assert code == 0 and "going on from step 3" in out, err
     for which in ("params", "ema"):
         assert same(weights(tmp_path, which), weights(whole, which))
-    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
-    losses = [[r["loss"] for r in read_metrics(d / "metrics.jsonl")] for d in (tmp_path, whole)]
-    assert losses[0] == losses[1]
+    rows = [read_metrics(d / "metrics.jsonl") for d in (tmp_path, whole)]
+    assert [r["step"] for r in rows[0]] == [1, 2, 3, 4, 5, 6]
+    assert [r["loss"] for r in rows[0]] == [r["loss"] for r in rows[1]]
+
+
+def test_sigterm_before_the_first_step_ends_at_once(tmp_path, monkeypatch):
+    at_call(monkeypatch, "_announce", 1)
+    code, _, err = train(tmp_path)
+    assert code == 75 and "stopped at step 0 of 6" in err
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_workdir_in_use_is_refused_until_its_run_is_dead(trained):
+    workdir = trained[0]
+    before = sorted(workdir.rglob("*"))
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, workdir / ".lock"], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    try:
+        code, _, err = train(workdir)
+        assert code == 1 and len(err.strip().splitlines()) == 1
+        assert f"main: {workdir} is in use by process" in err and "process 4242 on elsewhere" in err
+        assert sorted(workdir.rglob("*")) == before
+    finally:
+        holder.kill()
+        holder.wait()
+    code, out, _ = train(workdir)
+    assert code == 0 and "going on from step 6" in out
 
 
 def test_killed_and_rerun_equals_uninterrupted(tmp_path):
