@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 
 from ppflow_jax import checksums
 from ppflow_jax.checkpoint import (
@@ -30,6 +32,7 @@ class Checkpoints:
         self.card = card
         self.folder = workdir / FOLDER
         self._saving = 0
+        absl_logging.get_absl_logger().addFilter(_no_tracebacks_of_orbax)
         self.manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -132,3 +135,8 @@ class Checkpoints:
                 continue
             return f"that of step {step} is intact"
         return "no earlier one is intact"
+
+
+def _no_tracebacks_of_orbax(record: logging.LogRecord) -> bool:
+    # Orbax logs in its threads, up to three times, what it raises afterwards and we say in a line.
+    return not (record.exc_info and "orbax" in record.pathname)
