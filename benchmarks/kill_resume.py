@@ -32,7 +32,7 @@ from ppflow_jax.checkpoint import find_checkpoint, load_stored, steps_in, stored
 from ppflow_jax.sharding import leaf_path
 from ppflow_jax.writers import read_metrics
 
-STEPS, SAVE_EVERY = 300, 15
+STEPS, SAVE_EVERY = 200, 20
 COMMAND = [
     *(sys.executable, "-m", "ppflow_jax.main", "--config=configs/digits.py"),
     "--config.model.width=32",
@@ -216,7 +216,7 @@ def full_disk(row: Row, out: Path, whole: dict[str, np.ndarray]) -> None:
     """A small file system of its own; needs the right to mount."""
     workdir = out / "full"
     workdir.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(workdir)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(workdir)]
     if subprocess.run(mount, check=False, capture_output=True).returncode:
         row.notes.append("NOT RUN: mounting a small file system is not permitted here")
         return

@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 from absl import flags
 
+from ppflow_jax import distributed
 from ppflow_jax.errors import InputError, RunError, Stopped
 
 
@@ -18,7 +21,8 @@ def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
 
     Exit codes: 0 done; 1 bad input or a failed run; 2 bad flags; 75 (EX_TEMPFAIL) stopped by a
     signal with everything saved, the same command goes on; 130 stopped at once by Ctrl-C. Anything
-    unexpected keeps its traceback.
+    unexpected keeps its traceback. When one of several processes fails, none is left waiting: see
+    `distributed.leave`.
     """
     program = Path(sys.argv[0])
     program = program.parent.name if program.stem == "__main__" else program.stem
@@ -39,8 +43,10 @@ def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
         main()
     except (InputError, RunError) as e:
         _fail(program, e, 1)
-    except Stopped as e:
-        _fail(program, e, os.EX_TEMPFAIL)
+    except Stopped as e:  # in all processes: they wait for each other at the exit
+        if jax.process_index() == 0:
+            print(f"{program}: {e}", file=sys.stderr, flush=True)
+        sys.exit(os.EX_TEMPFAIL)
     except KeyboardInterrupt:
         _fail(program, "interrupted", 130)
     except OSError as e:
@@ -48,9 +54,17 @@ def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             message = f"{message}: make room on the disk, and run the same command again"
         _fail(program, message, 1)
+    except Exception:
+        if jax.distributed.is_initialized():
+            traceback.print_exc()
+            distributed.leave(1)
+        raise
 
 
 def _fail(program: str, message: object, code: int) -> None:
     line = " ".join(str(message).split())
+    if jax.distributed.is_initialized():
+        program += f" (process {jax.process_index()} of {jax.process_count()})"
     print(f"{program}: {line}", file=sys.stderr, flush=True)
+    distributed.leave(code)
     sys.exit(code)

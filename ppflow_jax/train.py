@@ -34,6 +34,7 @@ from ppflow_jax.run_checkpoints import Checkpoints
 from ppflow_jax.sharding import (
     batch_sharding,
     data_shards,
+    local_rows,
     make_mesh,
     replicated,
     to_global,
@@ -134,7 +135,7 @@ def _run(
     stop: StopRequest,
 ) -> None:
     config, card, model = experiment.config, experiment.card, experiment.card.model
-    batch_size, steps = config.data.batch_size, config.train.steps
+    batch_size, steps, place = config.data.batch_size, config.train.steps, batch_sharding(mesh)
     checkpoints = Checkpoints(root, card, keep=config.train.keep)
     tx = make_optimizer(experiment.optim, steps)
     state, shardings = _first_state(experiment, tx, checkpoints, mesh)
@@ -159,8 +160,7 @@ def _run(
         batch_size=batch_size,
         seed=config.seed,
         first_step=first,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=local_rows(place, batch_size),
     )
     draw_samples = _sample_grid(
         experiment, Sampler(apply, model, card.flow, experiment.sampler), root
@@ -176,7 +176,7 @@ def _run(
     ):
         while step < steps and not stopped:
             step += 1
-            state, metrics = step_fn(state, to_global(next(stream), batch_sharding(mesh)), key)
+            state, metrics = step_fn(state, to_global(next(stream), place, batch_size), key)
             stopped = stop.reached(step) and step < steps
             # Read the step before while this one runs; wait only where it must be known.
             log, save = step % config.train.log_every == 0, step % config.train.save_every == 0
