@@ -28,3 +28,4 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck -x launch/*.sh launch/slurm.sbatch .ci/run
