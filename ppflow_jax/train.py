@@ -154,7 +154,7 @@ def _run(
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
-    key = jax.device_put(jax.random.key(config.seed + 1), replicated(mesh))
+    key = jax.jit(jax.random.key, out_shardings=replicated(mesh))(config.seed + 1)
     stream = batches(
         source,
         batch_size=batch_size,

@@ -1,12 +1,19 @@
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 
+from ppflow_jax.checkpoint import find_checkpoint, verify
 from ppflow_jax.errors import InputError
 from ppflow_jax.files import locked
 from ppflow_jax.stop import StopRequest
+from ppflow_jax.writers import read_metrics
+from tests.commands import ROOT, SMALL
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
@@ -35,3 +42,35 @@ def test_a_lock_keeps_others_out_and_is_let_go(tmp_path):
             with pytest.raises(InputError, match=f"in use by process {os.getpid()} on"):
                 with locked(tmp_path):
                     pass
+
+
+def test_sigterm_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    env = os.environ | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    command = [sys.executable, "-m", "ppflow_jax.main", "--config=configs/digits.py", *SMALL]
+    command += [f"--workdir={tmp_path}", "--config.train.steps=100000"]
+    command += ["--config.train.save_every=100000"]
+    runs = [
+        subprocess.Popen(
+            command, cwd=ROOT, env=env | {"JAX_PROCESS_ID": i}, stderr=subprocess.PIPE, text=True
+        )
+        for i in "01"
+    ]
+    try:
+        deadline = time.monotonic() + 240
+        while not read_metrics(tmp_path / "metrics.jsonl") and time.monotonic() < deadline:
+            time.sleep(0.05)
+        runs[1].send_signal(signal.SIGTERM)
+        said = [run.communicate(timeout=240)[1] for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    assert [run.returncode for run in runs] == [75, 75], said
+    step = find_checkpoint(tmp_path)
+    verify(step)
+    assert int(step.name) == read_metrics(tmp_path / "metrics.jsonl")[-1]["step"]
+    assert f"main: stopped at step {step.name} of 100000" in said[0]
+    assert "main: " not in said[1]
