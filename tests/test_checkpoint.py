@@ -2,6 +2,7 @@ import re
 import resource
 import shutil
 import subprocess
+import time
 
 import jax
 import numpy as np
@@ -137,10 +138,13 @@ def test_a_write_that_fails_in_the_background_is_said_and_leaves_the_one_before(
     try:
         with pytest.raises(RunError, match=r"step 2 .*File too large.*that of step 1 is good") as e:
             checkpoints.save(2, state)
-            checkpoints.close()
+            for _ in range(1000):
+                checkpoints.check()  # does not wait
+                time.sleep(0.01)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "\n" not in str(e.value) and not caplog.records
+    checkpoints.close()
     again = Checkpoints(tmp_path, CARD, keep=2)
     assert again.latest() == 1 and equal(again.restore(1, placed(state)), state)
     again.save(2, state)
