@@ -39,6 +39,8 @@ def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
         main()
     except (InputError, RunError) as e:
         _fail(program, e, 1)
+    except flags.Error as e:  # flags that do not go together
+        _fail(program, e, 2)
     except OSError as e:
         _fail(program, f"{e.strerror or e}: {e.filename}" if e.filename else e, 1)
     except Exception:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,20 +27,23 @@ from ppflow_jax.flow.loss import Objective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.sampler import Sampler, image_noise
-from ppflow_jax.models.ppflow import ModelConfig, make_apply
+from ppflow_jax.models.ppflow import Apply, ModelConfig, make_apply
 from ppflow_jax.optim import OptimConfig, learning_rate, make_optimizer
 from ppflow_jax.pyramid import Pyramid
 from ppflow_jax.sharding import (
     batch_sharding,
     data_shards,
+    fetch,
+    layout,
     local_rows,
     make_mesh,
     replicated,
+    spread,
     to_global,
     tree_shardings,
 )
-from ppflow_jax.state import init_state, state_from
-from ppflow_jax.train_step import make_train_step
+from ppflow_jax.state import TrainState, init_state, state_from
+from ppflow_jax.train_step import Metrics, make_train_step
 from ppflow_jax.writers import (
     MetricWriter,
     progress,
@@ -95,6 +100,51 @@ class Experiment:
         return cls(card, objective, OptimConfig(**config.optim), sampler, config)
 
 
+class Program(NamedTuple):
+    """What runs on a mesh; `abstract` and `shardings` are trees of the training state."""
+
+    apply: Apply
+    optimizer: optax.GradientTransformation
+    init: Callable[[jax.Array], TrainState]
+    abstract: TrainState
+    shardings: TrainState
+    step: Callable[..., tuple[TrainState, Metrics]]
+
+
+def make_program(experiment: Experiment, mesh: Mesh) -> Program:
+    """Network, optimizer and jitted training step of `experiment` on `mesh`; allocates nothing.
+
+    Raises:
+      InputError: the batch cannot be divided among the devices.
+    """
+    config, model = experiment.config, experiment.card.model
+    shards = data_shards(mesh) * config.train.accumulate
+    experiment.objective.check_batch(config.data.batch_size, shards)
+    apply = make_apply(
+        model,
+        dtype=jnp.dtype(config.model.dtype),
+        remat=config.model.remat,
+        layout=layout(mesh),
+    )
+    optimizer = make_optimizer(experiment.optim, config.train.steps)
+    init = functools.partial(init_state, model, optimizer)
+    abstract = jax.eval_shape(init, jax.random.key(0))
+    shardings = tree_shardings(abstract, mesh)
+    step = jax.jit(
+        make_train_step(
+            experiment.objective,
+            apply,
+            optimizer,
+            ema=config.train.ema,
+            accumulate=config.train.accumulate,
+        ),
+        in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+    return Program(apply, optimizer, init, abstract, shardings, step)
+
+
 def train(config: ConfigDict, workdir: str) -> None:
     """Train `config` in `workdir`, going on from its latest checkpoint.
 
@@ -107,33 +157,19 @@ def train(config: ConfigDict, workdir: str) -> None:
     """
     experiment = Experiment.from_config(config)
     card, model = experiment.card, experiment.card.model
-    apply = make_apply(model, dtype=jnp.dtype(config.model.dtype), remat=config.model.remat)
     mesh = make_mesh(**config.mesh)
+    program = make_program(experiment, mesh)
     batch_size, steps, place = config.data.batch_size, config.train.steps, batch_sharding(mesh)
-    experiment.objective.check_batch(batch_size, data_shards(mesh) * config.train.accumulate)
     source = open_source(config.data.source, config.data.path)
     source.check_fits(model.shape, model.num_classes)
 
     root = writable_directory(workdir)
     checkpoints = Checkpoints(root, card, keep=config.train.keep)
-    tx = make_optimizer(experiment.optim, steps)
-    state, shardings = _first_state(experiment, tx, checkpoints, mesh)
+    state = _first_state(experiment, program, checkpoints, mesh)
     first = int(state["step"])
     _announce(experiment, state, mesh, first, root)
 
-    step_fn = jax.jit(
-        make_train_step(
-            experiment.objective,
-            apply,
-            tx,
-            ema=config.train.ema,
-            accumulate=config.train.accumulate,
-        ),
-        in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
-        out_shardings=(shardings, replicated(mesh)),
-        donate_argnums=0,
-    )
-    key = jax.device_put(jax.random.key(config.seed + 1), replicated(mesh))
+    key = jax.jit(jax.random.key, out_shardings=replicated(mesh))(config.seed + 1)
     stream = batches(
         source,
         batch_size=batch_size,
@@ -142,7 +178,7 @@ def train(config: ConfigDict, workdir: str) -> None:
         rows=local_rows(place, batch_size),
     )
     draw_samples = _sample_grid(
-        experiment, Sampler(apply, model, card.flow, experiment.sampler), root
+        experiment, Sampler(program.apply, model, card.flow, experiment.sampler), mesh, root
     )
     schedule = learning_rate(experiment.optim, steps)
     writer = MetricWriter(root, first)
@@ -151,7 +187,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     pending: tuple[int, dict[str, jax.Array]] | None = None
     try:
         for step in range(first + 1, steps + 1):
-            state, metrics = step_fn(state, to_global(next(stream), place, batch_size), key)
+            state, metrics = program.step(state, to_global(next(stream), place, batch_size), key)
             # Read the step before while this one runs; wait only where it must be known.
             log, save = step % config.train.log_every == 0, step % config.train.save_every == 0
             sample = config.sample.every and step % config.sample.every == 0
@@ -185,24 +221,17 @@ def train(config: ConfigDict, workdir: str) -> None:
 
 
 def _first_state(
-    experiment: Experiment, tx: optax.GradientTransformation, checkpoints: Checkpoints, mesh: Mesh
-) -> tuple[Any, Any]:
+    experiment: Experiment, program: Program, checkpoints: Checkpoints, mesh: Mesh
+) -> TrainState:
     """State to go on from, made or restored straight into its shardings."""
-    model, config = experiment.card.model, experiment.config
-    key = jax.random.key(config.seed)
-
-    def init(key):
-        return init_state(model, tx, key)
-
-    abstract = jax.eval_shape(init, key)
-    shardings = tree_shardings(abstract, mesh)
+    config, shardings = experiment.config, program.shardings
     if (latest := checkpoints.latest()) is not None:
         target = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            abstract,
+            program.abstract,
             shardings,
         )
-        return checkpoints.restore(latest, target), shardings
+        return checkpoints.restore(latest, target)
     if config.init_from:
         path = find_checkpoint(config.init_from)
         found = read_card(path)
@@ -212,9 +241,8 @@ def _first_state(
                 "configuration of the same model"
             )
         params = load_weights(path, found, mesh)
-        state = jax.jit(lambda p: state_from(p, tx), out_shardings=shardings)(params)
-        return state, shardings
-    return jax.jit(init, out_shardings=shardings)(key), shardings
+        return jax.jit(lambda p: state_from(p, program.optimizer), out_shardings=shardings)(params)
+    return jax.jit(program.init, out_shardings=shardings)(jax.random.key(config.seed))
 
 
 def _announce(experiment: Experiment, state: Any, mesh: Mesh, first: int, root: Path) -> None:
@@ -260,17 +288,18 @@ def _finite(
     return values
 
 
-def _sample_grid(experiment: Experiment, sampler: Sampler, root: Path):
+def _sample_grid(experiment: Experiment, sampler: Sampler, mesh: Mesh, root: Path):
     """Function that writes a grid of EMA samples, always of the same noise and labels."""
     model = experiment.card.model
     count = experiment.config.sample.count
-    labels = jnp.arange(count, dtype=jnp.int32) % model.num_classes
-    noise, keys = image_noise(experiment.config.seed, np.arange(count), model.shape)
+    ids = np.arange(-(-count // data_shards(mesh)) * data_shards(mesh))
+    noise, keys = image_noise(experiment.config.seed, ids, model.shape)
+    inputs = (np.asarray(noise), np.int32(ids % model.num_classes), keys)
     folder = root / "samples"
     folder.mkdir(exist_ok=True)
 
     def write(ema, step: int) -> None:
-        images = np.asarray(sampler(ema, noise, labels, keys))
+        images = fetch(sampler(ema, *spread(inputs, batch_sharding(mesh))))[:count]
         if jax.process_index() == 0:
             pictures = to_uint8(images, experiment.card.space)
             save_grid(folder / f"step_{step:07d}.png", pictures, columns=min(10, count))
