@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,13 @@ from ml_collections import ConfigDict
 
 from ppflow_jax.checkpoint import Card, Checkpoints, find_checkpoint, load_weights, read_card
 from ppflow_jax.data.pipeline import batches
-from ppflow_jax.data.sources import open_source
 from ppflow_jax.errors import InputError, RunError
 from ppflow_jax.files import atomic, writable_directory
 from ppflow_jax.flow.loss import Objective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.sampler import Sampler, image_noise
+from ppflow_jax.inputs import make_inputs, open_inputs
 from ppflow_jax.models.ppflow import ModelConfig, make_apply
 from ppflow_jax.optim import OptimConfig, learning_rate, make_optimizer
 from ppflow_jax.pyramid import Pyramid
@@ -44,6 +44,7 @@ from ppflow_jax.writers import (
     read_metrics,
     save_grid,
     save_loss_plot,
+    say,
     to_uint8,
 )
 
@@ -90,6 +91,8 @@ class Experiment:
             raise InputError(f"unknown dtype {c.dtype!r}: float32 or bfloat16")
         if config.data.space not in ("latents", "pixels"):
             raise InputError(f"unknown space {config.data.space!r}: latents or pixels")
+        if config.data.unreadable not in ("error", "skip") or config.data.workers < 0:
+            raise InputError("config.data: unreadable is error or skip, workers at least 0")
         card = Card(model, flow, config.data.space, json.loads(config.to_json_best_effort()))
         return cls(card, objective, OptimConfig(**config.optim), sampler, config)
 
@@ -105,13 +108,12 @@ def train(config: ConfigDict, workdir: str) -> None:
       RunError: the loss is not finite.
     """
     experiment = Experiment.from_config(config)
-    card, model = experiment.card, experiment.card.model
+    source, encoder, card = open_inputs(config.data, experiment.card)
+    experiment, model = replace(experiment, card=card), card.model
     apply = make_apply(model, dtype=jnp.dtype(config.model.dtype), remat=config.model.remat)
     mesh = make_mesh(**config.mesh)
     batch_size, steps = config.data.batch_size, config.train.steps
     experiment.objective.check_batch(batch_size, data_shards(mesh) * config.train.accumulate)
-    source = open_source(config.data.source, config.data.path)
-    source.check_fits(model.shape, model.num_classes)
 
     root = writable_directory(workdir)
     checkpoints = Checkpoints(root, card, keep=config.train.keep)
@@ -138,9 +140,15 @@ def train(config: ConfigDict, workdir: str) -> None:
         batch_size=batch_size,
         seed=config.seed,
         first_step=first,
+        num_classes=model.num_classes,
+        flip=config.data.flip,
+        workers=config.data.workers,
+        skip_unreadable=config.data.unreadable == "skip",
+        report=say,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    inputs = make_inputs(encoder, mesh, config.seed)
     draw_samples = _sample_grid(
         experiment, Sampler(apply, model, card.flow, experiment.sampler), root
     )
@@ -151,7 +159,8 @@ def train(config: ConfigDict, workdir: str) -> None:
     pending: tuple[int, dict[str, jax.Array]] | None = None
     try:
         for step in range(first + 1, steps + 1):
-            state, metrics = step_fn(state, to_global(next(stream), batch_sharding(mesh)), key)
+            batch = inputs(to_global(next(stream), batch_sharding(mesh)), step - 1)
+            state, metrics = step_fn(state, batch, key)
             # Read the step before while this one runs; wait only where it must be known.
             log, save = step % config.train.log_every == 0, step % config.train.save_every == 0
             sample = config.sample.every and step % config.sample.every == 0

@@ -2,30 +2,130 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
+from jaxtyping import Bool, Int
 
-from ppflow_jax.data.sources import ArraySource
+from ppflow_jax.data.checks import check_labels
+from ppflow_jax.data.pictures import Pictures, UnreadablePicture
+from ppflow_jax.errors import InputError
+
+THREADS = 4  # batches read at once where there are no worker processes
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A dataset that is read in whole batches; pickled into worker processes."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def read(
+        self, indices: Int[np.ndarray, " b"], flips: Bool[np.ndarray, " b"]
+    ) -> dict[str, np.ndarray]:
+        """Arrays with leading axis b, among them "label"; mirrored where `flips`, if possible."""
+        ...
+
+    def identity(self) -> dict[str, Any]: ...
+
+    def check_fits(self, shape: tuple[int, int, int], num_classes: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Reads what one process sees of the global batch of a step.
+
+    Position p of the stream is example p mod n of a shuffle that is new every epoch; the batch of
+    a step is `batch_size` positions, of which a process reads every `process_count`-th.
+    """
+
+    source: Source
+    order: grain.MapDataset
+    batch_size: int
+    seed: int
+    flip: bool
+    process_index: int
+    process_count: int
+
+    def __call__(self, step: int) -> dict[str, np.ndarray]:
+        first, mine = step * self.batch_size, slice(self.process_index, None, self.process_count)
+        positions = range(first, first + self.batch_size)[mine]
+        flips = np.random.default_rng((self.seed, step)).random(self.batch_size)[mine] < 0.5
+        indices = np.fromiter((self.order[p] for p in positions), np.int64, len(positions))
+        return self.source.read(indices, flips & self.flip)
 
 
 def batches(
-    source: ArraySource,
+    source: Source,
     *,
     batch_size: int,
     seed: int,
     first_step: int,
+    num_classes: int,
+    flip: bool = False,
+    workers: int = 0,
+    skip_unreadable: bool = False,
+    report: Callable[[str], None] = print,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Endless shuffled batches from `first_step` on, reshuffled every epoch.
 
-    Resuming slices the stream instead of restoring an iterator, so it is exact for any number
-    of processes and workers. Each process reads every `process_count`-th example of the global
-    batch: {"x": [batch_size / process_count, h, w, c], "label": [...]}.
+    Resuming starts at a step instead of restoring an iterator, so it is exact for any number of
+    processes and workers. Arrays have a leading axis of batch_size / process_count: "label" and
+    what `source.read` gives. `flip` mirrors every example with probability 1/2, drawn anew at
+    every visit. `workers` are processes; 0 reads in threads of this one. The name of each picture
+    that cannot be read goes to `report` once, with the number so far.
+
+    Raises:
+      InputError: a picture cannot be read (without `skip_unreadable`); a label is not in
+        [0, num_classes).
     """
-    stream = grain.MapDataset.source(source).shuffle(seed=seed).repeat()
-    stream = stream[first_step * batch_size + process_index :: process_count]
-    stream = stream.batch(batch_size // process_count, drop_remainder=True)
-    return iter(stream.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+    order = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat()
+    read = _Batch(source, order, batch_size, seed, flip, process_index, process_count)
+    stream = iter(parallel(grain.MapDataset.range(first_step, sys.maxsize).map(read), workers))
+    skipped: set[int] = set()
+    for batch in stream:
+        for index in sorted(set(batch.pop("unreadable", np.int64([])).tolist()) - skipped - {-1}):
+            skipped.add(index)
+            problem = explain(source, index)
+            if not skip_unreadable:
+                raise InputError(
+                    f"cannot read {problem} of {source.name}: mend or remove it, or set "
+                    "config.data.unreadable=skip"
+                )
+            report(
+                f"cannot read {problem}; the next one stands in ({len(skipped)} of "
+                f"{len(source)} so far)"
+            )
+        labels = batch["label"]
+        check_labels(source.name, int(labels.min()), int(labels.max()), num_classes)
+        yield batch
+
+
+def parallel(dataset: grain.MapDataset, workers: int) -> grain.IterDataset:
+    """`dataset` in order, its elements made by `workers` processes, or by threads if 0."""
+    if not workers:
+        options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=THREADS)
+        return dataset.to_iter_dataset(options)
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    multiprocessing = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+    return dataset.to_iter_dataset(options).mp_prefetch(multiprocessing)
+
+
+def explain(source: Pictures, index: int) -> str:
+    """Name of a picture that could not be read, and why."""
+    try:
+        source.load(index)
+    except UnreadablePicture as e:
+        return str(e)
+    raise InputError(
+        f"{source.label_of(index)} could not be read a moment ago and now can: check the storage "
+        "and start again; a run goes on from its last checkpoint"
+    )

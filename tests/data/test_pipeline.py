@@ -15,7 +15,7 @@ def counting(n):
 
 
 def labels(count, **options):
-    options = dict(batch_size=4, seed=0, first_step=0) | options
+    options = dict(batch_size=4, seed=0, first_step=0, num_classes=10) | options
     stream = batches(counting(10), **options)
     return [b["label"].tolist() for b in itertools.islice(stream, count)]
 
@@ -40,7 +40,7 @@ def test_processes_share_the_global_batch():
 
 def test_digits_are_in_range():
     source = digits()
-    assert len(source) == 1797 and source.shape == (8, 8, 1)
+    assert len(source) == 1797
     assert source.x.min() == -1 and source.x.max() == 1
     source.check_fits((8, 8, 1), 10)
 
@@ -50,8 +50,9 @@ def test_arrays_are_read_from_a_folder(tmp_path):
     np.save(tmp_path / "latents.npy", x)
     np.save(tmp_path / "labels.npy", np.arange(5))
     source = open_source("arrays", str(tmp_path))
-    assert source[3]["x"].dtype == np.float32 and source[3]["label"] == 3
-    np.testing.assert_array_equal(source[3]["x"], x[3].astype(np.float32))
+    batch = source.read(np.array([3, 1]), np.array([True, False]))
+    assert batch["x"].dtype == np.float32 and batch["label"].tolist() == [3, 1]
+    np.testing.assert_array_equal(batch["x"], x[[3, 1]].astype(np.float32))
 
 
 @pytest.mark.parametrize(
