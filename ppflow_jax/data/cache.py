@@ -40,6 +40,21 @@ class Shard:
     labels: tuple[int, int] | None
     unreadable: tuple[str, ...]
 
+    def problem(self, folder: Path) -> str | None:
+        """Why the file cannot be the one that was written, as far as its size tells."""
+        path = folder / self.name
+        if not path.exists():
+            return "is missing"
+        size = path.stat().st_size
+        return None if size == self.bytes else f"has {size} bytes, not the {self.bytes} written"
+
+    def damage(self, folder: Path) -> str | None:
+        """The same, by reading all of it."""
+        if sha256(folder / self.name) != self.sha256:
+            return "has other contents than were written (SHA-256)"
+        records = count_records(folder / self.name)
+        return None if records == self.records else f"has {records} records, not {self.records}"
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -53,6 +68,7 @@ class Manifest:
       shape: of a latent, (h, w, c).
       std: whether records have a standard deviation.
       latent_scale: what the autoencoder's latents were multiplied by.
+      batch, shard_pictures: pictures encoded at once on a device, and per file.
       shards: in the order of the dataset.
     """
 
@@ -63,6 +79,8 @@ class Manifest:
     shape: tuple[int, int, int]
     std: bool
     latent_scale: float
+    batch: int
+    shard_pictures: int
     shards: tuple[Shard, ...]
 
     @property
@@ -125,28 +143,23 @@ class Manifest:
                 f"({theirs}): prepare a cache with that one, or leave config.data.vae empty"
             )
 
+    def settings(self) -> dict[str, Any]:
+        """All but the shards, as JSON gives it back."""
+        values = asdict(self)
+        del values["shards"]
+        return json.loads(json.dumps(values))
+
     def check_files(self, folder: Path, checksums: bool = False) -> None:
-        """Every shard must be there with its size, its number of records and, if asked, its hash.
+        """Every shard must be there with its size and, if asked, its hash and number of records.
 
         Raises:
           InputError: the first that is not.
         """
         for shard in self.shards:
-            path = folder / shard.name
-            size = path.stat().st_size if path.exists() else None
-            problem = None
-            if size is None:
-                problem = "is missing"
-            elif size != shard.bytes:
-                problem = f"has {size} bytes, the manifest says {shard.bytes}"
-            elif checksums and sha256(path) != shard.sha256:
-                problem = "has other contents than when it was written (SHA-256 differs)"
-            elif checksums and (found := count_records(path)) != shard.records:
-                problem = f"has {found} records, the manifest says {shard.records}"
-            if problem:
+            if problem := shard.problem(folder) or (checksums and shard.damage(folder)):
                 raise InputError(
-                    f"{path} {problem}: copy the cache again, or remove {folder / MANIFEST} and "
-                    f"{shard.name} and run ppflow_jax.prepare as before"
+                    f"{folder / shard.name} {problem}: remove that file and run the same "
+                    "ppflow_jax.prepare again, which makes what is missing; or copy it again"
                 )
 
 
