@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from ppflow_jax import cli
+from ppflow_jax import cli, distributed
 from ppflow_jax.data.cache import Manifest
 from ppflow_jax.data.sources import open_source
 from ppflow_jax.encode import Encoder
@@ -39,6 +39,7 @@ _VERIFY = flags.DEFINE_bool("verify", False, "Only compare the files of --out wi
 
 
 def main() -> None:
+    distributed.initialize()
     if _VERIFY.value:
         verify(Path(_OUT.value))
         return

@@ -31,6 +31,7 @@ from ppflow_jax.pyramid import Pyramid
 from ppflow_jax.sharding import (
     batch_sharding,
     data_shards,
+    local_rows,
     make_mesh,
     replicated,
     to_global,
@@ -112,7 +113,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     experiment, model = replace(experiment, card=card), card.model
     apply = make_apply(model, dtype=jnp.dtype(config.model.dtype), remat=config.model.remat)
     mesh = make_mesh(**config.mesh)
-    batch_size, steps = config.data.batch_size, config.train.steps
+    batch_size, steps, place = config.data.batch_size, config.train.steps, batch_sharding(mesh)
     experiment.objective.check_batch(batch_size, data_shards(mesh) * config.train.accumulate)
 
     root = writable_directory(workdir)
@@ -145,8 +146,7 @@ def train(config: ConfigDict, workdir: str) -> None:
         workers=config.data.workers,
         skip_unreadable=config.data.unreadable == "skip",
         report=say,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=local_rows(place, batch_size),
     )
     inputs = make_inputs(encoder, mesh, config.seed)
     draw_samples = _sample_grid(
@@ -159,7 +159,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     pending: tuple[int, dict[str, jax.Array]] | None = None
     try:
         for step in range(first + 1, steps + 1):
-            batch = inputs(to_global(next(stream), batch_sharding(mesh)), step - 1)
+            batch = inputs(to_global(next(stream), place, batch_size), step - 1)
             state, metrics = step_fn(state, batch, key)
             # Read the step before while this one runs; wait only where it must be known.
             log, save = step % config.train.log_every == 0, step % config.train.save_every == 0

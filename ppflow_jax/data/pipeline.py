@@ -1,4 +1,4 @@
-"""The training stream: a pure function of (seed, step, process)."""
+"""The training stream: a pure function of (seed, step, rows of the batch)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class _Batch:
     """Reads what one process sees of the global batch of a step.
 
     Position p of the stream is example p mod n of a shuffle that is new every epoch; the batch of
-    a step is `batch_size` positions, of which a process reads every `process_count`-th.
+    a step is `batch_size` positions, of which a process reads those of its `rows`.
     """
 
     source: Source
@@ -50,13 +50,11 @@ class _Batch:
     batch_size: int
     seed: int
     flip: bool
-    process_index: int
-    process_count: int
+    rows: Int[np.ndarray, " b"]
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
-        first, mine = step * self.batch_size, slice(self.process_index, None, self.process_count)
-        positions = range(first, first + self.batch_size)[mine]
-        flips = np.random.default_rng((self.seed, step)).random(self.batch_size)[mine] < 0.5
+        flips = np.random.default_rng((self.seed, step)).random(self.batch_size)[self.rows] < 0.5
+        positions = (step * self.batch_size + self.rows).tolist()
         indices = np.fromiter((self.order[p] for p in positions), np.int64, len(positions))
         return self.source.read(indices, flips & self.flip)
 
@@ -72,14 +70,15 @@ def batches(
     workers: int = 0,
     skip_unreadable: bool = False,
     report: Callable[[str], None] = print,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Int[np.ndarray, " b"] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Endless shuffled batches from `first_step` on, reshuffled every epoch.
 
     Resuming starts at a step instead of restoring an iterator, so it is exact for any number of
-    processes and workers. Arrays have a leading axis of batch_size / process_count: "label" and
-    what `source.read` gives. `flip` mirrors every example with probability 1/2, drawn anew at
+    processes and workers. `rows` are those of every global batch that this process reads
+    (`sharding.local_rows`), in its order; None reads all of them. Arrays have these rows as their
+    leading axis: "label" and what else `source.read` gives. Row i of a batch is the same example
+    whatever the number of processes. `flip` mirrors every example with probability 1/2, drawn anew at
     every visit. `workers` are processes; 0 reads in threads of this one. The name of each picture
     that cannot be read goes to `report` once, with the number so far.
 
@@ -88,7 +87,8 @@ def batches(
         [0, num_classes).
     """
     order = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat()
-    read = _Batch(source, order, batch_size, seed, flip, process_index, process_count)
+    rows = np.arange(batch_size) if rows is None else rows
+    read = _Batch(source, order, batch_size, seed, flip, rows)
     stream = iter(parallel(grain.MapDataset.range(first_step, sys.maxsize).map(read), workers))
     skipped: set[int] = set()
     for batch in stream:

@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 
 def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
@@ -20,7 +20,11 @@ def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
     Raises:
       Exception: of many types, by Pillow, for what is damaged, truncated or no picture.
     """
-    with Image.open(io.BytesIO(data)) as picture:
+    try:
+        picture = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as e:  # whose own message has an address in it
+        raise ValueError("no picture of a known format") from e
+    with picture:
         if picture.mode == "I" or picture.mode.startswith("I;16"):
             high = np.asarray(picture) >> 8
             return np.repeat(np.clip(high, 0, 255).astype(np.uint8)[..., None], 3, axis=-1)
