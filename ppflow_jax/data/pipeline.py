@@ -78,8 +78,8 @@ def batches(
     processes and workers. `rows` are those of every global batch that this process reads
     (`sharding.local_rows`), in its order; None reads all of them. Arrays have these rows as their
     leading axis: "label" and what else `source.read` gives. Row i of a batch is the same example
-    whatever the number of processes. `flip` mirrors every example with probability 1/2, drawn anew at
-    every visit. `workers` are processes; 0 reads in threads of this one. The name of each picture
+    whatever the number of processes. `flip` mirrors every example with probability 1/2, drawn anew
+    at every visit. `workers` are processes; 0 reads in threads of this one. The name of a picture
     that cannot be read goes to `report` once, with the number so far.
 
     Raises:
