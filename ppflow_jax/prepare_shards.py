@@ -8,6 +8,7 @@ anything was killed before.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -105,13 +106,10 @@ def prepare_shards(job: Job, *, skip_unreadable: bool, workers: int) -> None:
     left = sum(len(job.pictures(shard)) for shard in todo)
     if left < total and todo:
         say(f"going on: {len(mine) - len(todo)} of {len(mine)} shards are there")
-    bar = progress(total, total - left, "img", "prepare")
     stream = _encoded(job, todo, workers)
-    for shard in todo:
-        for stale in job.out.glob(f".{job.name(shard)}*.partial"):
-            stale.unlink()  # of a process that was killed
-        _write_shard(job, shard, stream, bar, skip_unreadable)
-    bar.close()
+    with contextlib.closing(progress(total, total - left, "img", "prepare")) as bar:
+        for shard in todo:
+            _write_shard(job, shard, stream, bar, skip_unreadable)
 
 
 def finish(job: Job) -> Manifest | None:
@@ -150,6 +148,8 @@ def _claim(job: Job) -> None:
             "another --out, or the settings it was begun with"
         )
     if not job.process_index:
+        for stale in job.out.glob(".*.partial"):
+            stale.unlink()  # of processes that were killed
         if not finished:
             _write_json(begun, settings)
         elif any(shard.problem(job.out) for shard in finished.shards):
