@@ -9,6 +9,7 @@ anything was killed before.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -36,6 +37,7 @@ from ppflow_jax.data.pipeline import explain, parallel
 from ppflow_jax.encode import Encoder, moments
 from ppflow_jax.errors import InputError
 from ppflow_jax.files import atomic
+from ppflow_jax.models.autoencoder import Autoencoder, Params
 from ppflow_jax.writers import progress, say
 
 SETTINGS = "settings.json"
@@ -190,6 +192,12 @@ class _Load:
         return {"image": images, "label": labels, "readable": readable, "chunk": np.array(chunk)}
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _encode(autoencoder: Autoencoder, both: bool, params: Params, images: jax.Array):
+    views = [images, images[:, :, ::-1]] if both else [images]
+    return [moments(autoencoder, params, view) for view in views]
+
+
 def _encoded(job: Job, todo: list[int], workers: int) -> Iterator[dict[str, Any]]:
     """Chunks of the shards in order, with the list "latents": [(mean, std)] per flip.
 
@@ -206,16 +214,12 @@ def _encoded(job: Job, todo: list[int], workers: int) -> Iterator[dict[str, Any]
     autoencoder = job.encoder.autoencoder
     params = jax.device_put(job.encoder.params, NamedSharding(mesh, P()))
 
-    @jax.jit
-    def encode(params, images):
-        views = [images, images[:, :, ::-1]] if job.flips == "both" else [images]
-        return [moments(autoencoder, params, view) for view in views]
-
     pending = None
     if not chunks:
         return
     for chunk in parallel(grain.MapDataset.source(chunks).map(_Load(job.source, rows)), workers):
-        latents = encode(params, jax.device_put(chunk.pop("image"), place))
+        images = jax.device_put(chunk.pop("image"), place)
+        latents = _encode(autoencoder, job.flips == "both", params, images)
         if pending:
             yield jax.device_get(pending)
         pending = chunk | {"latents": latents}

@@ -3,6 +3,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -74,7 +75,7 @@ def test_a_cache_holds_what_the_autoencoder_says(made):
     encoder = Encoder.parse(f"vae:{root}/vae", "--vae")
     for flip in (False, True):
         flips = np.full(11, flip)
-        images = to_float(pictures.read(every, flips)["image"])
+        images = to_float(jnp.asarray(pictures.read(every, flips)["image"]))
         mean, std = encoder.autoencoder.encode(encoder.params, images)
         got = source.read(np.arange(11), flips)
         np.testing.assert_allclose(got["mean"], mean, atol=1e-5)
