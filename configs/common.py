@@ -34,9 +34,18 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.flow.stage_share = ()  # samples of each stage, e.g. (2, 1, 1); empty: by duration
 
     c.data = ConfigDict()
-    c.data.source = "arrays"  # arrays: latents.npy and labels.npy in data.path; digits
-    c.data.path = ""
-    c.data.space = "latents"  # latents or pixels, for showing samples
+    # cache: made by ppflow_jax.prepare; folder: one directory per class; tfds: a prepared TFDS
+    # dataset; arrays: latents.npy and labels.npy; digits
+    c.data.source = "arrays"
+    c.data.path = ""  # folder of the source; of tfds also a name such as imagenet2012
+    c.data.space = "latents"  # latents or pixels
+    c.data.vae = ""  # vae:DIR or taesd:DIR, encodes pictures in every step; must be a cache's own
+    c.data.flip = True  # mirror pictures (cache: of --flips=both) with probability 1/2 every visit
+    c.data.unreadable = "error"  # or skip: the next picture stands in, and the name is printed
+    c.data.workers = 0  # reading processes; 0: threads, enough for caches, arrays and digits
+    c.data.split = "train"  # of tfds
+    c.data.image_feature = "image"
+    c.data.label_feature = "label"
     c.data.batch_size = 256
 
     c.optim = ConfigDict()

@@ -7,7 +7,7 @@ import functools
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,14 +20,15 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ppflow_jax.checkpoint import Card, find_checkpoint, load_weights, read_card
-from ppflow_jax.data.pipeline import batches
-from ppflow_jax.data.sources import ArraySource, open_source
+from ppflow_jax.data.pipeline import Source, batches
+from ppflow_jax.encode import Encoder
 from ppflow_jax.errors import InputError, RunError, Stopped
 from ppflow_jax.files import atomic, locked, writable_directory
 from ppflow_jax.flow.loss import Objective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.sampler import Sampler, image_noise
+from ppflow_jax.inputs import make_inputs, open_inputs
 from ppflow_jax.models.ppflow import Apply, ModelConfig, make_apply
 from ppflow_jax.optim import OptimConfig, learning_rate, make_optimizer
 from ppflow_jax.pyramid import Pyramid
@@ -53,6 +54,7 @@ from ppflow_jax.writers import (
     read_metrics,
     save_grid,
     save_loss_plot,
+    say,
     to_uint8,
 )
 
@@ -99,6 +101,8 @@ class Experiment:
             raise InputError(f"unknown dtype {c.dtype!r}: float32 or bfloat16")
         if config.data.space not in ("latents", "pixels"):
             raise InputError(f"unknown space {config.data.space!r}: latents or pixels")
+        if config.data.unreadable not in ("error", "skip") or config.data.workers < 0:
+            raise InputError("config.data: unreadable is error or skip, workers at least 0")
         card = Card(model, flow, config.data.space, json.loads(config.to_json_best_effort()))
         return cls(card, objective, OptimConfig(**config.optim), sampler, config)
 
@@ -160,23 +164,23 @@ def train(config: ConfigDict, workdir: str) -> None:
       Stopped: SIGTERM or Ctrl-C came; the step is finished and saved.
     """
     experiment = Experiment.from_config(config)
-    model = experiment.card.model
     mesh = make_mesh(**config.mesh)
     program = make_program(experiment, mesh)
-    source = open_source(config.data.source, config.data.path)
-    source.check_fits(model.shape, model.num_classes)
+    source, encoder, card = open_inputs(config.data, experiment.card)
+    experiment = replace(experiment, card=card)
 
     root = writable_directory(workdir)
     lock = locked(root) if jax.process_index() == 0 else contextlib.nullcontext()
     with lock, StopRequest() as stop:
-        _run(experiment, program, mesh, source, root, stop)
+        _run(experiment, program, mesh, source, encoder, root, stop)
 
 
 def _run(
     experiment: Experiment,
     program: Program,
     mesh: Mesh,
-    source: ArraySource,
+    source: Source,
+    encoder: Encoder | None,
     root: Path,
     stop: StopRequest,
 ) -> None:
@@ -193,8 +197,14 @@ def _run(
         batch_size=batch_size,
         seed=config.seed,
         first_step=first,
+        num_classes=model.num_classes,
+        flip=config.data.flip,
+        workers=config.data.workers,
+        skip_unreadable=config.data.unreadable == "skip",
+        report=say,
         rows=local_rows(place, batch_size),
     )
+    inputs = make_inputs(encoder, mesh, config.seed)
     draw_samples = _sample_grid(
         experiment, Sampler(program.apply, model, card.flow, experiment.sampler), mesh, root
     )
@@ -209,7 +219,8 @@ def _run(
     ):
         while step < steps and not stopped:
             step += 1
-            state, metrics = program.step(state, to_global(next(stream), place, batch_size), key)
+            batch = inputs(to_global(next(stream), place, batch_size), step - 1)
+            state, metrics = program.step(state, batch, key)
             stopped = stop.reached(step) and step < steps
             # Read the step before while this one runs; wait only where it must be known.
             log, save = step % config.train.log_every == 0, step % config.train.save_every == 0

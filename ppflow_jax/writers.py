@@ -28,6 +28,11 @@ def progress(total: int, done: int, unit: str, what: str) -> tqdm:
     )
 
 
+def say(line: str) -> None:
+    """A line on stderr, above a progress bar if there is one."""
+    tqdm.write(line, file=sys.stderr)
+
+
 class MetricWriter:
     """Scalars to `metrics.jsonl` and to TensorBoard event files.
 

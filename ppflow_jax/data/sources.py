@@ -1,12 +1,16 @@
-"""Datasets as random-access sources of {"x": float32 [h, w, c], "label": int32}."""
+"""Datasets by the name of the configuration, and those that are held in arrays."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
+from ppflow_jax.data.cache import CacheSource
+from ppflow_jax.data.checks import check_labels, check_shape
+from ppflow_jax.data.pictures import Folder, Pictures, Tfds
 from ppflow_jax.errors import InputError
 
 
@@ -33,13 +37,14 @@ class ArraySource:
     def __len__(self) -> int:
         return len(self.x)
 
-    def __getitem__(self, index) -> dict[str, np.ndarray]:
-        i = int(index)
-        return {"x": np.asarray(self.x[i], np.float32), "label": np.int32(self.labels[i])}
+    def read(
+        self, indices: Int[np.ndarray, " b"], flips: Bool[np.ndarray, " b"]
+    ) -> dict[str, np.ndarray]:
+        """{"x": float32 [b, h, w, c], "label": int32 [b]}; never mirrored."""
+        return {"x": np.float32(self.x[indices]), "label": np.int32(self.labels[indices])}
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.x.shape[1:]
+    def identity(self) -> dict[str, Any]:
+        return {"source": "arrays", "name": self.name, "examples": len(self)}
 
     def check_fits(self, shape: tuple[int, int, int], num_classes: int) -> None:
         """Examples must have the model's shape and labels its classes.
@@ -47,17 +52,8 @@ class ArraySource:
         Raises:
           InputError: they do not.
         """
-        if self.shape != shape:
-            raise InputError(
-                f"{self.name} holds examples of shape {self.shape}, the model expects {shape}: "
-                "set config.model.latent_size and config.model.channels to the data"
-            )
-        lo, hi = int(self.labels.min()), int(self.labels.max())
-        if lo < 0 or hi >= num_classes:
-            raise InputError(
-                f"{self.name} has labels from {lo} to {hi}, the model has classes 0 to "
-                f"{num_classes - 1}: mend the labels or set config.model.num_classes"
-            )
+        check_shape(self.name, self.x.shape[1:], shape)
+        check_labels(self.name, int(self.labels.min()), int(self.labels.max()), num_classes)
 
 
 def digits() -> ArraySource:
@@ -95,19 +91,42 @@ def arrays(path: str) -> ArraySource:
     return ArraySource(str(folder), *loaded)
 
 
-def open_source(name: str, path: str) -> ArraySource:
-    """`digits`, or `arrays` at `path`.
+SOURCES = ("arrays", "cache", "digits", "folder", "tfds")
+
+
+def open_source(
+    name: str,
+    path: str,
+    *,
+    size: int = 0,
+    split: str = "train",
+    image: str = "image",
+    label: str = "label",
+) -> ArraySource | CacheSource | Pictures:
+    """The dataset `name`, one of `SOURCES`, at `path`.
+
+    `size` is the side of pictures after the crop (folder, tfds); `split`, `image` and `label` are
+    the split and features of a TFDS dataset.
 
     Raises:
-      InputError: unknown name, or an `arrays` folder that cannot be used.
+      InputError: unknown name, or a dataset that cannot be used.
     """
+    if name not in SOURCES:
+        raise InputError(f"unknown data source {name!r}: one of {', '.join(SOURCES)}")
     if name == "digits":
         return digits()
+    if not path:
+        what = {
+            "arrays": "DIR with latents.npy and labels.npy",
+            "cache": "DIR made by python -m ppflow_jax.prepare",
+            "folder": "DIR with one directory per class",
+            "tfds": "DIR with dataset_info.json, or the name of a prepared dataset",
+        }
+        raise InputError(f"config.data.path is empty: give --config.data.path={what[name]}")
     if name == "arrays":
-        if not path:
-            raise InputError(
-                "config.data.path is empty: give --config.data.path=DIR with latents.npy "
-                "and labels.npy"
-            )
         return arrays(path)
-    raise InputError(f"unknown data source {name!r}: one of digits, arrays")
+    if name == "cache":
+        return CacheSource(path)
+    if name == "folder":
+        return Folder(path, size)
+    return Tfds(path, size, split, image, label)

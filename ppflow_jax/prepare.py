@@ -1,0 +1,94 @@
+"""Encode a dataset once: python -m ppflow_jax.prepare --source=folder --path=DIR --vae=vae:DIR
+--out=CACHE, then train with --config.data.source=cache --config.data.path=CACHE.
+
+The same command continues where it stopped; `--out=CACHE --verify` checks a finished cache.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from ppflow_jax import cli, distributed
+from ppflow_jax.data.cache import Manifest
+from ppflow_jax.data.sources import open_source
+from ppflow_jax.encode import Encoder
+from ppflow_jax.errors import InputError
+from ppflow_jax.files import writable_directory
+from ppflow_jax.prepare_shards import Job, finish, prepare_shards
+from ppflow_jax.writers import say
+
+_OUT = flags.DEFINE_string("out", None, "Folder of the latent cache; made if needed.")
+_SOURCE = flags.DEFINE_enum("source", "folder", ["folder", "tfds"], "Kind of dataset.")
+_PATH = flags.DEFINE_string("path", "", "Its folder, or the name of a TFDS dataset.")
+_SPLIT = flags.DEFINE_string("split", "train", "Split of a TFDS dataset.")
+_IMAGE = flags.DEFINE_string("image_feature", "image", "Feature of a TFDS dataset.")
+_LABEL = flags.DEFINE_string("label_feature", "label", "Feature of a TFDS dataset.")
+_VAE = flags.DEFINE_string("vae", "", "vae:DIR or taesd:DIR, a converted autoencoder.")
+_SIZE = flags.DEFINE_integer("size", 256, "Side of the pictures after ADM's centre crop, pixels.")
+_FLIPS = flags.DEFINE_enum("flips", "both", ["both", "one"], "Also encode the mirror images?")
+_UNREADABLE = flags.DEFINE_enum(
+    "unreadable", "error", ["error", "skip"], "Pictures that cannot be read; skip lists them."
+)
+_BATCH = flags.DEFINE_integer("batch", 16, "Pictures encoded at once on each device.")
+_SHARD = flags.DEFINE_integer("shard_pictures", 8192, "Pictures per file.")
+_WORKERS = flags.DEFINE_integer("workers", 0, "Processes that decode pictures; 0: threads.")
+_VERIFY = flags.DEFINE_bool("verify", False, "Only compare the files of --out with its manifest.")
+
+
+def main() -> None:
+    distributed.initialize()
+    if _VERIFY.value:
+        verify(Path(_OUT.value))
+        return
+    if not _PATH.value or not _VAE.value:
+        raise InputError("--path and --vae are required (or --verify, to check a cache)")
+    if min(_SIZE.value, _BATCH.value, _SHARD.value) < 1 or _WORKERS.value < 0:
+        raise InputError("--size, --batch and --shard_pictures must be at least 1, --workers 0")
+    encoder = Encoder.parse(_VAE.value, "--vae")
+    encoder.latent_shape(_SIZE.value)
+    source = open_source(
+        _SOURCE.value,
+        _PATH.value,
+        size=_SIZE.value,
+        split=_SPLIT.value,
+        image=_IMAGE.value,
+        label=_LABEL.value,
+    )
+    job = Job(
+        source,
+        encoder,
+        out=writable_directory(_OUT.value),
+        flips=_FLIPS.value,
+        batch=_BATCH.value,
+        shard_pictures=_SHARD.value,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    prepare_shards(job, skip_unreadable=_UNREADABLE.value == "skip", workers=_WORKERS.value)
+    manifest = finish(job)
+    if manifest is None:
+        return
+    for name in manifest.unreadable:
+        say(f"left out, cannot be read: {name}")
+    print(
+        f"{manifest.pictures} pictures ({manifest.records} records) of {len(source)}, "
+        f"{len(manifest.unreadable)} unreadable, in {job.out}"
+    )
+
+
+def verify(folder: Path) -> None:
+    """Compare every shard with the manifest: size, SHA-256, number of records.
+
+    Raises:
+      InputError: no manifest, or the first shard that differs.
+    """
+    manifest = Manifest.read(folder)
+    manifest.check_files(folder, checksums=True)
+    print(f"{folder}: {len(manifest.shards)} shards, {manifest.records} records, as written")
+
+
+if __name__ == "__main__":
+    cli.run(main, required=("out",))

@@ -1,0 +1,64 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from ppflow_jax.data.transforms import center_crop, decode
+from tests.pictures import encoded, pixels
+
+RGB = Image.fromarray(pixels(0))
+GRAY = RGB.convert("L")
+
+
+def gray_as_rgb():
+    return np.asarray(GRAY.convert("RGB"))
+
+
+def with_alpha():
+    picture = RGB.convert("RGBA")
+    picture.putalpha(100)
+    return picture
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (encoded(RGB, "png"), np.asarray(RGB)),
+        (encoded(with_alpha(), "png"), np.asarray(RGB)),
+        (encoded(GRAY, "png"), gray_as_rgb()),
+        (encoded(GRAY.convert("LA"), "png"), gray_as_rgb()),
+        (encoded(Image.fromarray(np.asarray(GRAY).astype(np.uint16) * 257), "png"), gray_as_rgb()),
+        (encoded(RGB.quantize(8), "png"), np.asarray(RGB.quantize(8).convert("RGB"))),
+        (
+            encoded(RGB.quantize(8), "png", transparency=bytes([0, 255])),
+            np.asarray(RGB.quantize(8).convert("RGB")),
+        ),
+    ],
+    ids=["rgb", "alpha", "gray", "gray+alpha", "16-bit", "palette", "palette+alpha"],
+)
+def test_every_kind_of_picture_becomes_8_bit_rgb(data, expected):
+    np.testing.assert_array_equal(decode(data), expected)
+
+
+def test_cmyk_becomes_rgb():
+    out = decode(encoded(RGB.convert("CMYK"), "jpeg", quality=100)).astype(int)
+    assert np.abs(out - np.asarray(RGB)).mean() < 3
+
+
+def test_orientation_is_not_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    assert decode(encoded(RGB, "jpeg", exif=exif)).shape == (40, 52, 3)
+
+
+@pytest.mark.parametrize("cut", [0, 10, 400, -100])
+@pytest.mark.parametrize("kind", ["jpeg", "png"])
+def test_truncated_pictures_are_not_decoded(kind, cut):
+    data = encoded(RGB, kind)
+    assert len(data) > 450
+    with pytest.raises(Exception, match=r"(?i)truncated|no picture|broken|incomplete"):
+        decode(data[:cut])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (9, 30), (64, 64), (200, 70)])
+def test_crops_of_any_size_are_square(shape):
+    assert center_crop(pixels(0, *shape), 32).shape == (32, 32, 3)
