@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 from absl import flags
 
+from ppflow_jax import distributed
 from ppflow_jax.errors import InputError, RunError
 
 
@@ -15,7 +18,7 @@ def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
     """Parse absl flags, call `main`, and turn expected failures into one line on stderr.
 
     Exit codes: 0 done; 1 bad input or a failed run; 2 bad flags. Anything unexpected keeps its
-    traceback.
+    traceback. When one of several processes fails, none is left waiting: see `distributed.leave`.
     """
     program = Path(sys.argv[0])
     program = program.parent.name if program.stem == "__main__" else program.stem
@@ -38,9 +41,17 @@ def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
         _fail(program, e, 1)
     except OSError as e:
         _fail(program, f"{e.strerror or e}: {e.filename}" if e.filename else e, 1)
+    except Exception:
+        if jax.distributed.is_initialized():
+            traceback.print_exc()
+            distributed.leave(1)
+        raise
 
 
 def _fail(program: str, message: object, code: int) -> None:
     line = " ".join(str(message).split())
+    if jax.distributed.is_initialized():
+        program += f" (process {jax.process_index()} of {jax.process_count()})"
     print(f"{program}: {line}", file=sys.stderr, flush=True)
+    distributed.leave(code)
     sys.exit(code)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from absl import flags
 from ml_collections import config_flags
 
-from ppflow_jax import cli
+from ppflow_jax import cli, distributed
 from ppflow_jax.train import train
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -15,6 +15,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; a run found 
 
 
 def main() -> None:
+    distributed.initialize()
     train(_CONFIG.value, _WORKDIR.value)
 
 

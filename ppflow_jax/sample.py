@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from ppflow_jax import cli
+from ppflow_jax import cli, distributed
 from ppflow_jax.checkpoint import Card, find_checkpoint, load_weights, read_card
 from ppflow_jax.decode import Decoder
 from ppflow_jax.errors import InputError
@@ -53,6 +53,7 @@ _PNGS = flags.DEFINE_bool("pngs", True, "Write every image as a PNG, not only th
 
 
 def main() -> None:
+    distributed.initialize()
     step_folder = find_checkpoint(_CHECKPOINT.value)
     card = read_card(step_folder)
     config = _sampler_config()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Int
 
 from ppflow_jax.errors import InputError
 
@@ -85,6 +87,26 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def to_global(batch: Any, sharding: NamedSharding) -> Any:
-    """Global arrays from what this process read of them."""
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+@functools.cache
+def local_rows(sharding: NamedSharding, batch_size: int) -> Int[np.ndarray, " b"]:
+    """Rows of a global batch that the devices of this process hold, increasing.
+
+    Not always one block: on TPU the mesh follows the wires, not the hosts.
+    """
+    slices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[s] for (s,) in slices]))
+
+
+def to_global(batch: Any, sharding: NamedSharding, batch_size: int) -> Any:
+    """Global arrays of `batch_size` rows from this process's `local_rows` of them."""
+    rows = local_rows(sharding, batch_size)
+
+    def one(x: np.ndarray) -> jax.Array:
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            first, last, _ = index[0].indices(batch_size)
+            start = int(np.searchsorted(rows, first))
+            return x[start : start + last - first]
+
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, shard)
+
+    return jax.tree.map(one, batch)

@@ -32,6 +32,7 @@ from ppflow_jax.run_checkpoints import Checkpoints
 from ppflow_jax.sharding import (
     batch_sharding,
     data_shards,
+    local_rows,
     make_mesh,
     replicated,
     to_global,
@@ -109,7 +110,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     card, model = experiment.card, experiment.card.model
     apply = make_apply(model, dtype=jnp.dtype(config.model.dtype), remat=config.model.remat)
     mesh = make_mesh(**config.mesh)
-    batch_size, steps = config.data.batch_size, config.train.steps
+    batch_size, steps, place = config.data.batch_size, config.train.steps, batch_sharding(mesh)
     experiment.objective.check_batch(batch_size, data_shards(mesh) * config.train.accumulate)
     source = open_source(config.data.source, config.data.path)
     source.check_fits(model.shape, model.num_classes)
@@ -139,8 +140,7 @@ def train(config: ConfigDict, workdir: str) -> None:
         batch_size=batch_size,
         seed=config.seed,
         first_step=first,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=local_rows(place, batch_size),
     )
     draw_samples = _sample_grid(
         experiment, Sampler(apply, model, card.flow, experiment.sampler), root
@@ -152,7 +152,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     pending: tuple[int, dict[str, jax.Array]] | None = None
     try:
         for step in range(first + 1, steps + 1):
-            state, metrics = step_fn(state, to_global(next(stream), batch_sharding(mesh)), key)
+            state, metrics = step_fn(state, to_global(next(stream), place, batch_size), key)
             # Read the step before while this one runs; wait only where it must be known.
             log, save = step % config.train.log_every == 0, step % config.train.save_every == 0
             sample = config.sample.every and step % config.sample.every == 0

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
@@ -15,13 +16,14 @@ from ppflow_jax.files import atomic
 
 
 def progress(total: int, done: int, unit: str, what: str) -> tqdm:
-    """Progress bar with rate and ETA on stderr; sparse when stderr is a file."""
+    """Progress bar with rate and ETA on stderr of process 0; sparse when stderr is a file."""
     return tqdm(
         total=total,
         initial=done,
         unit=unit,
         desc=what,
         dynamic_ncols=True,
+        disable=jax.process_index() != 0,
         mininterval=0.2 if sys.stderr.isatty() else 30,
     )
 
@@ -29,12 +31,16 @@ def progress(total: int, done: int, unit: str, what: str) -> tqdm:
 class MetricWriter:
     """Scalars to `metrics.jsonl` and to TensorBoard event files.
 
-    On resume, lines of steps after `step` are dropped, so that the file is that of one run.
+    On resume, lines of steps after `step` are dropped, so that the file is that of one run. Only
+    process 0 reads and writes.
     """
 
     def __init__(self, workdir: Path, step: int):
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+        self._writes = jax.process_index() == 0
+        if not self._writes:
+            return
         self.path = workdir / "metrics.jsonl"
         kept = [r for r in read_metrics(self.path) if r["step"] <= step]
         with atomic(self.path) as temporary:
@@ -46,14 +52,17 @@ class MetricWriter:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
+        if not self._writes:
+            return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         summary = [Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
         self._events.add_event(Event(step=step, summary=Summary(value=summary)))
 
     def close(self) -> None:
-        self._file.close()
-        self._events.close()
+        if self._writes:
+            self._file.close()
+            self._events.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, int | float]]:

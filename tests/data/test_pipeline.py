@@ -31,11 +31,12 @@ def test_resuming_continues_the_stream():
     assert labels(9)[4:] == labels(5, first_step=4)
 
 
-def test_processes_share_the_global_batch():
-    whole = labels(5)
-    parts = [labels(5, process_index=i, process_count=2) for i in range(2)]
-    for batch, first, second in zip(whole, *parts):
-        assert batch[0::2] == first and batch[1::2] == second
+@pytest.mark.parametrize("rows", [([0, 1], [2, 3]), ([0, 3], [1, 2])])
+def test_processes_share_the_global_batch(rows):
+    whole = labels(5, first_step=3)
+    parts = [labels(5, first_step=3, rows=np.array(r)) for r in rows]
+    for batch, *shared in zip(whole, *parts):
+        assert [[batch[i] for i in r] for r in rows] == shared
 
 
 def test_digits_are_in_range():

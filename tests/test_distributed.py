@@ -1,0 +1,61 @@
+import pytest
+
+from ppflow_jax import distributed
+from ppflow_jax.errors import InputError
+
+GOOD = {
+    "JAX_COORDINATOR_ADDRESS": "host0:1234",
+    "JAX_NUM_PROCESSES": "2",
+    "JAX_PROCESS_ID": "1",
+}
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Arguments of every start of jax's service; the environment without a cluster."""
+    calls = []
+    for name in (*GOOD, "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("jax.distributed.initialize", lambda **options: calls.append(options))
+    return calls
+
+
+def test_one_process_starts_nothing(started):
+    distributed.initialize()
+    assert started == []
+
+
+def test_variables_say_who_is_who(started, monkeypatch):
+    for name, value in GOOD.items():
+        monkeypatch.setenv(name, value)
+    distributed.initialize()
+    (call,) = started
+    assert call["coordinator_address"] == "host0:1234"
+    assert (call["num_processes"], call["process_id"]) == (2, 1)
+
+
+@pytest.mark.parametrize(("tasks", "starts"), [("4", 1), ("1", 0)])
+def test_slurm_tasks_are_found_by_jax(started, monkeypatch, tasks, starts):
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", tasks)
+    distributed.initialize()
+    assert len(started) == starts
+    assert all("coordinator_address" not in call for call in started)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"JAX_PROCESS_ID": None}, "JAX_PROCESS_ID not set: give all three"),
+        ({"JAX_COORDINATOR_ADDRESS": "host0"}, "must be HOST:PORT"),
+        ({"JAX_PROCESS_ID": "2"}, "from 0 to one less"),
+        ({"JAX_NUM_PROCESSES": "two"}, "from 0 to one less"),
+    ],
+)
+def test_malformed_variables_are_refused_in_one_line(started, monkeypatch, change, words):
+    for name, value in (GOOD | change).items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=words) as error:
+        distributed.initialize()
+    assert started == [] and "\n" not in str(error.value)
