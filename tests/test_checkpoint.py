@@ -21,9 +21,9 @@ MODEL = ModelConfig(PPFLOW2, latent_size=8, channels=4, width=64, depth=2, heads
 CARD = Card(MODEL, Flow(), "latents", experiment={})
 DAMAGE = {
     "cut": lambda data: data[: len(data) // 2],
-    "flipped": lambda data: data[: len(data) // 2]
-    + bytes([data[len(data) // 2] ^ 1])
-    + data[len(data) // 2 + 1 :],
+    "flipped": lambda data: (
+        data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
+    ),
     "missing": None,
 }
 
