@@ -1,9 +1,13 @@
-"""Writing to disk so that nothing is left half-written."""
+"""Writing to disk so that nothing is left half-written or written by two."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
+import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,3 +42,36 @@ def writable_directory(path: str | Path) -> Path:
             f"cannot write to {path} ({e.strerror}): choose a folder where you may write"
         ) from e
     return path
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask the same out of `folder` until the block ends.
+
+    An advisory lock on `folder/.lock`, which the system lets go when the process dies, however it
+    dies. It holds between machines where the file system passes locks on (NFS 4, Lustre with
+    `flock`); one without locks is said and used all the same.
+
+    Raises:
+      InputError: another process holds it.
+    """
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            file.seek(0)
+            raise InputError(
+                f"{folder} is in use by {file.read().strip() or 'another run'}: wait for it, stop "
+                "it, or give another folder"
+            ) from e
+        except OSError as e:
+            if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            print(
+                f"no locks on this file system ({e.strerror}): see that one run uses {folder}",
+                file=sys.stderr,
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield

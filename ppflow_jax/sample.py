@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import platform
@@ -19,6 +20,7 @@ from ppflow_jax import cli, distributed
 from ppflow_jax.checkpoint import Card, digest, find_checkpoint, load_weights, read_card
 from ppflow_jax.decode import Decoder
 from ppflow_jax.errors import InputError
+from ppflow_jax.files import locked
 from ppflow_jax.flow.plan import GRIDS, SOLVERS, SamplerConfig, evaluations
 from ppflow_jax.flow.sampler import Sampler
 from ppflow_jax.flow.solvers import DIFFUSIONS, LAST_STEPS
@@ -86,14 +88,16 @@ def main() -> None:
         _say(f"{len(labels)} images, {nfe} NFE each, were complete in {folder.path}")
         return
     params = load_weights(step_folder, card, local_mesh(), _WEIGHTS.value)
-    folder.start(first=jax.process_index() == 0)
-    results = {
-        "nfe": nfe,
-        **_sample(folder, generator, params, labels, noise),
-        **_origin(step_folder, card),
-    }
-    if jax.process_index() == 0:
-        folder.finish(labels, settings["pngs"], results)
+    first = jax.process_index() == 0
+    folder.start(first)
+    with locked(folder.path) if first else contextlib.nullcontext():
+        results = {
+            "nfe": nfe,
+            **_sample(folder, generator, params, labels, noise),
+            **_origin(step_folder, card),
+        }
+        if first:
+            folder.finish(labels, settings["pngs"], results)
     folder.wait_until_complete()
     seconds, new = results["seconds"], results["images_in_these_seconds"]
     part = "" if new == len(labels) else f" for the last {new}"

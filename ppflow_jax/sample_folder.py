@@ -17,8 +17,9 @@ import shutil
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -209,11 +210,12 @@ def wait_for(what: Callable[[], bool], seconds: float = 0.5) -> None:
 
 
 def _save(path: Path, array: np.ndarray) -> None:
+    # Not np.save, which does not see that the last bytes did not fit on the disk.
     with atomic(path) as temporary, temporary.open("wb") as file:
-        np.save(file, array)
+        _join(file, iter([array]), len(array))
 
 
-def _join(file: BinaryIO, arrays: Iterator[np.ndarray], count: int) -> None:
+def _join(file: BufferedIOBase, arrays: Iterator[np.ndarray], count: int) -> None:
     """One .npy of `count` rows from arrays along the first axis, written one after the other."""
     first = next(arrays)
     header = np.lib.format.header_data_from_array_1_0(first)
