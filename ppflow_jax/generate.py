@@ -145,8 +145,11 @@ def choose_labels(rule: str, count: int, classes: int, seed: int) -> Int[np.ndar
         return np.arange(count, dtype=np.int32) % classes
     if rule == "uniform":
         root = jax.random.fold_in(jax.random.key(seed), _LABELS)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(root, jnp.arange(count))
-        return np.asarray(jax.vmap(lambda k: jax.random.randint(k, (), 0, classes))(keys))
+
+        def draw(k):
+            return jax.random.randint(jax.random.fold_in(root, k), (), 0, classes)
+
+        return np.asarray(jax.jit(jax.vmap(draw))(jnp.arange(count)))
     try:
         given = [int(s) for s in rule.split(",")]
     except ValueError as e:
