@@ -7,11 +7,11 @@ nothing else here: so every device always takes `microbatch` of them, the last o
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int, UInt8
@@ -145,11 +145,7 @@ def choose_labels(rule: str, count: int, classes: int, seed: int) -> Int[np.ndar
         return np.arange(count, dtype=np.int32) % classes
     if rule == "uniform":
         root = jax.random.fold_in(jax.random.key(seed), _LABELS)
-
-        def draw(k):
-            return jax.random.randint(jax.random.fold_in(root, k), (), 0, classes)
-
-        return np.asarray(jax.jit(jax.vmap(draw))(jnp.arange(count)))
+        return np.asarray(_uniform(root, np.arange(count), classes))
     try:
         given = [int(s) for s in rule.split(",")]
     except ValueError as e:
@@ -162,3 +158,9 @@ def choose_labels(rule: str, count: int, classes: int, seed: int) -> Int[np.ndar
             f"(and {classes} for none)"
         )
     return np.resize(np.int32(given), count)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _uniform(root, ids, classes):
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(root, ids)
+    return jax.vmap(lambda key: jax.random.randint(key, (), 0, classes))(keys)
