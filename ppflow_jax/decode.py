@@ -6,13 +6,13 @@ An autoencoder lies in the folders of a checkpoint (see checkpoint.py): `state` 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
 from ppflow_jax.checkpoint import (
@@ -28,6 +28,7 @@ from ppflow_jax.errors import InputError
 from ppflow_jax.models.autoencoder import Autoencoder, Config, Params, decode_chunked
 from ppflow_jax.models.autoencoder_kl import AutoencoderKLConfig
 from ppflow_jax.models.taesd import TAESDConfig
+from ppflow_jax.sharding import batch_sharding, data_shards, replicated
 from ppflow_jax.writers import to_uint8
 
 KINDS = {"vae": AutoencoderKLConfig, "taesd": TAESDConfig}
@@ -80,6 +81,7 @@ class Decoder:
     autoencoder: Autoencoder | None = None
     params: Any = None
     factor: float = 1.0
+    mesh: Mesh | None = None
 
     @classmethod
     def parse(cls, text: str, card: Card) -> Decoder:
@@ -109,15 +111,20 @@ class Decoder:
         scale = getattr(config, "scaling_factor", LATENT_SCALE)
         return cls(card, Autoencoder(config), jax.device_put(params), scale / card.latent_scale)
 
+    def on(self, mesh: Mesh) -> Decoder:
+        """The same with its parameters on every device of `mesh`, for decoding on all of them."""
+        return replace(self, params=jax.device_put(self.params, replicated(mesh)), mesh=mesh)
+
     def pictures(
-        self, latents: Float[np.ndarray, "b h w c"]
-    ) -> Iterator[UInt8[np.ndarray, "n y x k"]]:
-        """The pictures in order, a chunk at a time."""
-        for first in range(0, len(latents), CHUNK):
-            part = latents[first : first + CHUNK]
-            if self.autoencoder is None:
-                yield to_uint8(part, self.card.space)
-                continue
-            chunk = min(CHUNK, len(latents))
-            part = np.float32(part * self.factor)
-            yield decode_chunked(self.autoencoder, self.params, part, chunk=chunk, uint8=True)
+        self, latents: Float[np.ndarray, "b h w c"], chunk: int = CHUNK
+    ) -> UInt8[np.ndarray, "b y x k"]:
+        """The pictures in order; a device decodes `chunk` at a time, whatever their number."""
+        if self.autoencoder is None:
+            return to_uint8(latents, self.card.space)
+        latents = np.float32(latents * self.factor)
+        if self.mesh is not None:
+            chunk *= data_shards(self.mesh)
+        sharding = batch_sharding(self.mesh) if self.mesh is not None else None
+        return decode_chunked(
+            self.autoencoder, self.params, latents, chunk=chunk, uint8=True, sharding=sharding
+        )

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import importlib.metadata
+import platform
 import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,26 +17,33 @@ import numpy as np
 from absl import flags
 
 from ppflow_jax import cli, distributed
-from ppflow_jax.checkpoint import Card, find_checkpoint, load_weights, read_card
+from ppflow_jax.checkpoint import Card, digest, find_checkpoint, load_weights, read_card
 from ppflow_jax.decode import Decoder
 from ppflow_jax.errors import InputError
-from ppflow_jax.files import atomic, writable_directory
+from ppflow_jax.files import locked
 from ppflow_jax.flow.plan import GRIDS, SOLVERS, SamplerConfig, evaluations
-from ppflow_jax.flow.sampler import Sampler, image_noise
+from ppflow_jax.flow.sampler import Sampler
 from ppflow_jax.flow.solvers import DIFFUSIONS, LAST_STEPS
-from ppflow_jax.models.ppflow import make_apply
-from ppflow_jax.sharding import batch_sharding, data_shards, make_mesh
-from ppflow_jax.writers import progress, save_grid, save_png
+from ppflow_jax.generate import MICROBATCH, Generator, choose_labels
+from ppflow_jax.models.ppflow import Params, make_apply
+from ppflow_jax.sample_folder import SampleFolder
+from ppflow_jax.sharding import local_mesh
+from ppflow_jax.writers import progress
 
 _DEFAULT = SamplerConfig()
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir (its latest step) or one step.")
-_OUT = flags.DEFINE_string("out", None, "Folder for the pictures; made if needed.")
+_OUT = flags.DEFINE_string("out", None, "Folder for the pictures; one that was begun goes on.")
 _WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Which parameters.")
-_LABELS = flags.DEFINE_list("labels", [], "Classes, repeated in order up to --num; default: all.")
+_LABELS = flags.DEFINE_string(
+    "labels", "balanced", "balanced (0, 1, ... in turn), uniform (by seed), or classes as 1,2,3."
+)
 _NUM = flags.DEFINE_integer("num", None, "Images; default: as many as --labels or --noise.")
 _NOISE = flags.DEFINE_string("noise", None, "float32 NHWC .npy of initial noise instead of --seed.")
 _SEED = flags.DEFINE_integer("seed", 0, "Image k is a function of (seed, k).")
-_BATCH = flags.DEFINE_integer("batch", 64, "Images sampled at once, over all devices.")
+_BATCH = flags.DEFINE_integer("batch", 64, "Images in flight, over all devices; changes no image.")
+_MICROBATCH = flags.DEFINE_integer(
+    "microbatch", MICROBATCH, "Images a device computes at once (at most --num); changes last bits."
+)
 _SOLVER = flags.DEFINE_enum("solver", _DEFAULT.solver, SOLVERS, "ODE or SDE solver.")
 _STEPS = flags.DEFINE_integer(
     "steps", _DEFAULT.steps, "Intervals; with --grid=reference the points of linspace(0, 1, N)."
@@ -49,35 +62,54 @@ _DECODE = flags.DEFINE_string(
     "decode", "none", "vae:DIR or taesd:DIR, a converted autoencoder; none: false colours."
 )
 _SAVE = flags.DEFINE_bool("save_latents", False, "Also write latents.npy and labels.npy.")
-_PNGS = flags.DEFINE_bool("pngs", True, "Write every image as a PNG, not only the grid.")
+_PNGS = flags.DEFINE_bool("pngs", None, "Every image as a PNG; default: up to 1,000 images.")
 
 
 def main() -> None:
     distributed.initialize()
     step_folder = find_checkpoint(_CHECKPOINT.value)
     card = read_card(step_folder)
-    config = _sampler_config()
     apply = make_apply(card.model, dtype=jnp.dtype(_DTYPE.value))
-    sampler = Sampler(apply, card.model, card.flow, config)
+    sampler = Sampler(apply, card.model, card.flow, _sampler_config())
     labels, noise = _labels_and_noise(card)
     decoder = Decoder.parse(_DECODE.value, card)
-    mesh = make_mesh()
-    params = load_weights(step_folder, card, mesh, _WEIGHTS.value)
-    out = writable_directory(_OUT.value)
+    generator = Generator(
+        sampler,
+        decoder,
+        seed=_SEED.value,
+        microbatch=min(_MICROBATCH.value, len(labels)),
+        dtype=_DTYPE.value,
+    )
+    settings = _settings(step_folder, card, sampler, generator, noise, len(labels))
+    folder = SampleFolder(_OUT.value, settings)
+    nfe = "adaptive" if sampler.config.solver == "dopri5" else evaluations(sampler.segments)
+    if folder.complete:
+        folder.tidy()
+        _say(f"{len(labels)} images, {nfe} NFE each, were complete in {folder.path}")
+        return
+    params = load_weights(step_folder, card, local_mesh(), _WEIGHTS.value)
+    first = jax.process_index() == 0
+    folder.start(first)
+    with locked(folder.path) if first else contextlib.nullcontext():
+        results = {
+            "nfe": nfe,
+            **_sample(folder, generator, params, labels, noise),
+            **_origin(step_folder, card),
+        }
+        if first:
+            folder.finish(labels, settings["pngs"], results)
+    folder.wait_until_complete()
+    seconds, new = results["seconds"], results["images_in_these_seconds"]
+    part = "" if new == len(labels) else f" for the last {new}"
+    _say(
+        f"{len(labels)} images, {nfe} NFE each, {seconds:.1f} s with compilation{part}, "
+        f"in {folder.path}"
+    )
 
-    start = time.monotonic()
-    with jax.default_matmul_precision("highest" if _DTYPE.value == "float32" else "default"):
-        latents = _sample(sampler, params, card, labels, noise, mesh)
-    seconds = time.monotonic() - start
-    if bad := int(np.sum(~np.isfinite(latents).all(axis=(1, 2, 3)))):
-        raise InputError(
-            f"{bad} of {len(latents)} images are not finite: the weights may have diverged; "
-            "try --dtype=float32, more --steps or a lower --cfg"
-        )
-    with jax.default_matmul_precision("highest"):  # else TPUs round the decoder's convolutions
-        _write(out, latents, labels, decoder)
-    nfe = "adaptive" if config.solver == "dopri5" else evaluations(sampler.segments)
-    print(f"{len(latents)} images, {nfe} NFE each, {seconds:.1f} s with compilation, in {out}")
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text)
 
 
 def _sampler_config() -> SamplerConfig:
@@ -106,22 +138,67 @@ def _sampler_config() -> SamplerConfig:
     )
 
 
+def _settings(
+    step_folder: Path,
+    card: Card,
+    sampler: Sampler,
+    generator: Generator,
+    noise: np.ndarray | None,
+    count: int,
+) -> dict[str, Any]:
+    """Everything that the images depend on; a folder of others is not gone on with."""
+    kind, _, autoencoder = _DECODE.value.partition(":")
+    pyramid = card.model.pyramid
+    return {
+        "checkpoint_sha256": digest(step_folder),
+        "weights": _WEIGHTS.value,
+        "pyramid": str(pyramid),
+        **asdict(sampler.config),
+        "cfg": sampler.config.scales(pyramid),
+        "dtype": _DTYPE.value,
+        "decode": kind,
+        "autoencoder_sha256": digest(autoencoder) if autoencoder else None,
+        "rounding": "clamp(127.5 x + 128, 0, 255), truncated",
+        "seed": _SEED.value,
+        "noise_sha256": None if noise is None else hashlib.sha256(noise.tobytes()).hexdigest(),
+        "labels": _LABELS.value,
+        "num": count,
+        "microbatch": generator.microbatch,
+        "device": jax.local_devices()[0].device_kind,
+        "jax": jax.__version__,
+        "save_latents": _SAVE.value,
+        "pngs": count <= 1000 if _PNGS.value is None else _PNGS.value,
+    }
+
+
+def _origin(step_folder: Path, card: Card) -> dict[str, Any]:
+    """What the card says beyond the settings and the run: where things came from."""
+    names = ("ppflow_jax", "jax", "jaxlib", "flax", "diffrax", "numpy", "orbax-checkpoint")
+    return {
+        "checkpoint": str(step_folder),
+        "decode": _DECODE.value,
+        "model": card.model.to_json(),
+        "flow": asdict(card.flow),
+        "space": card.space,
+        "processes": jax.process_count(),
+        "devices": jax.device_count(),
+        "versions": {"python": platform.python_version()} | {n: _version(n) for n in names},
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed as a package"
+
+
 def _labels_and_noise(card: Card) -> tuple[np.ndarray, np.ndarray | None]:
     """Label of every image and, if given, its noise.
 
     Raises:
       InputError: labels out of range, or noise of another shape or not finite.
     """
-    classes = card.model.num_classes
-    try:
-        given = [int(s) for s in _LABELS.value] or list(range(classes))
-    except ValueError as e:
-        raise InputError(f"--labels={','.join(_LABELS.value)}: write numbers, e.g. 1,2,3") from e
-    if wrong := [y for y in given if not 0 <= y <= classes]:
-        raise InputError(
-            f"--labels has {wrong[0]}: the model has classes 0 to {classes - 1} "
-            f"(and {classes} for none)"
-        )
     noise = None
     if _NOISE.value:
         noise = _load_noise(Path(_NOISE.value), card.model.shape)
@@ -129,10 +206,10 @@ def _labels_and_noise(card: Card) -> tuple[np.ndarray, np.ndarray | None]:
             raise InputError(f"--num={_NUM.value}, but {_NOISE.value} holds {len(noise)} images")
     count = len(noise) if noise is not None else _NUM.value
     if count is None:
-        count = len(given) if _LABELS.value else 16
+        count = 16 if _LABELS.value in ("balanced", "uniform") else _LABELS.value.count(",") + 1
     if count < 1 or _BATCH.value < 1:
         raise InputError(f"--num and --batch must be at least 1, got {count} and {_BATCH.value}")
-    return np.resize(np.int32(given), count), noise
+    return choose_labels(_LABELS.value, count, card.model.num_classes, _SEED.value), noise
 
 
 def _load_noise(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
@@ -150,42 +227,33 @@ def _load_noise(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
     return noise
 
 
-def _sample(sampler, params, card, labels, noise, mesh) -> np.ndarray:
-    """All latents, in batches of one shape (the last one padded)."""
-    shards = data_shards(mesh)
-    batch = -(-min(_BATCH.value, len(labels)) // shards) * shards
-    place = batch_sharding(mesh)
-    latents, bar = [], progress(len(labels), 0, "img", "sample")
-    for first in range(0, len(labels), batch):
-        ids = np.arange(first, first + batch)
-        x, keys = image_noise(_SEED.value, ids, card.model.shape)
-        if noise is not None:
-            x = noise[np.minimum(ids, len(noise) - 1)]
-        y = labels[np.minimum(ids, len(labels) - 1)]
-        x, y, keys = jax.device_put((x, y, keys), place)
-        done = np.asarray(sampler(params, x, y, keys))[: len(labels) - first]
-        latents.append(done)
-        bar.update(len(done))
-    bar.close()
-    return np.concatenate(latents)
-
-
-def _write(out: Path, latents: np.ndarray, labels: np.ndarray, decoder: Decoder) -> None:
-    folder, shown, k = out / "images", [], 0
-    if _PNGS.value:
-        folder.mkdir(exist_ok=True)
-    for pictures in decoder.pictures(latents):
-        shown.extend(pictures[: max(0, 100 - len(shown))])
-        for picture in pictures if _PNGS.value else ():
-            save_png(folder / f"{k:06d}_class{labels[k]}.png", picture)
-            k += 1
-        if not _PNGS.value and len(shown) == 100:
-            break
-    save_grid(out / "grid.png", np.stack(shown), columns=min(10, len(shown)))
-    if _SAVE.value:
-        for name, array in {"latents": latents, "labels": labels}.items():
-            with atomic(out / f"{name}.npy") as temporary, temporary.open("wb") as file:
-                np.save(file, array)
+def _sample(
+    folder: SampleFolder,
+    generator: Generator,
+    params: Params,
+    labels: np.ndarray,
+    noise: np.ndarray | None,
+) -> dict[str, Any]:
+    """All shards that are missing; process 0 returns when those of the others are there too."""
+    start = time.monotonic()
+    shards = folder.claim(jax.process_index(), jax.process_count())
+    done = folder.images_done()
+    missing = len(labels) - done
+    ids = np.array([k for s in shards for k in folder.images_of(s)], np.int32)
+    inputs = (labels[ids], None if noise is None else noise[ids])
+    pictures, latents = [], []
+    with progress(len(labels), done, "img", "sample") as bar:
+        for part in generator(params, ids, *inputs, batch=_BATCH.value):
+            pictures.extend(part.pictures)
+            latents.extend(part.latents)
+            while shards and len(pictures) >= (size := len(folder.images_of(shards[0]))):
+                folder.write(shards.pop(0), np.stack(pictures[:size]), np.stack(latents[:size]))
+                del pictures[:size], latents[:size]
+            bar.update(folder.images_done() + len(pictures) - bar.n)
+        while jax.process_index() == 0 and not folder.whole():
+            time.sleep(0.5)
+            bar.update(folder.images_done() - bar.n)
+    return {"seconds": time.monotonic() - start, "images_in_these_seconds": missing}
 
 
 if __name__ == "__main__":

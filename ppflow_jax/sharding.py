@@ -59,6 +59,12 @@ def make_mesh(
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def local_mesh() -> Mesh:
+    """Mesh of the devices of this process alone, all along `data`."""
+    devices = np.array(jax.local_devices()).reshape(-1, 1, 1)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
 def data_shards(mesh: Mesh) -> int:
     """Parts into which a batch is cut: the data and fsdp axes."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -20,7 +20,7 @@ _MAX_ADAPTIVE_STEPS = 4096
 
 
 def image_noise(
-    seed: int, ids: Int[np.ndarray, " b"], shape: tuple[int, ...]
+    seed: int, ids: Int[np.ndarray, " b"] | Int[Array, " b"], shape: tuple[int, ...]
 ) -> tuple[Float[Array, "b h w c"], Key[Array, " b"]]:
     """Initial N(0, 1) noise and the SDE key of every image.
 

@@ -1,0 +1,143 @@
+"""The same samples in one go, stopped and gone on with, batched otherwise, by two processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from ppflow_jax.checkpoint import Card, digest, save_weights
+from ppflow_jax.files import locked
+from ppflow_jax.flow.path import Flow
+from ppflow_jax.models.ppflow import ModelConfig, abstract_params
+from ppflow_jax.pyramid import Pyramid
+from ppflow_jax.sample_folder import SampleFolder
+from tests.commands import ROOT, run
+
+MODEL = ModelConfig(Pyramid.parse("4x4@0.5,2x2@1"), 8, 1, 16, 1, 2, 10, learn_sigma=False)
+FLAGS = ["--num=300", "--solver=euler", "--steps=2", "--cfg=1,2", "--save_latents"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("weights") / "model", np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: 0.1 * rng.standard_normal(leaf.shape, np.float32), abstract_params(MODEL)
+    )
+    save_weights(folder, Card(MODEL, Flow(), "pixels"), params)
+    return folder
+
+
+def flags(model, out, *more):
+    return [f"--checkpoint={model}", f"--out={out}", *FLAGS, "--nopngs", *more]
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    code, said, err = run("sample", *flags(model, out))
+    assert code == 0 and "300 images, 2 NFE each" in said, err
+    return out
+
+
+def assert_same(folder, whole):
+    assert (folder / "samples.npz").read_bytes() == (whole / "samples.npz").read_bytes()
+    for name in ("latents.npy", "labels.npy"):
+        np.testing.assert_array_equal(np.load(folder / name), np.load(whole / name))
+
+
+def test_files_and_card(model, whole):
+    names = {p.name for p in whole.iterdir()}
+    assert names == {
+        *("samples.npz", "latents.npy", "labels.npy", "grid.png", "card.json", ".lock")
+    }
+    made, latents = np.load(whole / "samples.npz"), np.load(whole / "latents.npy")
+    expected = np.clip(127.5 * latents + 128, 0, 255).astype(np.uint8)
+    np.testing.assert_array_equal(made["arr_0"], expected)
+    assert made["arr_1"].tolist() == [k % 10 for k in range(300)]
+    card = json.loads((whole / "card.json").read_text())
+    assert card["settings"]["checkpoint_sha256"] == digest(model)
+    assert card["settings"]["cfg"] == [1.0, 2.0] and card["settings"]["labels"] == "balanced"
+    assert card["settings"]["pyramid"] == "4x4@0.5,2x2@1" and card["settings"]["steps"] == 2
+    assert (card["nfe"], card["images_in_these_seconds"], card["devices"]) == (2, 300, 8)
+    assert card["versions"]["jax"] == jax.__version__ and card["seconds"] > 0
+
+
+def test_stopped_and_gone_on_with_in_other_batches(model, whole, tmp_path, monkeypatch):
+    write, shards = SampleFolder.write, []
+
+    def stop(folder, shard, *arrays):
+        if shards:
+            raise KeyboardInterrupt
+        shards.append(shard)
+        write(folder, shard, *arrays)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SampleFolder, "write", stop)
+        run("sample", *flags(model, tmp_path))
+    assert not (tmp_path / "samples.npz").exists()
+    code, said, err = run("sample", *flags(model, tmp_path, "--batch=500"))
+    assert code == 0 and "for the last 44" in said, err
+    assert_same(tmp_path, whole)
+
+
+def test_two_processes_of_one_device(model, whole, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-m", "ppflow_jax.sample", *flags(model, tmp_path)],
+            cwd=ROOT,
+            env=os.environ
+            | {
+                "JAX_PLATFORMS": "cpu",
+                "JAX_COORDINATOR_ADDRESS": address,
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": str(k),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for k in range(2)
+    ]
+    said = [p.communicate(timeout=300)[0] for p in runs]
+    assert [p.returncode for p in runs] == [0, 0], said
+    assert ["300 images" in text for text in said] == [True, False]
+    assert_same(tmp_path, whole)
+    assert json.loads((tmp_path / "card.json").read_text())["processes"] == 2
+
+
+def test_a_complete_folder_is_left_alone(model, whole):
+    before = {p.name: p.stat().st_mtime_ns for p in whole.iterdir()}
+    code, said, _ = run("sample", *flags(model, whole))
+    assert code == 0 and "were complete" in said
+    assert {p.name: p.stat().st_mtime_ns for p in whole.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--seed=1"], "holds 300 images of other settings (seed: 0 -> 1)"),
+        (["--labels=uniform"], "labels: balanced -> uniform"),
+        (["--cfg=1,3"], "cfg: [1.0, 2.0] -> [1.0, 3.0]"),
+        (["--num=301"], "num: 300 -> 301"),
+        (["--microbatch=8"], "microbatch: 16 -> 8"),
+    ],
+)
+def test_other_settings_in_the_same_folder_are_refused(model, whole, more, words):
+    before = (whole / "card.json").read_bytes()
+    code, _, err = run("sample", *flags(model, whole, *more))
+    assert code == 1 and words in err and len(err.strip().splitlines()) == 1
+    assert (whole / "card.json").read_bytes() == before
+
+
+def test_a_folder_in_use_is_refused(model, tmp_path):
+    with locked(tmp_path):
+        code, _, err = run("sample", *flags(model, tmp_path))
+    assert code == 1 and "is in use by process" in err and len(err.strip().splitlines()) == 1
