@@ -90,7 +90,7 @@ def test_inception_score(inputs, golden):
 
 @pytest.mark.parametrize("pair", ["ab", "ba", "aa", "cd", "ef"])
 def test_precision_and_recall(inputs, golden, pair, monkeypatch):
-    monkeypatch.setattr(pr, "_CHUNK_BYTES", 8 * 400 * 33)  # several blocks
+    monkeypatch.setattr(pr, "_CHUNK_BYTES", 8 * 400 * 150)  # several blocks
     reference, samples = (inputs[name] for name in pair)
     for k, precision, recall in zip(
         golden["pr/k"], golden[f"pr/{pair}/precision"], golden[f"pr/{pair}/recall"]
