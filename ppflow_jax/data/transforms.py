@@ -20,7 +20,7 @@ def to_uint8(
     return ((256.0 * images - images) * 0.5 + 128.0).clip(0, 255).astype("uint8")
 
 
-def center_crop(image: UInt8[np.ndarray, "h w c"], size: int) -> UInt8[np.ndarray, "s s c"]:
+def center_crop(image: UInt8[np.ndarray, "h w *c"], size: int) -> UInt8[np.ndarray, "s s *c"]:
     """ADM centre crop: halve by box filter while twice `size` fits, bicubic to `size`, crop.
 
     Source: the preprocessing of ADM (arXiv 2105.05233), used by DiT, SiT and PPFlow.

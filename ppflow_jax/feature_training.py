@@ -1,0 +1,109 @@
+"""Training of the small feature network on labelled pictures."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax import numpy as jnp
+
+from ppflow_jax.data.pipeline import batches
+from ppflow_jax.data.sources import ArraySource
+from ppflow_jax.data.transforms import to_uint8
+from ppflow_jax.errors import InputError
+from ppflow_jax.models.feature_net import FeatureNet, FeatureNetConfig, Params
+from ppflow_jax.writers import progress
+
+BATCH = 128
+STEPS = 400
+LEARNING_RATE = 3e-3
+HELD_OUT = 5  # one example in so many is only for the accuracy
+MAX_HELD_OUT = 10_000
+
+
+class _Part:
+    """Some examples of a source."""
+
+    def __init__(self, source: ArraySource, index: np.ndarray):
+        self._source, self._index = source, index
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, i) -> dict[str, np.ndarray]:
+        return self._source[self._index[int(i)]]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
+def _step(network: FeatureNet, tx: optax.GradientTransformation, params, state, images, labels):
+    def loss(params):
+        logits = network.features(params, images, ("logits",))["logits"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    value, gradient = jax.value_and_grad(loss)(params)
+    updates, state = tx.update(gradient, state, params)
+    return optax.apply_updates(params, updates), state, value
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _classes(network: FeatureNet, params, images):
+    return network.features(params, images, ("logits",))["logits"].argmax(axis=-1)
+
+
+def train_features(
+    source: ArraySource, *, seed: int = 0, steps: int = STEPS
+) -> tuple[FeatureNetConfig, Params, dict[str, Any]]:
+    """Config, parameters, and what is to be said of them, among it the accuracy on held-out data.
+
+    The source holds pictures in [-1, 1]; they are rounded to 0..255 as samples are. Equal for
+    equal seeds on one machine and library version.
+
+    Raises:
+      InputError: no pictures of 1 or 3 channels, or too few.
+    """
+    size, _, channels = source.shape
+    if channels not in (1, 3):
+        raise InputError(
+            f"{source.name} has examples with {channels} channels, which are no pictures: decode "
+            "latents first (python -m ppflow_jax.sample --decode), or give a folder of pictures"
+        )
+    index = np.arange(len(source))
+    held = index % HELD_OUT == HELD_OUT - 1
+    train, test = _Part(source, index[~held]), _Part(source, index[held][:MAX_HELD_OUT])
+    if len(train) < BATCH:
+        raise InputError(
+            f"{source.name} has {len(source)} examples: a feature network needs at least "
+            f"{BATCH * HELD_OUT // (HELD_OUT - 1)}"
+        )
+    config = FeatureNetConfig(size, channels, int(np.max(source.labels)) + 1)
+    network = FeatureNet(config)
+    params = jax.device_put(network.init(seed))
+    tx = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, steps))
+    state = tx.init(params)
+    stream = batches(train, batch_size=BATCH, seed=seed, first_step=0)
+    with progress(steps, 0, "step", "feature network") as bar:
+        for _ in range(steps):
+            batch = next(stream)
+            images = to_uint8(batch["x"])
+            params, state, _ = _step(network, tx, params, state, images, batch["label"])
+            bar.update()
+    right = 0
+    for first in range(0, len(test), BATCH):
+        some = [test[i] for i in range(first, min(first + BATCH, len(test)))]
+        images = to_uint8(np.stack([e["x"] for e in some]))
+        labels = np.stack([e["label"] for e in some])
+        padded = np.pad(images, [(0, BATCH - len(images)), (0, 0), (0, 0), (0, 0)])
+        found = np.asarray(_classes(network, params, jnp.asarray(padded)))[: len(labels)]
+        right += int((found == labels).sum())
+    origin = {
+        "trained_on": source.name,
+        "examples": len(train),
+        "steps": steps,
+        "seed": seed,
+        "accuracy": right / len(test),
+        "held_out": len(test),
+    }
+    return config, jax.tree.map(np.asarray, params), origin
