@@ -6,8 +6,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from jaxtyping import UInt8
@@ -92,7 +92,7 @@ def npz_images(path: Path) -> ImageSet:
       InputError: no npz, no `arr_0`, or another dtype or shape.
     """
 
-    def header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    def header(file: BufferedIOBase) -> tuple[tuple[int, ...], bool, np.dtype]:
         version = np.lib.format.read_magic(file)
         reader = {(1, 0): np.lib.format.read_array_header_1_0}
         return reader.get(version, np.lib.format.read_array_header_2_0)(file)
@@ -146,9 +146,9 @@ def folder_images(path: Path, size: int | None = None) -> ImageSet:
     with ThreadPoolExecutor(_THREADS) as pool:
         headers = list(pool.map(_header, files))
     grey = all(mode in _GREY for _, mode in headers)
-    sizes = {found: file for file, (found, _) in zip(files, headers)}
+    sizes = {found: file for file, (found, _) in zip(files[::-1], headers[::-1])}
     if size is None and len(sizes) > 1:
-        (a, first), (b, second) = list(sizes.items())[:2]
+        (a, first), (b, second) = sorted(sizes.items(), key=lambda item: item[1])[:2]
         raise InputError(
             f"{path} has images of {len(sizes)} sizes, such as {a[0]}x{a[1]} ({first.name}) and "
             f"{b[0]}x{b[1]} ({second.name}): give --size=N for ADM's centre crop to NxN"
