@@ -2,11 +2,11 @@
 
     python -m benchmarks.published_fid --inception=DIR [--batch=25]
 
-torchmetrics 1.9 documents, after `torch.manual_seed(123)`, two sets of 100 random pictures of
-299x299 (integers from [0, 200) and from [100, 255)): FID with 64 features 12.6388, KID 0.0312 with
-a standard deviation of 0.0025 (100 subsets of 50). PyTorch's pictures and subsets are drawn here
-from NumPy's Mersenne Twister, which gives the same numbers. Exit code 1 where a printed digit
-differs.
+torchmetrics 1.9 documents, for two sets of 100 random pictures of 299x299 (integers from [0, 200)
+and from [100, 255)), FID with 64 features 12.6388 and KID 0.0312 with a standard deviation of
+0.0025 (100 subsets of 50). Its documentation is tested after `torch.manual_seed(42)`. PyTorch's
+pictures and subsets are drawn here from NumPy's Mersenne Twister, which gives the same numbers.
+Exit code 1 where a printed digit differs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=25)
     args = parser.parse_args()
     config, params, _ = load_inception(args.inception)
-    random = np.random.RandomState(123)
+    random = np.random.RandomState(42)
     sets = [
         array_images(name, random_images(random, *bounds))
         for name, bounds in (("first set", (0, 200)), ("second set", (100, 255)))

@@ -77,7 +77,7 @@ class Evaluator:
         self.network, self.reference, self.batch, self.seed = network, reference, batch, seed
         if unknown := [m for m in metrics if m not in METRICS]:
             raise InputError(f"no metric {unknown[0]!r}: choose from {', '.join(METRICS)}")
-        _check_card(reference, network)
+        _check_statistics(reference, network)
         if reference.images:
             check_shape(reference.images, network)
         self.left_out = {m: why for m in METRICS if (why := self._impossible(m))}
@@ -106,12 +106,6 @@ class Evaluator:
             found = self.reference.statistics.get(needed)
             if found is None:
                 return f"{self.reference.name} has no statistics of {needed} features"
-        found = self.reference.statistics.get(needed) if metric in _MOMENTS else None
-        if found is not None and len(found.mean) != self.network.dimensions[needed]:
-            return (
-                f"{self.reference.name} has statistics of {len(found.mean)} {needed} features, the "
-                f"network has {self.network.dimensions[needed]}"
-            )
         return None
 
     def known(self) -> Extracted:
@@ -234,12 +228,19 @@ class Evaluator:
         return notes
 
 
-def _check_card(reference: Reference, network: FeatureNetwork) -> None:
-    """Statistics made here say by which network.
+def _check_statistics(reference: Reference, network: FeatureNetwork) -> None:
+    """Statistics have a size, and if they were made here they say by which network.
 
     Raises:
-      InputError: by another one, or with the other resize.
+      InputError: made by another one, or with the other resize.
     """
+    for name, found in reference.statistics.items():
+        expected = network.dimensions.get(name, len(found.mean))
+        if len(found.mean) != expected:
+            raise InputError(
+                f"{reference.name} has statistics of {len(found.mean)} numbers an image ({name}), "
+                f"this feature network gives {expected}: use the network that made them"
+            )
     card = (reference.card or {}).get("features")
     if card is None:
         return

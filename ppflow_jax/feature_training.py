@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,7 +11,6 @@ import numpy as np
 import optax
 from jax import numpy as jnp
 
-from ppflow_jax.data.pipeline import batches
 from ppflow_jax.data.sources import ArraySource
 from ppflow_jax.data.transforms import to_uint8
 from ppflow_jax.errors import InputError
@@ -24,17 +24,18 @@ HELD_OUT = 5  # one example in so many is only for the accuracy
 MAX_HELD_OUT = 10_000
 
 
-class _Part:
-    """Some examples of a source."""
+def _batches(source: ArraySource, index: np.ndarray, seed: int) -> Iterator[tuple]:
+    """Endless (uint8 pictures, labels), in a new order every epoch."""
+    rng = np.random.default_rng(seed)
+    while True:
+        order = rng.permutation(index)
+        for first in range(0, len(order) - BATCH + 1, BATCH):
+            yield _examples(source, order[first : first + BATCH])
 
-    def __init__(self, source: ArraySource, index: np.ndarray):
-        self._source, self._index = source, index
 
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __getitem__(self, i) -> dict[str, np.ndarray]:
-        return self._source[self._index[int(i)]]
+def _examples(source: ArraySource, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    some = [source[i] for i in index]
+    return to_uint8(np.stack([e["x"] for e in some])), np.stack([e["label"] for e in some])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
@@ -72,7 +73,7 @@ def train_features(
         )
     index = np.arange(len(source))
     held = index % HELD_OUT == HELD_OUT - 1
-    train, test = _Part(source, index[~held]), _Part(source, index[held][:MAX_HELD_OUT])
+    train, test = index[~held], index[held][:MAX_HELD_OUT]
     if len(train) < BATCH:
         raise InputError(
             f"{source.name} has {len(source)} examples: a feature network needs at least "
@@ -83,18 +84,14 @@ def train_features(
     params = jax.device_put(network.init(seed))
     tx = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, steps))
     state = tx.init(params)
-    stream = batches(train, batch_size=BATCH, seed=seed, first_step=0)
+    stream = _batches(source, train, seed)
     with progress(steps, 0, "step", "feature network") as bar:
         for _ in range(steps):
-            batch = next(stream)
-            images = to_uint8(batch["x"])
-            params, state, _ = _step(network, tx, params, state, images, batch["label"])
+            params, state, _ = _step(network, tx, params, state, *next(stream))
             bar.update()
     right = 0
     for first in range(0, len(test), BATCH):
-        some = [test[i] for i in range(first, min(first + BATCH, len(test)))]
-        images = to_uint8(np.stack([e["x"] for e in some]))
-        labels = np.stack([e["label"] for e in some])
+        images, labels = _examples(source, test[first : first + BATCH])
         padded = np.pad(images, [(0, BATCH - len(images)), (0, 0), (0, 0), (0, 0)])
         found = np.asarray(_classes(network, params, jnp.asarray(padded)))[: len(labels)]
         right += int((found == labels).sum())

@@ -15,7 +15,12 @@ from absl import flags
 from ppflow_jax import cli
 
 ROOT = Path(__file__).parents[1]
-REQUIRED = {"main": ("config", "workdir"), "sample": ("checkpoint", "out")}
+REQUIRED = {
+    "main": ("config", "workdir"),
+    "sample": ("checkpoint", "out"),
+    "evaluate": ("reference",),
+}
+_FLAGS: dict[str, dict[str, flags.Flag]] = {}  # of every command that has been loaded
 # A model that trains in seconds; 8 fake devices need a batch of 16 for two stages.
 SMALL = [
     "--config.model.width=16",
@@ -33,7 +38,7 @@ SMALL = [
 
 def run(name: str, *args: str) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of `python -m ppflow_jax.NAME ARGS`."""
-    module = importlib.import_module(f"ppflow_jax.{name}")
+    module = _load(name)
     out, err, code = io.StringIO(), io.StringIO(), 0
     flags.FLAGS.unparse_flags()
     for flag in list(flags.FLAGS):
@@ -53,6 +58,22 @@ def run(name: str, *args: str) -> tuple[int, str, str]:
         finally:
             flags.FLAGS.mark_as_parsed()
     return code, out.getvalue(), err.getvalue()
+
+
+def _load(name: str):
+    """The command's module, with its flags registered and no other command's of the same name."""
+    for other in _FLAGS:
+        for flag in _FLAGS[other] if other != name else ():
+            if flag in flags.FLAGS:
+                delattr(flags.FLAGS, flag)
+    module = importlib.import_module(f"ppflow_jax.{name}")
+    if name not in _FLAGS:
+        found = flags.FLAGS.flags_by_module_dict()[module.__name__]
+        _FLAGS[name] = {flag.name: flag for flag in found}
+    for flag, value in _FLAGS[name].items():
+        if flag not in flags.FLAGS:
+            flags.FLAGS[flag] = value
+    return module
 
 
 def train(workdir: Path, *args: str, variant: str = "") -> tuple[int, str, str]:
