@@ -25,6 +25,7 @@ from ppflow_jax.flow.loss import Objective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.sampler import Sampler, image_noise
+from ppflow_jax.judge import make_judge
 from ppflow_jax.models.ppflow import ModelConfig, make_apply
 from ppflow_jax.optim import OptimConfig, learning_rate, make_optimizer
 from ppflow_jax.pyramid import Pyramid
@@ -141,9 +142,9 @@ def train(config: ConfigDict, workdir: str) -> None:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    draw_samples = _sample_grid(
-        experiment, Sampler(apply, model, card.flow, experiment.sampler), root
-    )
+    sampler = Sampler(apply, model, card.flow, experiment.sampler)
+    draw_samples = _sample_grid(experiment, sampler, root)
+    judge = make_judge(config, card, sampler, source, mesh, root)
     schedule = learning_rate(experiment.optim, steps)
     writer = MetricWriter(root, first)
     bar = progress(steps * batch_size, first * batch_size, "img", "train")
@@ -156,9 +157,10 @@ def train(config: ConfigDict, workdir: str) -> None:
             log, save = step % config.train.log_every == 0, step % config.train.save_every == 0
             sample = config.sample.every and step % config.sample.every == 0
             last = step == steps
+            judged = judge is not None and (last or step % config.eval.every == 0)
             values = _finite(pending, checkpoints) if pending else {}
             pending = (step, metrics)
-            if log or save or sample or last:
+            if log or save or sample or judged or last:
                 values, pending = _finite(pending, checkpoints), None
             bar.update(batch_size)
             if log or last:
@@ -174,6 +176,9 @@ def train(config: ConfigDict, workdir: str) -> None:
                 checkpoints.save(step, state)
             if sample or last:
                 draw_samples(state["ema"], step)
+                clock, logged = time.monotonic(), step
+            if judged:
+                writer.write(step, judge(state["ema"], step))
                 clock, logged = time.monotonic(), step
     finally:
         bar.close()
