@@ -1,33 +1,46 @@
 """Judge samples: python -m ppflow_jax.evaluate --samples=FILE.npz --reference=DIR --features=DIR
 
+    python -m ppflow_jax.evaluate --checkpoint=DIR --num=10000 --reference=DIR --features=DIR
     python -m ppflow_jax.evaluate --reference=DIR --features=DIR --statistics_out=FILE.npz
     python -m ppflow_jax.evaluate --reference=digits --train_features=DIR
 
-The second keeps the statistics of a dataset, the third trains a small feature network on one.
+The second samples first, as the run's configuration does. The third keeps the statistics of a
+dataset, the last trains a small feature network on one.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
 
 from ppflow_jax import cli
-from ppflow_jax.checkpoint import check_new
-from ppflow_jax.data.images import ImageSet, open_images
+from ppflow_jax.checkpoint import check_new, find_checkpoint, load_weights, read_card
+from ppflow_jax.data.images import ImageSet, array_images, open_images
 from ppflow_jax.data.sources import ArraySource, arrays, digits
+from ppflow_jax.decode import Decoder
 from ppflow_jax.errors import InputError
 from ppflow_jax.evaluation import METRICS, NOT_COMPARABLE, Evaluator, environment, open_reference
 from ppflow_jax.extraction import extract, save_statistics
 from ppflow_jax.feature_training import train_features
-from ppflow_jax.features import FeatureNetwork, load_features, save_small, small_features
+from ppflow_jax.features import FeatureNetwork, digest, load_features, save_small, small_features
 from ppflow_jax.files import atomic, writable_directory
+from ppflow_jax.flow.plan import SamplerConfig, evaluations
+from ppflow_jax.flow.sampler import Sampler
+from ppflow_jax.judge import sample_pictures
+from ppflow_jax.models.ppflow import make_apply
 from ppflow_jax.models.resize import CONVENTIONS
+from ppflow_jax.sharding import make_mesh
 
 _SAMPLES = flags.DEFINE_string("samples", None, "npz with arr_0, folder of images, or digits.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir or step to sample from instead.")
+_NUM = flags.DEFINE_integer("num", 10_000, "Samples of --checkpoint, its classes in turn.")
+_DECODE = flags.DEFINE_string("decode", "none", "vae:DIR or taesd:DIR for a model of latents.")
 _REFERENCE = flags.DEFINE_string(
     "reference", None, "The same, or an npz with mu and sigma: what samples are compared with."
 )
@@ -51,7 +64,7 @@ _TRAIN_FEATURES = flags.DEFINE_string(
     "train_features", None, "Train a feature network on the labelled reference, in this new folder."
 )
 _BATCH = flags.DEFINE_integer("batch", 64, "Images at once, over all devices.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of KID's subsets and of --train_features.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of samples, KID's subsets, --train_features.")
 
 _SHOWN = {
     "fid": "FID",
@@ -69,8 +82,12 @@ def main() -> None:
     if _TRAIN_FEATURES.value:
         _train()
         return
-    if not (_SAMPLES.value or _STATISTICS_OUT.value):
-        raise InputError("give --samples to judge, --statistics_out or --train_features")
+    if _SAMPLES.value and _CHECKPOINT.value:
+        raise InputError("--samples and --checkpoint are two sets: give one of them")
+    if not (_SAMPLES.value or _CHECKPOINT.value or _STATISTICS_OUT.value):
+        raise InputError(
+            "give --samples or --checkpoint to judge, --statistics_out or --train_features"
+        )
     if not _FEATURES.value:
         raise InputError(
             "--features is required: the folder of an Inception network (docs/weights.md has the "
@@ -80,18 +97,20 @@ def main() -> None:
     samples = open_images(_SAMPLES.value, _SIZE.value) if _SAMPLES.value else None
     reference = open_reference(_REFERENCE.value, _SIZE.value)
     statistics = check_new(_STATISTICS_OUT.value) if _STATISTICS_OUT.value else None
-    out = _card_path() if samples else None
+    model = _Model(_CHECKPOINT.value) if _CHECKPOINT.value else None
+    out = _card_path() if samples or model else None
     network = _network()
     if statistics:
         if reference.images is None:
             raise InputError(f"{reference.name} holds statistics already: give images")
         _write_statistics(statistics, reference.images, network)
-    if samples:
+    if samples or model:
         evaluator = Evaluator(
             network, reference, tuple(_METRICS.value), batch=_BATCH.value, seed=_SEED.value
         )
-        result = evaluator(samples)
-        if card := _made_by(Path(_SAMPLES.value)):
+        card = _made_by(Path(_SAMPLES.value)) if samples else model.card
+        result = evaluator(samples or model.generate(_NUM.value))
+        if card:
             result["samples"]["card"] = card
         _write_json(out, result)
         print(table(result))
@@ -102,6 +121,52 @@ def _network() -> FeatureNetwork:
     if _FEATURES.value == "digits":
         return small_features(*train_features(digits(), seed=0))
     return load_features(_FEATURES.value, _RESIZE.value)
+
+
+class _Model:
+    """A checkpoint to sample from, with the settings of its run's `config.sample`.
+
+    Raises:
+      InputError: no such checkpoint, a model of latents without --decode.
+    """
+
+    def __init__(self, path: str):
+        folder = find_checkpoint(path)
+        card = read_card(folder)
+        if _NUM.value < 2:
+            raise InputError(f"--num must be at least 2, got {_NUM.value}")
+        if card.space == "latents" and _DECODE.value == "none":
+            raise InputError(f"{path} makes latents: give --decode=vae:DIR or taesd:DIR")
+        config = SamplerConfig()
+        if card.experiment:
+            s = card.experiment["sample"]
+            config = SamplerConfig(s["solver"], s["steps"], cfg=tuple(s["cfg"]))
+        self._decoder = Decoder.parse(_DECODE.value, card)
+        self._mesh = make_mesh()
+        self._params = load_weights(folder, card, self._mesh)
+        self._sampler = Sampler(make_apply(card.model), card.model, card.flow, config)
+        self.card = {
+            "checkpoint": str(folder),
+            "digest": digest(self._params),
+            "weights": "ema",
+            "pyramid": str(card.model.pyramid),
+            "sampler": asdict(config),
+            "evaluations": evaluations(self._sampler.segments),
+            "decode": _DECODE.value,
+            "seed": _SEED.value,
+        }
+
+    def generate(self, count: int) -> ImageSet:
+        with jax.default_matmul_precision("highest"):
+            pictures = sample_pictures(
+                self._sampler,
+                self._params,
+                self._decoder,
+                count=count,
+                seed=_SEED.value,
+                mesh=self._mesh,
+            )
+        return array_images(f"{count} of {self.card['checkpoint']}", pictures)
 
 
 def _labelled(text: str) -> ArraySource:
@@ -137,7 +202,7 @@ def _card_path() -> Path:
     if _OUT.value:
         path = Path(_OUT.value)
     else:
-        samples = Path(os.path.abspath(_SAMPLES.value))
+        samples = Path(os.path.abspath(_SAMPLES.value or _CHECKPOINT.value))
         path = samples.with_name(f"{samples.stem or samples.name}.evaluation.json")
     writable_directory(path.parent)
     if path.is_dir():

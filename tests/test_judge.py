@@ -7,11 +7,22 @@ import json
 import numpy as np
 import pytest
 
+from configs.digits import get_config
 from ppflow_jax import judge
+from ppflow_jax.checkpoint import Card
+from ppflow_jax.data.sources import digits
+from ppflow_jax.errors import InputError
 from ppflow_jax.feature_training import train_features
+from ppflow_jax.flow.path import Flow
+from ppflow_jax.flow.plan import SamplerConfig
+from ppflow_jax.flow.sampler import Sampler
+from ppflow_jax.models.ppflow import ModelConfig, make_apply
+from ppflow_jax.pyramid import PPFLOW2
+from ppflow_jax.sharding import make_mesh
 from ppflow_jax.writers import read_metrics
-from tests.commands import train
+from tests.commands import run, train
 
+MODEL = ModelConfig(PPFLOW2, latent_size=8, channels=1, width=16, depth=1, heads=2, num_classes=10)
 EVAL = ["--config.eval.every=4", "--config.eval.count=24", "--config.optim.schedule=constant"]
 
 
@@ -47,18 +58,38 @@ def test_metrics_are_written_beside_the_others(tmp_path, monkeypatch):
     assert code == 0 and calls == [0], err
     assert sorted(evaluations(tmp_path)) == [6]
 
+    # and the command, on the checkpoint that this run left
+    features = f"--features={tmp_path / 'features'}"
+    code, _, err = run(
+        "evaluate",
+        f"--checkpoint={tmp_path}",
+        "--num=24",
+        "--reference=digits",
+        features,
+        "--metrics=fid,kid",
+        f"--out={tmp_path / 'e.json'}",
+    )
+    assert code == 0, err
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert result["samples"]["card"]["sampler"]["steps"] == 2
+    fid = evaluations(tmp_path)[6]["eval_small_features/fid"]
+    assert result["metrics"]["fid"] == pytest.approx(fid, rel=1e-3)
+
 
 @pytest.mark.parametrize(
-    ("args", "words"),
+    ("space", "settings", "words"),
     [
-        (["--config.eval.count=1"], "count at least 2"),
-        (["--config.eval.every=-1"], "every must be at least 0"),
-        (["--config.data.space=latents"], "set config.eval.decode"),
-        (["--config.eval.features=nowhere"], "no checkpoint in"),
-        (["--config.eval.reference=nowhere"], "does not exist"),
+        ("pixels", {"count": 1}, "count at least 2"),
+        ("pixels", {"every": -1}, "every must be at least 0"),
+        ("latents", {}, r"set config\.eval\.decode"),
+        ("pixels", {"features": "nowhere"}, "no checkpoint in"),
+        ("pixels", {"reference": "nowhere"}, "does not exist"),
     ],
 )
-def test_bad_settings_stop_before_the_first_step(tmp_path, args, words):
-    code, _, err = train(tmp_path, *EVAL, *args)
-    assert code == 1 and words in err.strip().splitlines()[-1]
-    assert not read_metrics(tmp_path / "metrics.jsonl")
+def test_bad_settings_stop_before_the_first_step(tmp_path, space, settings, words):
+    config = get_config()
+    config.eval.update({"every": 4} | settings)
+    card = Card(MODEL, Flow(), space)
+    sampler = Sampler(make_apply(MODEL), MODEL, Flow(), SamplerConfig())
+    with pytest.raises(InputError, match=words):
+        judge.make_judge(config, card, sampler, digits(), make_mesh(), tmp_path)
