@@ -73,6 +73,15 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.sample.steps = 50
     c.sample.cfg = (4.0,)  # one scale, or one for every stage
 
+    c.eval = ConfigDict()
+    c.eval.every = 0  # steps between metrics of EMA samples; 0: none
+    c.eval.count = 1000
+    c.eval.metrics = ("fid", "kid")  # of fid, sfid, is, precision, recall, kid
+    c.eval.features = ""  # folder of a feature network; empty: one trained on the data
+    c.eval.resize = "tf1"  # of an Inception: tf1 or torch
+    c.eval.reference = ""  # as --reference of evaluate; empty: the training data
+    c.eval.decode = "none"  # vae:DIR or taesd:DIR for latents
+
     c.mesh = ConfigDict()
     c.mesh.data = -1  # -1: all remaining devices
     c.mesh.fsdp = 1

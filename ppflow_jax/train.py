@@ -29,6 +29,7 @@ from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.sampler import Sampler, image_noise
 from ppflow_jax.inputs import make_inputs, open_inputs
+from ppflow_jax.judge import make_judge
 from ppflow_jax.models.ppflow import Apply, ModelConfig, make_apply
 from ppflow_jax.optim import OptimConfig, learning_rate, make_optimizer
 from ppflow_jax.pyramid import Pyramid
@@ -205,9 +206,9 @@ def _run(
         rows=local_rows(place, batch_size),
     )
     inputs = make_inputs(encoder, mesh, config.seed)
-    draw_samples = _sample_grid(
-        experiment, Sampler(program.apply, model, card.flow, experiment.sampler), mesh, root
-    )
+    sampler = Sampler(program.apply, model, card.flow, experiment.sampler)
+    draw_samples = _sample_grid(experiment, sampler, mesh, root)
+    judge = make_judge(config, card, sampler, source, mesh, root)
     schedule = learning_rate(experiment.optim, steps)
     clock, logged = time.monotonic(), first
     pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -226,9 +227,10 @@ def _run(
             log, save = step % config.train.log_every == 0, step % config.train.save_every == 0
             sample = config.sample.every and step % config.sample.every == 0
             last = step == steps
+            judged = judge is not None and (last or step % config.eval.every == 0)
             values = _finite(pending, checkpoints) if pending else {}
             pending = (step, metrics)
-            if log or save or sample or last or stopped:
+            if log or save or sample or judged or last or stopped:
                 values, pending = _finite(pending, checkpoints), None
             bar.update(batch_size)
             if log or last or stopped:
@@ -245,6 +247,9 @@ def _run(
                 checkpoints.save(step, state)
             if sample or last:
                 draw_samples(state["ema"], step)
+                clock, logged = time.monotonic(), step
+            if judged:
+                writer.write(step, judge(state["ema"], step))
                 clock, logged = time.monotonic(), step
     save_loss_plot(root / "loss.png", read_metrics(root / "metrics.jsonl"))
     if stopped:

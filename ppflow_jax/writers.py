@@ -12,6 +12,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from tqdm import tqdm
 
+from ppflow_jax.data import transforms
 from ppflow_jax.files import atomic
 
 
@@ -84,7 +85,7 @@ def read_metrics(path: Path) -> list[dict[str, int | float]]:
 
 
 def to_uint8(images: Float[np.ndarray, "b h w c"], space: str) -> UInt8[np.ndarray, "b h w k"]:
-    """Pictures of model outputs: [-1, 1] to 0..255 by clamp(127.5 x + 128) truncated, as ADM does.
+    """Pictures of model outputs, by the rounding of `transforms.to_uint8`.
 
     Latents have no colours: their first three channels are shown, [-3, 3] to 0..255.
     """
@@ -92,7 +93,7 @@ def to_uint8(images: Float[np.ndarray, "b h w c"], space: str) -> UInt8[np.ndarr
         images = images[..., :3] / 3
     if images.shape[-1] not in (1, 3):
         images = images[..., :1]
-    return np.clip(127.5 * images + 128, 0, 255).astype(np.uint8)
+    return transforms.to_uint8(images)
 
 
 def save_png(path: Path, image: UInt8[np.ndarray, "h w c"]) -> None:

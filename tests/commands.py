@@ -19,6 +19,7 @@ REQUIRED = {
     "main": ("config",),
     "sample": ("checkpoint", "out"),
     "prepare": ("out",),
+    "evaluate": ("reference",),
 }
 _FLAGS: dict[str, dict[str, flags.Flag]] = {}  # of every command that has been loaded
 # A model that trains in seconds; 8 fake devices need a batch of 16 for two stages.

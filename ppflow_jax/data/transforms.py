@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Array, Float, UInt8
 from PIL import Image, UnidentifiedImageError
 
 
@@ -33,7 +33,20 @@ def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
         return np.asarray(picture.convert("RGB"))
 
 
-def center_crop(image: UInt8[np.ndarray, "h w c"], size: int) -> UInt8[np.ndarray, "s s c"]:
+def to_uint8(
+    images: Float[np.ndarray, "*shape"] | Float[Array, "*shape"],
+) -> UInt8[np.ndarray, "*shape"] | UInt8[Array, "*shape"]:
+    """[-1, 1] -> 0..255: clamp(127.5 x + 128, 0, 255), truncated; of NumPy or of JAX arrays.
+
+    The one rounding of this project, that of ADM, DiT, SiT and PPFlow samples. Codes with
+    (x + 1) / 2 * 255 get other pixels and another FID.
+    """
+    # 127.5 x is written with exact products: the compiler may fuse it with the sum or not, and the
+    # device still gives the pixels that NumPy gives.
+    return ((256.0 * images - images) * 0.5 + 128.0).clip(0, 255).astype("uint8")
+
+
+def center_crop(image: UInt8[np.ndarray, "h w *c"], size: int) -> UInt8[np.ndarray, "s s *c"]:
     """ADM centre crop: halve by box filter while twice `size` fits, bicubic to `size`, crop.
 
     Source: the preprocessing of ADM (arXiv 2105.05233), used by DiT, SiT and PPFlow.

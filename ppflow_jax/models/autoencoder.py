@@ -18,6 +18,7 @@ from flax import nnx
 from jax import numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
+from ppflow_jax.data.transforms import to_uint8
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.autoencoder_kl import AutoencoderKLConfig, KLDecoder, KLEncoder
 from ppflow_jax.models.taesd import TAESDConfig, TAESDDecoder, TAESDEncoder
@@ -108,11 +109,6 @@ class Autoencoder:
                 f"convert a file that has the {half} too"
             )
         return nnx.merge(_split(self.config, self.dtype, half)[0], params[half])
-
-
-def to_uint8(images: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
-    """clamp(127.5 x + 128, 0, 255), truncated: the rounding of ADM, SiT and PPFlow samples."""
-    return jnp.clip(127.5 * images + 128.0, 0, 255).astype(jnp.uint8)
 
 
 # One call per half and not one per Autoencoder: `jax.jit` then caches over static arguments, and

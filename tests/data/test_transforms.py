@@ -1,8 +1,9 @@
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from ppflow_jax.data.transforms import center_crop, decode
+from ppflow_jax.data.transforms import center_crop, decode, to_uint8
 from tests.pictures import encoded, pixels
 
 RGB = Image.fromarray(pixels(0))
@@ -62,3 +63,16 @@ def test_truncated_pictures_are_not_decoded(kind, cut):
 @pytest.mark.parametrize("shape", [(1, 1), (9, 30), (64, 64), (200, 70)])
 def test_crops_of_any_size_are_square(shape):
     assert center_crop(pixels(0, *shape), 32).shape == (32, 32, 3)
+
+
+def test_rounding_is_one_on_the_host_and_on_the_device():
+    """Also at the edges between two values, where a fused multiply-add would differ."""
+    edges = ((np.arange(257) - 128) / 127.5).astype(np.float32)
+    x = np.random.default_rng(0).uniform(-1.2, 1.2, 10**6).astype(np.float32)
+    x = np.concatenate([x, edges, np.nextafter(edges, np.float32(2))])
+    host = to_uint8(x)
+    np.testing.assert_array_equal(host, np.clip(127.5 * x + 128, 0, 255).astype(np.uint8))
+    np.testing.assert_array_equal(jax.jit(to_uint8)(x), host)
+    np.testing.assert_array_equal(to_uint8(jax.numpy.asarray(x)), host)
+    some = np.float32([-2, -1, -1 + 1 / 127.5, 0, 0.5 / 127.5, 1, 3])
+    assert to_uint8(some).tolist() == [0, 0, 1, 128, 128, 255, 255]

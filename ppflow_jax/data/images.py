@@ -1,0 +1,230 @@
+"""Sets of pictures to judge: an ADM-style npz, a folder, or a source of the project."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BufferedIOBase
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int, UInt8
+from PIL import Image
+
+from ppflow_jax.data.pictures import UnreadablePicture
+from ppflow_jax.data.pipeline import Source
+from ppflow_jax.data.sources import arrays, digits
+from ppflow_jax.data.transforms import center_crop, decode, to_uint8
+from ppflow_jax.errors import InputError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_GREY, _COLOUR = ("1", "L"), ("P", "LA", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+_THREADS = 8
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Pictures of one shape (h, w, c), read from the beginning every time `batches` is called."""
+
+    name: str
+    count: int
+    shape: tuple[int, int, int]
+    read: Callable[[int], Iterator[UInt8[np.ndarray, "b h w c"]]]
+
+    def batches(self, size: int) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
+        """In order, `size` at a time, the last one smaller.
+
+        Raises:
+          InputError: a picture that cannot be read.
+        """
+        return self.read(size)
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.count:,} images, {'x'.join(map(str, self.shape))})"
+
+
+def open_images(text: str, size: int | None = None) -> ImageSet:
+    """`digits`; FILE.npz with `arr_0`; a folder of pictures, or of latents.npy in [-1, 1].
+
+    With `size` every picture of a folder gets ADM's centre crop; without, all must have one size.
+
+    Raises:
+      InputError: not there, empty, of mixed sizes, or not 8-bit pictures.
+    """
+    path = Path(text)
+    if text != "digits" and not path.exists():
+        raise InputError(
+            f"{text} does not exist: give an npz with arr_0, a folder of images, or digits"
+        )
+    if path.is_dir() and not (path / "latents.npy").exists():
+        return folder_images(path, size)
+    if size is not None:
+        raise InputError(f"--size={size} crops folders of images, {text} is none: leave it out")
+    if path.is_file():
+        return npz_images(path)
+    return source_images(digits() if text == "digits" else arrays(text))
+
+
+def source_pictures(
+    source: Source, index: Int[np.ndarray, " b"]
+) -> tuple[UInt8[np.ndarray, "b h w c"], Int[np.ndarray, " b"]]:
+    """Pictures and labels of some examples of the training data, never mirrored.
+
+    Raises:
+      InputError: latents, or a picture that cannot be read.
+    """
+    try:
+        batch = source.read(index, np.zeros(len(index), bool))
+    except UnreadablePicture as error:
+        raise InputError(f"{source.name}: {error}: mend or remove it") from error
+    if "mean" in batch or ("x" in batch and batch["x"].shape[-1] not in (1, 3)):
+        raise InputError(
+            f"{source.name} holds latents, which are no pictures: decode them first (python -m "
+            "ppflow_jax.sample --decode), or give a folder of pictures"
+        )
+    return batch["image"] if "image" in batch else to_uint8(batch["x"]), batch["label"]
+
+
+def source_images(source: Source) -> ImageSet:
+    """All examples of the training data, which are pictures.
+
+    Raises:
+      InputError: see `source_pictures`.
+    """
+
+    def read(size):
+        for first in range(0, len(source), size):
+            yield source_pictures(source, np.arange(first, min(first + size, len(source))))[0]
+
+    shape = source_pictures(source, np.arange(1))[0].shape[1:]
+    return ImageSet(source.name, len(source), shape, read)
+
+
+def npz_images(path: Path) -> ImageSet:
+    """`arr_0` of an npz, uint8 (N, h, w, 1 or 3); it is streamed, never held whole.
+
+    Raises:
+      InputError: no npz, no `arr_0`, or another dtype or shape.
+    """
+
+    def header(file: BufferedIOBase) -> tuple[tuple[int, ...], bool, np.dtype]:
+        version = np.lib.format.read_magic(file)
+        reader = {(1, 0): np.lib.format.read_array_header_1_0}
+        return reader.get(version, np.lib.format.read_array_header_2_0)(file)
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [n.removesuffix(".npy") for n in archive.namelist()]
+            if "arr_0" not in names:
+                raise InputError(
+                    f"{path} holds {', '.join(names) or 'nothing'}: expected images as arr_0, "
+                    "uint8 (N, height, width, 3), as numpy.savez makes them"
+                )
+            with archive.open("arr_0.npy") as file:
+                shape, fortran, dtype = header(file)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"cannot read {path} ({error}): expected an npz with arr_0") from error
+    if dtype != np.uint8:
+        raise InputError(
+            f"{path}: arr_0 is {dtype}, expected uint8 from 0 to 255: round samples before "
+            "(ppflow_jax.data.transforms.to_uint8), the rounding changes FID"
+        )
+    if len(shape) != 4 or shape[3] not in (1, 3) or not all(shape) or fortran:
+        raise InputError(f"{path}: arr_0 has shape {shape}, expected (N, height, width, 1 or 3)")
+
+    def read(size):
+        row = int(np.prod(shape[1:]))
+        try:
+            with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+                header(file)
+                for first in range(0, shape[0], size):
+                    count = min(size, shape[0] - first)
+                    data = file.read(count * row)
+                    yield np.frombuffer(data, np.uint8).reshape(count, *shape[1:])
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path} is damaged ({error}): make or copy it anew") from error
+
+    return ImageSet(str(path), shape[0], tuple(shape[1:]), read)
+
+
+def folder_images(path: Path, size: int | None = None) -> ImageSet:
+    """All pictures below a folder, sorted by path; grey if all are, else RGB.
+
+    Raises:
+      InputError: none there, mixed sizes without `size`, an unreadable header, not 8 bits.
+    """
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not files:
+        raise InputError(f"{path} has no images ({', '.join(SUFFIXES)})")
+    with ThreadPoolExecutor(_THREADS) as pool:
+        headers = list(pool.map(_header, files))
+    grey = all(mode in _GREY for _, mode in headers)
+    sizes = {found: file for file, (found, _) in zip(files[::-1], headers[::-1])}
+    if size is None and len(sizes) > 1:
+        (a, first), (b, second) = sorted(sizes.items(), key=lambda item: item[1])[:2]
+        raise InputError(
+            f"{path} has images of {len(sizes)} sizes, such as {a[0]}x{a[1]} ({first.name}) and "
+            f"{b[0]}x{b[1]} ({second.name}): give --size=N for ADM's centre crop to NxN"
+        )
+    width, height = (size, size) if size else headers[0][0]
+
+    def load(file: Path) -> np.ndarray:
+        try:
+            pixels = decode(file.read_bytes())
+        # Pillow has many exceptions for broken files, among them SyntaxError and struct.error
+        except Exception as error:
+            raise InputError(f"cannot read image {file} ({error}): mend or remove it") from error
+        if size:
+            pixels = center_crop(pixels, size)
+        return pixels[..., :1] if grey else pixels
+
+    def read(batch):
+        parts = [files[i : i + batch] for i in range(0, len(files), batch)]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            waiting = [pool.submit(load, file) for file in parts[0]]
+            for following in [*parts[1:], []]:
+                ahead = [pool.submit(load, file) for file in following]
+                yield np.stack([future.result() for future in waiting])
+                waiting = ahead
+
+    return ImageSet(str(path), len(files), (height, width, 1 if grey else 3), read)
+
+
+def _header(file: Path) -> tuple[tuple[int, int], str]:
+    try:
+        with Image.open(file) as picture:
+            found, mode = picture.size, picture.mode
+    except Exception as error:
+        raise InputError(f"cannot read image {file} ({error}): mend or remove it") from error
+    if mode not in _GREY + _COLOUR:
+        raise InputError(f"{file} is not an 8-bit image (Pillow mode {mode}): convert it to RGB")
+    return found, mode
+
+
+def as_channels(
+    images: UInt8[np.ndarray, "b h w c"], channels: int
+) -> UInt8[np.ndarray, "b h w k"]:
+    """Grey pictures as RGB, or RGB ones without colours as grey.
+
+    Raises:
+      InputError: colours where grey is wanted.
+    """
+    if images.shape[-1] == channels:
+        return images
+    if channels == 1 and (images != images[..., :1]).any():
+        raise InputError("the images have colours, this feature network was trained on grey ones")
+    return images[..., :1] if channels == 1 else np.repeat(images, channels, axis=-1)
+
+
+def array_images(name: str, images: UInt8[np.ndarray, "n h w c"]) -> ImageSet:
+    """Pictures that are in memory."""
+
+    def read(size):
+        for first in range(0, len(images), size):
+            yield images[first : first + size]
+
+    return ImageSet(name, len(images), images.shape[1:], read)

@@ -1,0 +1,116 @@
+"""The cheap metrics of EMA samples during training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import UInt8
+from ml_collections import ConfigDict
+
+from ppflow_jax.checkpoint import Card
+from ppflow_jax.data.images import array_images, source_images
+from ppflow_jax.data.pipeline import Source
+from ppflow_jax.decode import Decoder
+from ppflow_jax.errors import InputError
+from ppflow_jax.evaluation import NOT_COMPARABLE, Evaluator, Reference, open_reference
+from ppflow_jax.feature_training import train_features
+from ppflow_jax.features import FeatureNetwork, load_features, save_small
+from ppflow_jax.files import atomic
+from ppflow_jax.flow.sampler import Sampler, image_noise
+from ppflow_jax.sharding import batch_sharding, data_shards, fetch, spread
+
+FEATURES = "features"  # folder in the workdir of a network trained for the run
+EVALUATIONS = "evaluations"
+BATCH = 64
+
+
+def make_judge(
+    config: ConfigDict,
+    card: Card,
+    sampler: Sampler,
+    source: Source,
+    mesh: Mesh,
+    root: Path,
+) -> Callable[[Any, int], dict[str, float]] | None:
+    """Function of EMA and step that gives metrics for the log; None with `config.eval.every` 0.
+
+    Without `config.eval.features` the network is a small one, trained on the training data when
+    the run starts and kept in its workdir. Every evaluation leaves a JSON with all that made it.
+
+    Raises:
+      InputError: settings that do not fit together, before any step is done.
+    """
+    c = config.eval
+    if c.every < 0 or (c.every and c.count < 2):
+        raise InputError("config.eval: every must be at least 0 (off), count at least 2")
+    if not c.every:
+        return None
+    if card.space == "latents" and c.decode == "none":
+        raise InputError(
+            "config.eval judges pictures and this run makes latents: set config.eval.decode to "
+            "vae:DIR or taesd:DIR, or config.eval.every=0"
+        )
+    decoder = Decoder.parse(c.decode, card)
+    writes = jax.process_index() == 0
+    evaluator = None
+    if writes:
+        reference = open_reference(c.reference) if c.reference else _of_source(source)
+        network = _network(c, source, card.model.num_classes, root)
+        evaluator = Evaluator(network, reference, tuple(c.metrics), batch=BATCH)
+        (root / EVALUATIONS).mkdir(exist_ok=True)
+        inception = evaluator.network.is_inception
+        said = f"resize {c.resize}" if inception else f"of a small network, {NOT_COMPARABLE}"
+        print(
+            f"every {c.every} steps: {', '.join(evaluator.metrics)} of {c.count} EMA samples "
+            f"against {reference.name}, features {said}",
+            flush=True,
+        )
+
+    def judge(ema: Any, step: int) -> dict[str, float]:
+        pictures = _pictures(sampler, ema, decoder, c.count, config.seed, mesh)
+        if evaluator is None:
+            return {}
+        result = evaluator(array_images(f"EMA of step {step}", pictures))
+        path = root / EVALUATIONS / f"step_{step:07d}.json"
+        with atomic(path) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n")
+        prefix = "eval" if evaluator.network.is_inception else "eval_small_features"
+        return {f"{prefix}/{name}": value for name, value in result["metrics"].items()}
+
+    return judge
+
+
+def _pictures(
+    sampler: Sampler, ema: Any, decoder: Decoder, count: int, seed: int, mesh: Mesh
+) -> UInt8[np.ndarray, "n h w c"]:
+    """`count` samples of the classes in turn, rounded; the same on every process."""
+    model, place = decoder.card.model, batch_sharding(mesh)
+    batch = -(-min(BATCH, count) // data_shards(mesh)) * data_shards(mesh)
+    parts = []
+    for first in range(0, count, batch):
+        ids = np.arange(first, first + batch)
+        noise, keys = image_noise(seed, ids, model.shape)
+        inputs = (np.asarray(noise), np.int32(ids % model.num_classes), keys)
+        images = fetch(sampler(ema, *spread(inputs, place)))
+        parts.append(decoder.pictures(images[: count - first]))
+    return np.concatenate(parts)
+
+
+def _of_source(source: Source) -> Reference:
+    images = source_images(source)
+    return Reference(images.name, images)
+
+
+def _network(c: ConfigDict, source: Source, classes: int, root: Path) -> FeatureNetwork:
+    if c.features:
+        return load_features(c.features, c.resize)
+    folder = root / FEATURES
+    if not folder.exists():
+        save_small(folder, *train_features(source, classes, seed=0))
+    return load_features(folder, c.resize)

@@ -1,0 +1,97 @@
+"""Metrics during training."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from configs.digits import get_config
+from ppflow_jax import judge
+from ppflow_jax.checkpoint import Card
+from ppflow_jax.data.sources import digits
+from ppflow_jax.errors import InputError
+from ppflow_jax.feature_training import train_features
+from ppflow_jax.flow.path import Flow
+from ppflow_jax.flow.plan import SamplerConfig
+from ppflow_jax.flow.sampler import Sampler
+from ppflow_jax.models.ppflow import ModelConfig, make_apply
+from ppflow_jax.pyramid import PPFLOW2
+from ppflow_jax.sharding import make_mesh
+from ppflow_jax.writers import read_metrics
+from tests.commands import run, train
+
+MODEL = ModelConfig(PPFLOW2, latent_size=8, channels=1, width=16, depth=1, heads=2, num_classes=10)
+EVAL = ["--config.eval.every=4", "--config.eval.count=8", "--config.optim.schedule=constant"]
+
+
+def evaluations(workdir):
+    rows = read_metrics(workdir / "metrics.jsonl")
+    return {r["step"]: r for r in rows if "eval_small_features/fid" in r}
+
+
+def test_metrics_are_written_beside_the_others(tmp_path, monkeypatch):
+    calls = []
+
+    def short(source, classes, seed):
+        calls.append(seed)
+        return train_features(source, classes, seed=seed, steps=3)
+
+    monkeypatch.setattr(judge, "train_features", short)
+    code, out, err = train(tmp_path, *EVAL, "--config.train.steps=6")
+    assert code == 0 and calls == [0], err
+    assert "fid, kid of 8 EMA samples against digits" in out
+    assert "not comparable with Inception FID" in out
+    found = evaluations(tmp_path)
+    assert sorted(found) == [4, 6]  # and at the end
+    assert all(np.isfinite(v) for row in found.values() for v in row.values())
+    made_by = json.loads((tmp_path / "evaluations" / "step_0000004.json").read_text())
+    assert made_by["metrics"]["fid"] == found[4]["eval_small_features/fid"]
+    assert made_by["samples"]["count"] == 8 and made_by["reference"]["count"] == 1797
+    assert any("not comparable" in note for note in made_by["notes"])
+    assert found[4] != found[6]  # of the EMA of that step
+
+    # resumed: the network that the run has is taken
+    config = get_config()
+    config.eval.every = 4
+    sampler = Sampler(make_apply(MODEL), MODEL, Flow(), SamplerConfig())
+    card = Card(MODEL, Flow(), "pixels")
+    assert judge.make_judge(config, card, sampler, digits(), make_mesh(), tmp_path)
+    assert calls == [0]
+
+    # and the command, on the checkpoint that this run left
+    features = f"--features={tmp_path / 'features'}"
+    code, _, err = run(
+        "evaluate",
+        f"--checkpoint={tmp_path}",
+        "--num=8",
+        "--reference=digits",
+        features,
+        "--metrics=fid,kid",
+        f"--out={tmp_path / 'e.json'}",
+    )
+    assert code == 0, err
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert result["samples"]["card"]["sampler"]["steps"] == 2
+    fid = found[6]["eval_small_features/fid"]
+    assert result["metrics"]["fid"] == pytest.approx(fid, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("space", "settings", "words"),
+    [
+        ("pixels", {"count": 1}, "count at least 2"),
+        ("pixels", {"every": -1}, "every must be at least 0"),
+        ("latents", {}, r"set config\.eval\.decode"),
+        ("pixels", {"features": "nowhere"}, "no checkpoint in"),
+        ("pixels", {"reference": "nowhere"}, "does not exist"),
+    ],
+)
+def test_bad_settings_stop_before_the_first_step(tmp_path, space, settings, words):
+    config = get_config()
+    config.eval.update({"every": 4} | settings)
+    card = Card(MODEL, Flow(), space)
+    sampler = Sampler(make_apply(MODEL), MODEL, Flow(), SamplerConfig())
+    with pytest.raises(InputError, match=words):
+        judge.make_judge(config, card, sampler, digits(), make_mesh(), tmp_path)
