@@ -73,7 +73,7 @@ def test_metrics_are_written_beside_the_others(tmp_path, monkeypatch):
     )
     assert code == 0, err
     result = json.loads((tmp_path / "e.json").read_text())
-    assert result["samples"]["card"]["sampler"]["steps"] == 2
+    assert result["samples"]["card"]["settings"]["steps"] == 2
     fid = found[6]["eval_small_features/fid"]
     assert result["metrics"]["fid"] == pytest.approx(fid, rel=1e-3)
 
