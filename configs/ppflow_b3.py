@@ -1,10 +1,10 @@
 """PPFlow-B, 3 levels, on ImageNet-256 latents (32x32x4).
 
     python -m ppflow_jax.main --config=configs/ppflow_b3.py --workdir=DIR \\
-        --config.data.path=LATENTS
+        --config.data.source=cache --config.data.path=CACHE
 
-LATENTS holds latents.npy and labels.npy. Parameters: 130.5 M. Cost of a sample: 49.1% of SiT-B/2's
-FLOPs. Paper: FID-50K 4.43. Not verified here.
+CACHE is the dataset encoded once by ppflow_jax.prepare (README, Data). Parameters: 130.5 M. Cost of
+a sample: 49.1% of SiT-B/2's FLOPs. Paper: FID-50K 4.43. Not verified here.
 """
 
 from configs import common

@@ -1,9 +1,10 @@
 """PPFlow-L, 3 levels, on ImageNet-256 latents (32x32x4).
 
     python -m ppflow_jax.main --config=configs/ppflow_l3.py --workdir=DIR \\
-        --config.data.path=LATENTS
+        --config.data.source=cache --config.data.path=CACHE
 
-LATENTS holds latents.npy and labels.npy. Parameters: 458.3 M. Not verified here.
+CACHE is the dataset encoded once by ppflow_jax.prepare (README, Data). Parameters: 458.3 M. Not
+verified here.
 """
 
 from configs import common

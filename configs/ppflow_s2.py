@@ -1,9 +1,10 @@
 """PPFlow-S, 2 levels, on ImageNet-256 latents (32x32x4).
 
     python -m ppflow_jax.main --config=configs/ppflow_s2.py --workdir=DIR \\
-        --config.data.path=LATENTS
+        --config.data.source=cache --config.data.path=CACHE
 
-LATENTS holds latents.npy and labels.npy. Parameters: 32.9 M. Not verified here.
+CACHE is the dataset encoded once by ppflow_jax.prepare (README, Data). Parameters: 32.9 M. Not
+verified here.
 """
 
 from configs import common

@@ -1,9 +1,10 @@
 """PPFlow-S, 3 levels, on ImageNet-256 latents (32x32x4).
 
     python -m ppflow_jax.main --config=configs/ppflow_s3.py --workdir=DIR \\
-        --config.data.path=LATENTS
+        --config.data.source=cache --config.data.path=CACHE
 
-LATENTS holds latents.npy and labels.npy. Parameters: 33.0 M. Not verified here.
+CACHE is the dataset encoded once by ppflow_jax.prepare (README, Data). Parameters: 33.0 M. Not
+verified here.
 """
 
 from configs import common

@@ -1,10 +1,11 @@
 """PPFlow-XL, 3 levels, on ImageNet-256 latents (32x32x4).
 
     python -m ppflow_jax.main --config=configs/ppflow_xl3.py --workdir=DIR \\
-        --config.data.path=LATENTS
+        --config.data.source=cache --config.data.path=CACHE
 
-LATENTS holds latents.npy and labels.npy. Parameters: 675.2 M. Cost of a sample: 49.4% of SiT-XL/2's
-FLOPs. Paper: FID-50K 2.23, fine-tuned from SiT-XL/2 (2.15). Not verified here.
+CACHE is the dataset encoded once by ppflow_jax.prepare (README, Data). Parameters: 675.2 M. Cost of
+a sample: 49.4% of SiT-XL/2's FLOPs. Paper: FID-50K 2.23, fine-tuned from SiT-XL/2 (2.15). Not
+verified here.
 """
 
 from configs import common

@@ -1,8 +1,9 @@
 """SiT-S/2, the one-stage baseline, on ImageNet-256 latents (32x32x4).
 
-    python -m ppflow_jax.main --config=configs/sit_s.py --workdir=DIR --config.data.path=LATENTS
+    python -m ppflow_jax.main --config=configs/sit_s.py --workdir=DIR \\
+        --config.data.source=cache --config.data.path=CACHE
 
-LATENTS holds latents.npy and labels.npy. Not verified here.
+CACHE is the dataset encoded once by ppflow_jax.prepare (README, Data). Not verified here.
 """
 
 from configs import common
