@@ -16,6 +16,7 @@ from ppflow_jax import cli
 
 ROOT = Path(__file__).parents[1]
 REQUIRED = {"main": ("config", "workdir"), "sample": ("checkpoint", "out")}
+POSITIONAL = {"report.__main__": "RUN..."}
 # A model that trains in seconds; 8 fake devices need a batch of 16 for two stages.
 SMALL = [
     "--config.model.width=16",
@@ -47,7 +48,7 @@ def run(name: str, *args: str) -> tuple[int, str, str]:
         contextlib.redirect_stderr(err),
     ):
         try:
-            cli.run(module.main, required=REQUIRED[name])
+            cli.run(module.main, REQUIRED.get(name, ()), POSITIONAL.get(name, ""))
         except SystemExit as e:
             code = e.code
         finally:

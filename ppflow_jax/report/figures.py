@@ -46,8 +46,8 @@ def cost_of_steps(strip: Strip) -> bytes:
     left, right = figure.subplots(1, 2)
     giga = [f / 1e9 for f in strip.flops]
     for axes, values, label in ((left, strip.tokens, "tokens"), (right, giga, "GFLOPs")):
-        axes.stairs(values, strip.times, fill=True, alpha=0.35)
-        axes.stairs(values, strip.times, linewidth=1.2)
+        axes.stairs(values, strip.times, fill=True, color="tab:blue", alpha=0.35)
+        axes.stairs(values, strip.times, color="tab:blue", linewidth=1.2)
         for i in range(1, len(strip.stages)):
             if strip.stages[i] != strip.stages[i - 1]:
                 axes.axvline(strip.times[i], color="tab:red", linestyle="--", linewidth=1)

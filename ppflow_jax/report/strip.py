@@ -55,7 +55,7 @@ def make_strip(run: Run, decoder: Decoder, *, label: int, seed: int, steps: int)
     sampler = Sampler(
         make_apply(card.model), card.model, card.flow, SamplerConfig("euler", steps, cfg=cfg)
     )
-    params = load_weights(run.checkpoint, card, make_mesh(1))
+    params = load_weights(run.checkpoint, card, make_mesh())
     noise, keys = image_noise(seed, np.arange(1), card.model.shape)
     labels = jnp.full((1,), label, jnp.int32)
     path = np.asarray(sampler(params, noise, labels, keys, trajectory=True))[:, 0]
@@ -81,13 +81,11 @@ def make_strip(run: Run, decoder: Decoder, *, label: int, seed: int, steps: int)
 
 
 def _shown(stages: tuple[int, ...]) -> tuple[int, ...]:
-    """At most `PICTURES` grid points: both ends, every boundary, the rest evenly spread."""
+    """About `PICTURES` grid points: both ends, every boundary, the rest evenly spread."""
     last = len(stages)
-    must = {0, last, *(i for i in range(1, last) if stages[i] != stages[i - 1])}
-    for i in np.linspace(0, last, PICTURES).round().astype(int):
-        if len(must) < PICTURES:
-            must.add(int(i))
-    return tuple(sorted(must))
+    boundaries = {i for i in range(1, last) if stages[i] != stages[i - 1]}
+    spread = np.linspace(0, last, max(2, PICTURES - len(boundaries))).round().astype(int)
+    return tuple(sorted(boundaries | set(spread.tolist())))
 
 
 def _estimates(
