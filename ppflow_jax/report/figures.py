@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ppflow_jax.report.strip import Strip
 
-Points = Sequence[tuple[float, float]]
+Points = Sequence[tuple[int, float]]
 
 
 def curves(lines: Mapping[str, Points], ylabel: str, *, log: bool = False) -> bytes:
