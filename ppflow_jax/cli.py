@@ -16,8 +16,10 @@ from ppflow_jax import distributed
 from ppflow_jax.errors import InputError, RunError, Stopped
 
 
-def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
+def run(main: Callable[..., None], required: tuple[str, ...] = (), positional: str = "") -> None:
     """Parse absl flags, call `main`, and turn expected failures into one line on stderr.
+
+    With `positional`, the name of at least one argument that is no flag, `main` takes their list.
 
     Exit codes: 0 done; 1 bad input or a failed run; 2 bad flags; 75 (EX_TEMPFAIL) stopped by a
     signal with everything saved, the same command goes on; 130 stopped at once by Ctrl-C. Anything
@@ -28,7 +30,9 @@ def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
     program = program.parent.name if program.stem == "__main__" else program.stem
     try:
         rest = flags.FLAGS(sys.argv)
-        if len(rest) > 1:
+        if positional and len(rest) < 2:
+            raise flags.Error(f"give {positional}")
+        if len(rest) > 1 and not positional:
             raise flags.Error(f"unexpected argument {rest[1]!r}: flags are written --name=value")
         for name in required:
             if not flags.FLAGS[name].value:
@@ -40,7 +44,7 @@ def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
         # absl quotes the whole traceback of a config file that raised: its last line says why
         _fail(program, str(e).strip().splitlines()[-1] if "Traceback" in str(e) else e, 2)
     try:
-        main()
+        main(rest[1:]) if positional else main()
     except (InputError, RunError) as e:
         _fail(program, e, 1)
     except flags.Error as e:  # flags that do not go together

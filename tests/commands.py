@@ -22,6 +22,7 @@ REQUIRED = {
     "evaluate": ("reference",),
 }
 _FLAGS: dict[str, dict[str, flags.Flag]] = {}  # of every command that has been loaded
+POSITIONAL = {"report.__main__": "RUN..."}
 # A model that trains in seconds; 8 fake devices need a batch of 16 for two stages.
 SMALL = [
     "--config.model.width=16",
@@ -53,7 +54,7 @@ def run(name: str, *args: str) -> tuple[int, str, str]:
         contextlib.redirect_stderr(err),
     ):
         try:
-            cli.run(module.main, required=REQUIRED[name])
+            cli.run(module.main, REQUIRED.get(name, ()), POSITIONAL.get(name, ""))
         except SystemExit as e:
             code = e.code
         finally:

@@ -1,0 +1,53 @@
+"""Report of one or several runs: python -m ppflow_jax.report RUN... --out=report.html
+
+One HTML page with everything inside: differences in configuration, curves, metrics, sample grids,
+and one sample of every run on its way through the stages.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from absl import flags
+
+from ppflow_jax import cli
+from ppflow_jax.decode import Decoder
+from ppflow_jax.errors import InputError
+from ppflow_jax.files import atomic, writable_directory
+from ppflow_jax.report.page import page
+from ppflow_jax.report.run import open_runs
+from ppflow_jax.report.strip import make_strip
+
+_OUT = flags.DEFINE_string("out", "report.html", "File to write.")
+_TITLE = flags.DEFINE_string("title", "", "Of the page; default: the names of the runs.")
+_DECODE = flags.DEFINE_string(
+    "decode", "none", "vae:DIR or taesd:DIR, a converted autoencoder; none: false colours."
+)
+_LABEL = flags.DEFINE_integer("label", 0, "Class of the sample that is shown in all stages.")
+_SEED = flags.DEFINE_integer("seed", 0, "Its noise.")
+_STEPS = flags.DEFINE_integer("steps", 20, "Its Euler steps.")
+
+
+def main(folders: list[str]) -> None:
+    runs = open_runs(folders)
+    out = Path(_OUT.value).absolute()
+    if out.is_dir():
+        raise InputError(f"--out={out} is a folder: name a file")
+    for run in runs:
+        classes = run.card.model.num_classes
+        if not 0 <= _LABEL.value < classes:
+            raise InputError(f"--label={_LABEL.value}: {run.name} has classes 0 to {classes - 1}")
+    decoders = [Decoder.parse(_DECODE.value, run.card) for run in runs]
+    writable_directory(out.parent)
+    strips = [
+        make_strip(run, decoder, label=_LABEL.value, seed=_SEED.value, steps=_STEPS.value)
+        for run, decoder in zip(runs, decoders)
+    ]
+    text = page(_TITLE.value or ", ".join(run.name for run in runs), runs, strips)
+    with atomic(out) as temporary:
+        temporary.write_text(text)
+    print(f"{len(runs)} run(s), {len(text) / 1e6:.1f} MB: {out}")
+
+
+if __name__ == "__main__":
+    cli.run(main, positional="RUN...")

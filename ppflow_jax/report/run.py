@@ -1,0 +1,97 @@
+"""What is read of a run's folder for the report."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ppflow_jax.checkpoint import Card, find_checkpoint, read_card
+from ppflow_jax.errors import InputError
+from ppflow_jax.writers import read_metrics
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run, or one converted checkpoint.
+
+    Attributes:
+      name: folder name, or the whole path where names are not unique.
+      checkpoint: folder of the latest step.
+      metrics: rows of metrics.jsonl; empty if there is none.
+      grids: sample grids of training, oldest first.
+      evaluations: what `evaluate` wrote anywhere below the folder, oldest first.
+    """
+
+    name: str
+    folder: Path
+    checkpoint: Path
+    card: Card
+    metrics: list[dict[str, Any]]
+    grids: list[Path]
+    evaluations: list[dict[str, Any]]
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Configuration as `model.width: 128`."""
+        values = self.card.to_json()
+        experiment = values.pop("experiment")
+        return dict(_flat(experiment or values))
+
+
+def open_runs(folders: Sequence[str]) -> list[Run]:
+    """Runs in the order given.
+
+    Raises:
+      InputError: a folder without checkpoint, or named twice; a file that cannot be read.
+    """
+    paths = [Path(folder).absolute() for folder in folders]
+    if twice := [str(p) for p, n in Counter(paths).items() if n > 1]:
+        raise InputError(f"{twice[0]} is given twice: name every run once")
+    names = Counter(path.name for path in paths)
+    return [
+        _open(path, path.name if names[path.name] == 1 else given)
+        for path, given in zip(paths, folders)
+    ]
+
+
+def _open(folder: Path, name: str) -> Run:
+    checkpoint = find_checkpoint(folder)
+    written = sorted(folder.rglob("*.evaluation.json"), key=lambda p: (p.stat().st_mtime, p))
+    return Run(
+        name,
+        folder,
+        checkpoint,
+        read_card(checkpoint),
+        read_metrics(folder / "metrics.jsonl"),
+        sorted((folder / "samples").glob("step_*.png")),
+        [_read(path) for path in written],
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+        return values | {"metrics": dict(values["metrics"]), "samples": dict(values["samples"])}
+    except (ValueError, KeyError, TypeError) as e:
+        raise InputError(f"{path} is not what evaluate writes ({e!r}): remove it") from e
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    pairs = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            pairs += _flat(value, f"{prefix}{key}.")
+        else:
+            pairs.append((prefix + key, json.dumps(value) if not isinstance(value, str) else value))
+    return pairs
+
+
+def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Settings that are not the same in every run, with the value of each ("" where absent)."""
+    names = dict.fromkeys(key for run in runs for key in run.settings)
+    rows = [(key, [run.settings.get(key, "") for run in runs]) for key in names]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]

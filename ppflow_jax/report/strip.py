@@ -1,0 +1,102 @@
+"""One sample on its way through the stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from ppflow_jax.checkpoint import load_weights
+from ppflow_jax.decode import Decoder
+from ppflow_jax.flops import forward_flops
+from ppflow_jax.flow.path import Flow
+from ppflow_jax.flow.plan import SamplerConfig
+from ppflow_jax.flow.sampler import Sampler, image_noise
+from ppflow_jax.models.ppflow import make_apply
+from ppflow_jax.report.run import Run
+from ppflow_jax.sharding import local_mesh
+
+PICTURES = 12
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A trajectory of n Euler steps.
+
+    Attributes:
+      label, cfg: class and guidance scale of every stage.
+      times: n + 1 grid points.
+      stages, tokens, flops: of every step; a guided step counts twice the FLOPs.
+      shown: indices of the grid points with pictures, every stage boundary among them.
+      states, estimates: pictures of x_t and of the clean image that its velocity points at.
+    """
+
+    label: int
+    cfg: tuple[float, ...]
+    times: tuple[float, ...]
+    stages: tuple[int, ...]
+    tokens: tuple[int, ...]
+    flops: tuple[int, ...]
+    shown: tuple[int, ...]
+    states: UInt8[np.ndarray, "k h w c"]
+    estimates: UInt8[np.ndarray, "k h w c"]
+
+
+def make_strip(run: Run, decoder: Decoder, *, label: int, seed: int, steps: int) -> Strip:
+    """Image 0 of `seed`, with the guidance of the run's configuration.
+
+    Raises:
+      InputError: weights that cannot be read, or fewer steps than stages.
+    """
+    card, experiment = run.card, run.card.experiment or {}
+    cfg = tuple(experiment.get("sample", {}).get("cfg", (1.0,)))
+    sampler = Sampler(
+        make_apply(card.model), card.model, card.flow, SamplerConfig("euler", steps, cfg=cfg)
+    )
+    params = load_weights(run.checkpoint, card, local_mesh())
+    noise, keys = image_noise(seed, np.arange(1), card.model.shape)
+    labels = jnp.full((1,), label, jnp.int32)
+    path = np.asarray(sampler(params, noise, labels, keys, trajectory=True))[:, 0]
+
+    segments = sampler.segments
+    times = (segments[0].times[0], *(t for s in segments for t in s.times[1:]))
+    stages = tuple(s.stages[0] for s in segments for _ in range(s.steps))
+    rows = [(forward_flops(card.model, i), card.model.pyramid.grid(i, card.model.latent_size))
+            for i in range(len(card.model.pyramid))]  # fmt: skip
+    guided = [s.guided[0] for s in segments for _ in range(s.steps)]
+    shown = _shown(stages)
+    return Strip(
+        label,
+        sampler.config.scales(card.model.pyramid),
+        times,
+        stages,
+        tuple(int(np.prod(rows[s][1])) for s in stages),
+        tuple(rows[s][0] * (1 + g) for s, g in zip(stages, guided)),
+        shown,
+        decoder.pictures(path[list(shown)]),
+        decoder.pictures(_estimates(card.flow, path, np.float32(times))[list(shown)]),
+    )
+
+
+def _shown(stages: tuple[int, ...]) -> tuple[int, ...]:
+    """About `PICTURES` grid points: both ends, every boundary, the rest evenly spread."""
+    last = len(stages)
+    boundaries = {i for i in range(1, last) if stages[i] != stages[i - 1]}
+    spread = np.linspace(0, last, max(2, PICTURES - len(boundaries))).round().astype(int)
+    return tuple(sorted(boundaries | set(spread.tolist())))
+
+
+def _estimates(
+    flow: Flow, states: Float[np.ndarray, "n h w c"], times: Float[np.ndarray, " n"]
+) -> Float[np.ndarray, "n h w c"]:
+    """Clean image x1 of x = alpha x1 + sigma x0 and its velocity; the last state is its own."""
+    path, t = flow.interpolant, jnp.asarray(times[:-1])
+    alpha, d_alpha, sigma, d_sigma = (
+        np.asarray(f(t))[:, None, None, None]
+        for f in (path.alpha, path.d_alpha, path.sigma, path.d_sigma)
+    )
+    velocity = np.diff(states, axis=0) / np.diff(times)[:, None, None, None]
+    clean = (d_sigma * states[:-1] - sigma * velocity) / (alpha * d_sigma - d_alpha * sigma)
+    return np.concatenate([clean, states[-1:]])
