@@ -6,6 +6,7 @@ The same command continues where it stopped; `--out=CACHE --verify` checks a fin
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ from ppflow_jax.data.cache import Manifest
 from ppflow_jax.data.sources import open_source
 from ppflow_jax.encode import Encoder
 from ppflow_jax.errors import InputError
-from ppflow_jax.files import writable_directory
+from ppflow_jax.files import locked, writable_directory
 from ppflow_jax.prepare_shards import Job, finish, prepare_shards
 from ppflow_jax.writers import say
 
@@ -67,8 +68,9 @@ def main() -> None:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    prepare_shards(job, skip_unreadable=_UNREADABLE.value == "skip", workers=_WORKERS.value)
-    manifest = finish(job)
+    with locked(job.out) if jax.process_index() == 0 else contextlib.nullcontext():
+        prepare_shards(job, skip_unreadable=_UNREADABLE.value == "skip", workers=_WORKERS.value)
+        manifest = finish(job)
     if manifest is None:
         return
     for name in manifest.unreadable:

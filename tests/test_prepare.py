@@ -13,6 +13,7 @@ from ppflow_jax.data.sources import open_source
 from ppflow_jax.decode import save_autoencoder
 from ppflow_jax.encode import Encoder, to_float
 from ppflow_jax.errors import InputError
+from ppflow_jax.files import locked
 from ppflow_jax.models.autoencoder import Autoencoder
 from ppflow_jax.models.autoencoder_kl import AutoencoderKLConfig
 from ppflow_jax.models.taesd import TAESDConfig
@@ -48,7 +49,7 @@ def prepare(root, out, *args):
 def files(folder):
     found = {}
     for p in folder.iterdir():
-        if p.is_file():
+        if p.is_file() and p.name != ".lock":
             found[p.name] = hashlib.sha256(p.read_bytes()).hexdigest()
     return found
 
@@ -206,4 +207,9 @@ def test_refusals(made, tmp_path, args, words):
 def test_a_folder_with_other_files_is_refused(made, tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     one_line(prepare(made[0], tmp_path), "other files (thesis.tex)")
-    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+    assert [p.name for p in tmp_path.iterdir() if p.name != ".lock"] == ["thesis.tex"]
+
+
+def test_two_on_one_folder_are_refused(made, tmp_path):
+    with locked(tmp_path):
+        one_line(prepare(made[0], tmp_path), "is in use by process")
