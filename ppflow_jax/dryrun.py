@@ -179,7 +179,7 @@ def cause(c: Collective, mesh: Mesh, weights: frozenset[int]) -> str:
     if backward and c.kind in ("all-reduce", "reduce-scatter"):
         return "gradients summed" + where
     if backward and c.kind == "collective-permute" and "dot_general" in c.op_name:
-        return "gradients summed in a ring" + where  # XLA does that while it multiplies
+        return "gradients to their shards" + where  # a ring that XLA overlaps with the product
     return f"unexplained: {c.op_name}"
 
 
