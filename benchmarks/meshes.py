@@ -17,6 +17,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -58,8 +59,11 @@ MOVES = {
 }
 
 
-def start(processes: int, arguments: list[str]) -> int:
-    """Largest exit code of that many processes of `python -m ...`, with eight devices in all."""
+def start(processes: int, arguments: list[str], last: tuple[str, ...] = ()) -> list[int]:
+    """Exit codes of that many processes of `python -m ...`, with eight devices in all.
+
+    The last process also gets `last`.
+    """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -74,20 +78,20 @@ def start(processes: int, arguments: list[str]) -> int:
         }
     running = [
         subprocess.Popen(
-            [sys.executable, "-m", *arguments],
+            [sys.executable, "-m", *arguments, *(last if k == processes - 1 else ())],
             env=env | ({"JAX_PROCESS_ID": str(k)} if processes > 1 else {}),
             stderr=subprocess.DEVNULL,
         )
         for k in range(processes)
     ]
-    return max(abs(process.wait()) for process in running)
+    return [process.wait() for process in running]
 
 
 def train(workdir: Path, processes: int, sizes: tuple[int, int, int], steps: int) -> None:
     names = ("data", "fsdp", "tensor")
     mesh = [f"--config.mesh.{name}={size}" for name, size in zip(names, sizes)]
     extra = [f"--workdir={workdir}", f"--config.train.steps={steps}"]
-    if start(processes, ["ppflow_jax.main", *SMALL, *mesh, *extra]):
+    if any(start(processes, ["ppflow_jax.main", *SMALL, *mesh, *extra])):
         raise SystemExit(f"the run in {workdir} failed")
 
 
@@ -113,7 +117,7 @@ def shares_make_the_batch(out: Path) -> str:
     """Two processes' shares put together, against the batch of one."""
     sizes = (4, 2, 1)
     out.mkdir(parents=True, exist_ok=True)
-    if start(2, ["benchmarks.meshes", f"--read={json.dumps(sizes)}", f"--out={out}"]):
+    if any(start(2, ["benchmarks.meshes", f"--read={json.dumps(sizes)}", f"--out={out}"])):
         raise SystemExit("reading failed")
     whole = {
         k: np.stack(v)
@@ -155,6 +159,15 @@ def restored_equals_stored(workdir: Path) -> str:
     return "equal"
 
 
+def failure_ends_all(workdir: Path) -> str:
+    """One of two processes cannot read its data; the other must not wait for ever."""
+    missing = ("--config.data.source=arrays", "--config.data.path=/nowhere")
+    began = time.monotonic()
+    codes = start(2, ["ppflow_jax.main", *SMALL, f"--workdir={workdir}"], missing)
+    print(f"  exit codes {codes} after {time.monotonic() - began:.0f} s", flush=True)
+    return "all ended" if codes[1] == 1 and codes[0] != 0 else "not as it should"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -182,8 +195,9 @@ def main() -> int:
     for name, answer in {
         "shares of two processes": shares_make_the_batch(args.out / "shares"),
         "restored on 8x1, 2x4, 2x2x2": restored_equals_stored(workdir),
+        "one of two processes fails": failure_ends_all(args.out / "failing"),
     }.items():
-        ok &= answer == "equal"
+        ok &= answer in ("equal", "all ended")
         print(f"{name:34}{answer:>12}", flush=True)
     return 0 if ok else 1
 

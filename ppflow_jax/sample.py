@@ -19,7 +19,7 @@ from ppflow_jax.flow.plan import GRIDS, SOLVERS, SamplerConfig, evaluations
 from ppflow_jax.flow.sampler import Sampler, image_noise
 from ppflow_jax.flow.solvers import DIFFUSIONS, LAST_STEPS
 from ppflow_jax.models.ppflow import make_apply
-from ppflow_jax.sharding import batch_sharding, data_shards, make_mesh
+from ppflow_jax.sharding import batch_sharding, data_shards, fetch, layout, make_mesh, spread
 from ppflow_jax.writers import progress, save_grid, save_png
 
 _DEFAULT = SamplerConfig()
@@ -57,11 +57,11 @@ def main() -> None:
     step_folder = find_checkpoint(_CHECKPOINT.value)
     card = read_card(step_folder)
     config = _sampler_config()
-    apply = make_apply(card.model, dtype=jnp.dtype(_DTYPE.value))
+    mesh = make_mesh()
+    apply = make_apply(card.model, dtype=jnp.dtype(_DTYPE.value), layout=layout(mesh))
     sampler = Sampler(apply, card.model, card.flow, config)
     labels, noise = _labels_and_noise(card)
     decoder = Decoder.parse(_DECODE.value, card)
-    mesh = make_mesh()
     params = load_weights(step_folder, card, mesh, _WEIGHTS.value)
     out = writable_directory(_OUT.value)
 
@@ -74,6 +74,8 @@ def main() -> None:
             f"{bad} of {len(latents)} images are not finite: the weights may have diverged; "
             "try --dtype=float32, more --steps or a lower --cfg"
         )
+    if jax.process_index():
+        return  # every process has all latents; one writes them
     with jax.default_matmul_precision("highest"):  # else TPUs round the decoder's convolutions
         _write(out, latents, labels, decoder)
     nfe = "adaptive" if config.solver == "dopri5" else evaluations(sampler.segments)
@@ -162,8 +164,8 @@ def _sample(sampler, params, card, labels, noise, mesh) -> np.ndarray:
         if noise is not None:
             x = noise[np.minimum(ids, len(noise) - 1)]
         y = labels[np.minimum(ids, len(labels) - 1)]
-        x, y, keys = jax.device_put((x, y, keys), place)
-        done = np.asarray(sampler(params, x, y, keys))[: len(labels) - first]
+        x, y, keys = spread((np.asarray(x), y, keys), place)
+        done = fetch(sampler(params, x, y, keys))[: len(labels) - first]
         latents.append(done)
         bar.update(len(done))
     bar.close()
