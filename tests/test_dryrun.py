@@ -32,8 +32,8 @@ def test_only_weights_and_gradients_cross_the_mesh(sharded):
     causes = sharded.causes(step)
     assert not [c for c in causes if c[0].startswith("unexplained")], causes
     gathered = [c for c in causes if c[0] == "weights gathered (blocks)"]
-    # five weights of a block, forward and backward, two stages, three blocks
-    assert [(kind, runs) for _, kind, _, runs, _ in gathered] == [("all-gather", 60)]
+    # five weights of three blocks, forward and backward: once for both stages
+    assert [(kind, runs) for _, kind, _, runs, _ in gathered] == [("all-gather", 30)]
 
 
 def test_state_is_one_nth_and_within_the_arguments_of_the_compiler(sharded):

@@ -39,7 +39,7 @@ def test_rows_follow_the_devices_in_any_order(monkeypatch):
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 4, 1), (2, 2, 2)])
 def test_parameters_ema_and_moments_are_split(sizes):
-    model = ModelConfig(PPFLOW2, 8, 4, width=128, depth=2, heads=4, num_classes=10)
+    model = ModelConfig(PPFLOW2, 8, 4, width=128, depth=8, heads=4, num_classes=10)
     tx = make_optimizer(OptimConfig(), 10)
     init = lambda key: init_state(model, tx, key)
     key = jax.random.key(0)
