@@ -179,7 +179,7 @@ def cause(c: Collective, mesh: Mesh, weights: frozenset[int]) -> str:
     if backward and c.kind in ("all-reduce", "reduce-scatter"):
         return "gradients summed" + where
     if backward and c.kind == "collective-permute" and "dot_general" in c.op_name:
-        return "gradients summed in a ring" + where  # XLA does that while it multiplies
+        return "gradients to their shards" + where  # a ring that XLA overlaps with the product
     return f"unexplained: {c.op_name}"
 
 
@@ -242,10 +242,8 @@ def _train_step(experiment, program: Program, mesh: Mesh, state, batch) -> Compi
     config, model = experiment.config, experiment.card.model
     pattern, size = experiment.objective.pattern, config.data.batch_size
     passes = 4 if config.model.remat == "full" else 3
-    traffic = 2 * _bytes(state, on_device=True) + passes * sum(
-        _traffic(experiment, program, stage, pattern.count(stage) / len(pattern) * size / mesh.size)
-        for stage in range(len(model.pyramid))
-    )
+    images = {stage: pattern.count(stage) / len(pattern) * size / mesh.size for stage in pattern}
+    traffic = 2 * _bytes(state, on_device=True) + passes * _traffic(experiment, program, images)
     key = _placed(jax.eval_shape(lambda: jax.random.key(0)), replicated(mesh))
     return _compile(
         "training step",
@@ -263,7 +261,7 @@ def _sampler(experiment, program: Program, mesh: Mesh, ema) -> Compiled:
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
     lowered = sampler.lower(ema, inputs["x"], inputs["label"], _placed(keys, batch_sharding(mesh)))
     traffic = sum(
-        segment.steps * _traffic(experiment, program, stage, (1 + guided) * size / mesh.size)
+        segment.steps * _traffic(experiment, program, {stage: (1 + guided) * size / mesh.size})
         for segment in sampler.segments
         for stage, guided in zip(segment.stages, segment.guided)
     )
@@ -275,12 +273,12 @@ def _sampler(experiment, program: Program, mesh: Mesh, ema) -> Compiled:
     )
 
 
-def _traffic(experiment: Experiment, program: Program, stage: int, images: float) -> float:
-    """Bytes through one device's HBM in one evaluation of `images` images on it, by formula."""
+def _traffic(experiment: Experiment, program: Program, images: dict[int, float]) -> float:
+    """Bytes through one device's HBM in one evaluation of so many images by stage, by formula."""
     model, config = experiment.card.model, experiment.config
     weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.abstract["params"]))
-    elements = weights + images * block_traffic(model, stage)
-    return elements * jax.numpy.dtype(config.model.dtype).itemsize
+    activations = sum(count * block_traffic(model, stage) for stage, count in images.items())
+    return (weights + activations) * jax.numpy.dtype(config.model.dtype).itemsize
 
 
 def _compile(name: str, lowered: list[Any], flops: int, traffic: float) -> Compiled:

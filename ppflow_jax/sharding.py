@@ -128,7 +128,12 @@ def layout(mesh: Mesh) -> Layout:
     are summed and scattered back at once; activations stay split over the batch. Without it the
     compiler moves activations to the weights.
     """
-    batch = batch_sharding(mesh)
+    place = batch_sharding(mesh)
+
+    def batch(x: jax.Array) -> jax.Array:
+        if x.shape[0] % data_shards(mesh):  # one image at a time, under vmap
+            return x
+        return jax.lax.with_sharding_constraint(x, place)
 
     def weights(tree: Any, prefix: str) -> Any:
         def one(path, leaf):
@@ -142,7 +147,7 @@ def layout(mesh: Mesh) -> Layout:
 
         return jax.tree_util.tree_map_with_path(one, tree)
 
-    return Layout(lambda x: jax.lax.with_sharding_constraint(x, batch), weights)
+    return Layout(batch, weights)
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 import pytest
+from absl import flags
 
-from ppflow_jax import distributed
+from ppflow_jax import cli, distributed
 from ppflow_jax.errors import InputError
 
 GOOD = {
@@ -59,3 +60,28 @@ def test_malformed_variables_are_refused_in_one_line(started, monkeypatch, chang
     with pytest.raises(InputError, match=words) as error:
         distributed.initialize()
     assert started == [] and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("error", [InputError("bad"), KeyError("surprise")])
+def test_a_failed_process_does_not_wait_for_its_peers(monkeypatch, capsys, error):
+    class Gone(BaseException):
+        pass
+
+    def leave(code):
+        raise Gone(code)
+
+    def fail():
+        raise error
+
+    monkeypatch.setattr("jax.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr("os._exit", leave)
+    monkeypatch.setattr("sys.argv", ["main.py"])
+    with pytest.raises(Gone, match="1"):
+        cli.run(fail)
+    said = capsys.readouterr().err
+    if isinstance(error, InputError):
+        assert said == "main (process 0 of 2): bad\n"
+    else:
+        assert "Traceback" in said and "surprise" in said
+    flags.FLAGS.mark_as_parsed()

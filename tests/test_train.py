@@ -18,7 +18,7 @@ from ppflow_jax.flow.path import Flow
 from ppflow_jax.models.ppflow import ModelConfig, make_apply
 from ppflow_jax.optim import OptimConfig, learning_rate, make_optimizer
 from ppflow_jax.pyramid import PPFLOW3
-from ppflow_jax.sharding import batch_sharding, make_mesh, replicated, tree_shardings
+from ppflow_jax.sharding import batch_sharding, layout, make_mesh, replicated, tree_shardings
 from ppflow_jax.state import init_state
 from ppflow_jax.train_step import make_train_step
 from ppflow_jax.writers import read_metrics
@@ -177,7 +177,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_pa
 
 def run_steps(mesh, accumulate=1, steps=3, remat="none"):
     tx = make_optimizer(OptimConfig(lr=1e-3), steps)
-    apply = make_apply(MODEL, remat=remat)
+    apply = make_apply(MODEL, remat=remat, layout=layout(mesh))
     init = lambda key: init_state(MODEL, tx, key)
     key = jax.random.key(0)
     shardings = tree_shardings(jax.eval_shape(init, key), mesh)

@@ -132,12 +132,15 @@ def stage_losses(
     draws: Draws,
 ) -> tuple[Float[Array, " n"], ...]:
     """Loss of every sample, by stage: mean squared residual over a sample's elements."""
+    stages = tuple(range(len(objective.pyramid)))
+    parts = [[strided(a, objective.pattern, i) for i in stages] for a in (x1, *draws)]
+    data, noise, t, y = (tuple(part) for part in parts)
+    path = objective.flow.interpolant
+    xt, velocity = zip(*(interpolate(path, *each) for each in zip(noise, data, t)))
+    predictions = apply(params, xt, t, y, stages)
     losses = []
-    for stage in range(len(objective.pyramid)):
-        data, noise, t, y = (strided(a, objective.pattern, stage) for a in (x1, *draws))
-        xt, velocity = interpolate(objective.flow.interpolant, noise, data, t)
-        prediction = apply(params, xt, t, y, stage)
-        error = residual(objective.flow, objective.weighting, noise, velocity, prediction, t)
+    for each in zip(noise, velocity, predictions, t):
+        error = residual(objective.flow, objective.weighting, *each)
         losses.append(jnp.mean(jnp.square(error), axis=(1, 2, 3)))
     return tuple(losses)
 

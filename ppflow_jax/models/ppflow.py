@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -30,8 +29,8 @@ from ppflow_jax.models.patch import patchify, positions, unpatchify
 from ppflow_jax.pyramid import Pyramid
 
 Params = dict[str, Any]
-# (params, x, t, y, stage) -> prediction with the shape of x
-Apply = Callable[..., Float[Array, "b h w c"]]
+# (params, x, t, y, stage) -> prediction with the shape of x, or tuples of them: see make_apply
+Apply = Callable[..., Any]
 
 # DiT, arXiv 2212.09748, Table 1.
 SIZES = {
@@ -41,11 +40,10 @@ SIZES = {
     "XL": dict(width=1152, depth=28, heads=16),
 }
 
-WEIGHTS = "weights"  # the scope in which weights are made ready
-
-# Weights are never kept from the forward to the backward pass: they are cast and gathered again.
 REMAT_POLICIES = {
-    "none": jax.checkpoint_policies.save_anything_except_these_names(WEIGHTS),
+    # All but the weights gathered by `Layout.weights`, the only custom derivative of a block: kept
+    # for the backward pass, they would be the whole network on every device.
+    "none": lambda operation, *_, **__: operation.name != "custom_vjp_call",
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
@@ -179,18 +177,23 @@ class PPFlow(nnx.Module):
             c = c + self.level(jnp.full(y.shape, stage))
         return self.layout.batch(c)
 
-    def trunk(self, h: Float[Array, "b n d"], c: Float[Array, "b d"]) -> Float[Array, "b n d"]:
-        """The shared blocks, scanned over depth; `c` is already SiLU(c)."""
+    def trunk(
+        self, hs: tuple[Float[Array, "_ _ d"], ...], cs: tuple[Float[Array, "_ d"], ...]
+    ) -> tuple[Float[Array, "_ _ d"], ...]:
+        """The shared blocks, scanned over depth; each of `cs` is already SiLU(c).
 
-        def body(h, block):
-            with jax.named_scope(WEIGHTS):
-                # They cross the mesh in the dtype of the matrix products, which is all they enter.
-                block = jax.tree.map(lambda p: p.astype(self.dtype), block)
-                block = checkpoint_name(self.layout.weights(block, "blocks/"), WEIGHTS)
-            return self.layout.batch(block(h, c)), None
+        Several stages pass a block side by side, each with its own token count, so that its
+        weights are gathered, and their gradients summed over a mesh, once for all of them.
+        """
+
+        def body(hs, block):
+            # Weights cross the mesh in the dtype of the matrix products, which is all they enter.
+            block = jax.tree.map(lambda p: p.astype(self.dtype), block)
+            block = self.layout.weights(block, "blocks/")
+            return tuple(self.layout.batch(block(h, c)) for h, c in zip(hs, cs)), None
 
         body = jax.checkpoint(body, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
-        return jax.lax.scan(body, h, self.blocks)[0]
+        return jax.lax.scan(body, hs, self.blocks)[0]
 
     def final(
         self, h: Float[Array, "b n d"], c: Float[Array, "b d"], stage: int
@@ -202,12 +205,19 @@ class PPFlow(nnx.Module):
     def __call__(
         self, x: Float[Array, "b h w c"], t: Float[Array, " b"], y: Int[Array, " b"], stage: int
     ) -> Float[Array, "b h w c"]:
+        return self.side_by_side((x,), (t,), (y,), (stage,))[0]
+
+    def side_by_side(self, xs, ts, ys, stages: tuple[int, ...]) -> tuple[Array, ...]:
+        """The predictions of several stages, each as `__call__`, in one pass over the blocks."""
         config = self.config
-        c = jax.nn.silu(self.condition(t, y, stage))
-        h = self.trunk(self.tokens(x, stage), c)
-        grid = config.pyramid.grid(stage, config.latent_size)
-        out = unpatchify(self.final(h, c, stage), grid, config.pyramid.stages[stage].patch)
-        return out[..., : config.channels]
+        cs = tuple(jax.nn.silu(self.condition(*each)) for each in zip(ts, ys, stages))
+        hs = self.trunk(tuple(self.tokens(*each) for each in zip(xs, stages)), cs)
+        predictions = []
+        for h, c, stage in zip(hs, cs, stages):
+            grid = config.pyramid.grid(stage, config.latent_size)
+            out = unpatchify(self.final(h, c, stage), grid, config.pyramid.stages[stage].patch)
+            predictions.append(out[..., : config.channels])
+        return tuple(predictions)
 
 
 def _module(
@@ -242,7 +252,8 @@ def make_apply(
 
     x float32 [b, h, w, c] latent; t float32 [b] in [0, 1]; y int32 [b], null label allowed;
     stage a Python int. Returns float32 [b, h, w, c]: the velocity, score or noise it was
-    trained to predict. `dtype` is that of the matrix products, `layout` that of the mesh.
+    trained to predict. With a tuple for each of x, t, y and stage: a tuple of predictions, in one
+    pass over the blocks. `dtype` is that of the matrix products, `layout` that of the mesh.
 
     Raises:
       InputError: unknown remat policy.
@@ -255,8 +266,10 @@ def make_apply(
 
     def apply(params, x, t, y, stage):
         rest = {name: part for name, part in params.items() if name != "blocks"}
-        with jax.named_scope(WEIGHTS):
-            params = params | layout.weights(rest, "")
-        return nnx.merge(graphdef, params)(x, t, y, stage)
+        params = params | layout.weights(rest, "")
+        network = nnx.merge(graphdef, params)
+        if isinstance(stage, tuple):
+            return network.side_by_side(x, t, y, stage)
+        return network(x, t, y, stage)
 
     return apply

@@ -57,6 +57,13 @@ def test_times_lie_in_their_stage_and_labels_are_dropped_at_the_rate(key):
         assert t.min() < lo + 0.01 and t.max() > hi - 0.01
 
 
+def for_each(apply):
+    """`apply` for a tuple of stages."""
+    return lambda params, xs, ts, ys, stages: tuple(
+        apply(params, *each) for each in zip(xs, ts, ys, stages)
+    )
+
+
 def oracle(flow, x0, x1):
     """A network that knows the answer: the exact prediction for this pair."""
 
@@ -67,7 +74,7 @@ def oracle(flow, x0, x1):
         sigma = flow.interpolant.sigma(t)[:, None, None, None]
         return (x0[stage] if flow.prediction == "noise" else -x0[stage] / sigma) + params["off"]
 
-    return apply
+    return for_each(apply)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +127,7 @@ def test_a_stage_weighs_its_duration_whatever_its_share(key):
     for share in ((), (1, 2, 5)):
         objective = Objective(PPFLOW3, Flow(), 10, stage_share=share)
         draws = Draws(jnp.zeros_like(x1), jnp.full(16, 0.5), jnp.zeros(16, jnp.int32))
-        loss, by_stage = loss_fn(objective, apply, {}, x1, draws)
+        loss, by_stage = loss_fn(objective, for_each(apply), {}, x1, draws)
         assert float(loss) == pytest.approx(0.25 * 1 + 0.25 * 4)
         assert [float(v) for v in by_stage.values()] == [0, 1, 4]
 

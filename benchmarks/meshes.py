@@ -1,0 +1,206 @@
+"""The same training run on several meshes and process counts, over fake CPU devices.
+
+    python -m benchmarks.meshes --out=DIR [--steps=20]
+
+A table of the largest relative difference of the losses from those of one process on one device
+axis; runs that stop halfway and go on with another mesh and another number of processes; what
+each process read against the whole batch; restored arrays against stored ones. Exit code 0 only
+if losses agree within 1e-5 and the rest exactly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from ppflow_jax import distributed
+from ppflow_jax.checkpoint import FOLDER
+from ppflow_jax.data.pipeline import batches
+from ppflow_jax.data.sources import digits
+from ppflow_jax.sharding import batch_sharding, leaf_path, local_rows, make_mesh, tree_shardings
+from ppflow_jax.writers import read_metrics
+
+DEVICES, BATCH, BOUND = 8, 32, 1e-5
+SMALL = [
+    "--config=configs/digits.py",
+    "--config.model.width=64",
+    "--config.model.depth=2",
+    "--config.model.heads=4",
+    f"--config.data.batch_size={BATCH}",
+    "--config.optim.schedule=constant",
+    "--config.train.log_every=1",
+    "--config.sample.every=0",
+    "--config.sample.count=8",
+    "--config.sample.steps=2",
+]
+# name: (processes, (data, fsdp, tensor))
+MESHES = {
+    "1 process x 8, mesh 8x1": (1, (8, 1, 1)),
+    "1 process x 8, mesh 4x2": (1, (4, 2, 1)),
+    "1 process x 8, mesh 2x2x2": (1, (2, 2, 2)),
+    "2 processes x 4, mesh 8x1": (2, (8, 1, 1)),
+    "2 processes x 4, mesh 2x2x2": (2, (2, 2, 2)),
+}
+# name: two halves of one run
+MOVES = {
+    "2x4 on 2x2x2, then 1x8 on 4x2": ((2, (2, 2, 2)), (1, (4, 2, 1))),
+    "1x8 on 1x8, then 2x4 on 2x4": ((1, (1, 8, 1)), (2, (2, 4, 1))),
+}
+
+
+def start(processes: int, arguments: list[str], last: tuple[str, ...] = ()) -> list[int]:
+    """Exit codes of that many processes of `python -m ...`, with eight devices in all.
+
+    The last process also gets `last`.
+    """
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(DEVICES // processes),
+    }
+    if processes > 1:
+        env |= {
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_NUM_PROCESSES": str(processes),
+        }
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", *arguments, *(last if k == processes - 1 else ())],
+            env=env | ({"JAX_PROCESS_ID": str(k)} if processes > 1 else {}),
+            stderr=subprocess.DEVNULL,
+        )
+        for k in range(processes)
+    ]
+    return [process.wait() for process in running]
+
+
+def train(workdir: Path, processes: int, sizes: tuple[int, int, int], steps: int) -> None:
+    names = ("data", "fsdp", "tensor")
+    mesh = [f"--config.mesh.{name}={size}" for name, size in zip(names, sizes)]
+    extra = [f"--workdir={workdir}", f"--config.train.steps={steps}"]
+    if any(start(processes, ["ppflow_jax.main", *SMALL, *mesh, *extra])):
+        raise SystemExit(f"the run in {workdir} failed")
+
+
+def losses(workdir: Path) -> np.ndarray:
+    return np.array([r["loss"] for r in read_metrics(workdir / "metrics.jsonl")])
+
+
+def read_share(out: Path, sizes: tuple[int, int, int]) -> None:
+    """What this process reads of the first batches, to `out`/PROCESS.npz."""
+    distributed.initialize()
+    rows = local_rows(batch_sharding(make_mesh(*sizes)), BATCH)
+    read = list(itertools.islice(stream(rows), 3))
+    index = jax.process_index()
+    arrays = {k: np.stack([b[k] for b in read]) for k in ("x", "label")}
+    np.savez(out / f"{index}.npz", rows=rows, **arrays)
+
+
+def stream(rows=None):
+    return batches(digits(), batch_size=BATCH, seed=0, first_step=0, rows=rows)
+
+
+def shares_make_the_batch(out: Path) -> str:
+    """Two processes' shares put together, against the batch of one."""
+    sizes = (4, 2, 1)
+    out.mkdir(parents=True, exist_ok=True)
+    if any(start(2, ["benchmarks.meshes", f"--read={json.dumps(sizes)}", f"--out={out}"])):
+        raise SystemExit("reading failed")
+    whole = {
+        k: np.stack(v)
+        for k, v in zip(("x", "label"), zip(*[b.values() for b in itertools.islice(stream(), 3)]))
+    }
+    shares = [np.load(out / f"{k}.npz") for k in range(2)]
+    rows = np.concatenate([s["rows"] for s in shares])
+    if sorted(rows.tolist()) != list(range(BATCH)):
+        return "rows are missing or read twice"
+    for name, value in whole.items():
+        if not np.array_equal(np.concatenate([s[name] for s in shares], axis=1), value[:, rows]):
+            return f"{name} differs"
+    return "equal"
+
+
+def restored_equals_stored(workdir: Path) -> str:
+    """Every array of the latest state, restored onto three meshes of this process."""
+    (*_, latest) = sorted((workdir / FOLDER).iterdir(), key=lambda p: int(p.name))
+    checkpointer = ocp.PyTreeCheckpointer()
+    stored = checkpointer.restore(
+        latest / "state",
+        restore_args=jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+            ocp.PyTreeCheckpointHandler().metadata(latest / "state").tree,
+        ),
+    )
+    paths = [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(stored)]
+    for sizes in ((8, 1, 1), (2, 4, 1), (2, 2, 2)):
+        shardings = tree_shardings(stored, make_mesh(*sizes))
+        placed = checkpointer.restore(
+            latest / "state",
+            restore_args=jax.tree.map(
+                lambda a, s: ocp.ArrayRestoreArgs(sharding=s, dtype=a.dtype), stored, shardings
+            ),
+        )
+        pairs = zip(paths, jax.tree.leaves(stored), jax.tree.leaves(placed))
+        if wrong := [path for path, a, b in pairs if not np.array_equal(a, np.asarray(b))]:
+            return f"{wrong[0]} differs on {sizes}"
+    return "equal"
+
+
+def failure_ends_all(workdir: Path) -> str:
+    """One of two processes cannot read its data; the other must not wait for ever."""
+    missing = ("--config.data.source=arrays", "--config.data.path=/nowhere")
+    began = time.monotonic()
+    codes = start(2, ["ppflow_jax.main", *SMALL, f"--workdir={workdir}"], missing)
+    print(f"  exit codes {codes} after {time.monotonic() - began:.0f} s", flush=True)
+    return "all ended" if codes[1] == 1 and codes[0] != 0 else "not as it should"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--read", default="", help="internal: one process of the reading check")
+    args = parser.parse_args()
+    if args.read:
+        read_share(args.out, tuple(json.loads(args.read)))
+        return 0
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+
+    ok, reference = True, None
+    print(f"{'run':34}{'last loss':>12}{'largest relative difference':>30}", flush=True)
+    for name, halves in [(k, (v,)) for k, v in MESHES.items()] + list(MOVES.items()):
+        workdir = args.out / name.replace(" ", "_").replace(",", "")
+        for part, (processes, sizes) in enumerate(halves, 1):
+            train(workdir, processes, sizes, args.steps * part // len(halves))
+        found = losses(workdir)
+        reference = found if reference is None else reference
+        complete = len(found) == args.steps
+        worst = np.abs(found / reference - 1).max() if complete else np.inf
+        ok &= bool(worst <= BOUND)
+        print(f"{name:34}{found[-1]:>12.6f}{worst:>30.1e}", flush=True)
+    for name, answer in {
+        "shares of two processes": shares_make_the_batch(args.out / "shares"),
+        "restored on 8x1, 2x4, 2x2x2": restored_equals_stored(workdir),
+        "one of two processes fails": failure_ends_all(args.out / "failing"),
+    }.items():
+        ok &= answer in ("equal", "all ended")
+        print(f"{name:34}{answer:>12}", flush=True)
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+import dataclasses
+import importlib
+
+import jax
+import pytest
+
+from ppflow_jax import dryrun
+from ppflow_jax.chips import CHIPS
+from ppflow_jax.errors import InputError
+from ppflow_jax.flops import forward_flops, training_flops
+from tests.commands import ROOT, SMALL, run
+
+CHIP = CHIPS["v5e"]
+
+
+def report(chip=CHIP, **mesh):
+    config = importlib.import_module("configs.digits").get_config()
+    config.model.update(dict(width=64, depth=3, heads=4))
+    config.data.batch_size = 32
+    config.mesh.update(mesh)
+    target = dryrun.Target("tpu:v5e:2x4", tuple(jax.devices()), chip)
+    return dryrun.dry_run(config, target, sampler=False)
+
+
+@pytest.fixture(scope="module")
+def sharded():
+    return report(data=2, fsdp=4)
+
+
+def test_only_weights_and_gradients_cross_the_mesh(sharded):
+    (step,) = sharded.programs
+    causes = sharded.causes(step)
+    assert not [c for c in causes if c[0].startswith("unexplained")], causes
+    gathered = [c for c in causes if c[0] == "weights gathered (blocks)"]
+    # five weights of three blocks, forward and backward: once for both stages
+    assert [(kind, runs) for _, kind, _, runs, _ in gathered] == [("all-gather", 30)]
+
+
+def test_state_is_one_nth_and_within_the_arguments_of_the_compiler(sharded):
+    for part in ("params", "ema", "opt_state"):
+        assert 3 < sharded.whole[part] / sharded.parts[part] <= 4
+    assert sharded.peak > sum(sharded.parts.values())
+    assert sharded.parameters * 4 == sharded.whole["params"]
+
+
+def test_estimates_and_what_does_not_fit(sharded):
+    (step,) = sharded.programs
+    assert sharded.misfit == ""
+    assert sharded.seconds(step)["compute"] == pytest.approx(step.flops / 8 / CHIP.flops)
+    assert "fits" in dryrun.text(sharded) and "not measured" in dryrun.text(sharded)
+    small = dataclasses.replace(CHIP, memory=1e5)
+    tight = dataclasses.replace(sharded, target=dataclasses.replace(sharded.target, chip=small))
+    assert "do not fit" in tight.misfit and "does not fit" in dryrun.text(tight)
+    failed = dataclasses.replace(step, temporaries=None, failure="out of memory")
+    assert "out of memory" in dataclasses.replace(sharded, programs=[failed]).misfit
+
+
+def test_training_flops_are_three_forward_passes():
+    config = importlib.import_module("configs.ppflow_xl3").get_config()
+    experiment = dryrun.Experiment.from_config(config)
+    model, pattern = experiment.card.model, experiment.objective.pattern
+    share = [2, 1, 1]
+    whole = sum(n * forward_flops(model, stage) for stage, n in enumerate(share))
+    assert training_flops(model, pattern, 256) == 3 * 64 * whole
+
+
+def test_the_command_needs_no_data_and_no_workdir():
+    args = [f"--config={ROOT}/configs/sit_s.py", "--dry_run=cpu:8", *SMALL]
+    code, out, err = run("main", *args, "--config.mesh.fsdp=8", "--config.model.width=64")
+    assert code == 0, err
+    assert "on cpu:8" in out and "sampler of 8 images" in out and "unexplained" not in out
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("cpu", "unknown --dry_run=cpu: give cpu:8"),
+        ("tpu:v9:2x2", "unknown --dry_run"),
+        ("cpu:64", "64 CPU devices are asked for, and 8 exist"),
+    ],
+)
+def test_bad_targets_are_refused_in_one_line(target, words):
+    code, _, err = run("main", f"--config={ROOT}/configs/digits.py", f"--dry_run={target}")
+    assert code == 1 and words in err and "Traceback" not in err
+
+
+def test_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install libtpu"):
+        dryrun.Target.parse("tpu:v5e:4x4")
+
+
+def test_workdir_is_needed_without_it():
+    code, _, err = run("main", f"--config={ROOT}/configs/digits.py")
+    assert code == 2 and "--workdir is required" in err
