@@ -44,7 +44,7 @@ def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
     except OSError as e:
         _fail(program, f"{e.strerror or e}: {e.filename}" if e.filename else e, 1)
     except Exception:
-        if jax.distributed.is_initialized():
+        if distributed.several():
             traceback.print_exc()
             distributed.leave(1)
         raise
@@ -52,7 +52,7 @@ def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
 
 def _fail(program: str, message: object, code: int) -> None:
     line = " ".join(str(message).split())
-    if jax.distributed.is_initialized():
+    if distributed.several():
         program += f" (process {jax.process_index()} of {jax.process_count()})"
     print(f"{program}: {line}", file=sys.stderr, flush=True)
     distributed.leave(code)
