@@ -61,7 +61,7 @@ def run(main: Callable[..., None], required: tuple[str, ...] = (), positional: s
             message = f"{message}: make room on the disk, and run the same command again"
         _fail(program, message, 1)
     except Exception:
-        if jax.distributed.is_initialized():
+        if distributed.several():
             traceback.print_exc()
             distributed.leave(1)
         raise
@@ -69,7 +69,7 @@ def run(main: Callable[..., None], required: tuple[str, ...] = (), positional: s
 
 def _fail(program: str, message: object, code: int) -> None:
     line = " ".join(str(message).split())
-    if jax.distributed.is_initialized():
+    if distributed.several():
         program += f" (process {jax.process_index()} of {jax.process_count()})"
     print(f"{program}: {line}", file=sys.stderr, flush=True)
     distributed.leave(code)

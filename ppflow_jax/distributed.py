@@ -47,6 +47,11 @@ def initialize() -> None:
         ) from e
 
 
+def several() -> bool:
+    """Whether this process has peers; touches no device before `initialize`."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
 def leave(code: int) -> None:
     """End this process at once, without waiting for peers, if there are any.
 
@@ -54,7 +59,7 @@ def leave(code: int) -> None:
     it in a collective. When it is gone they are ended by the broken connection or, after
     `HEARTBEAT_S`, by jax's coordination service, which aborts them (SIGABRT, exit code 134).
     """
-    if jax.distributed.is_initialized() and jax.process_count() > 1:
+    if several():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -92,7 +97,7 @@ def _slurm() -> bool:
 
 def _tpu() -> bool:
     """A machine with TPU chips and the library for them."""
-    if os.environ.get("JAX_PLATFORMS", "tpu").find("tpu") < 0:
+    if "tpu" not in (os.environ.get("JAX_PLATFORMS") or "tpu"):
         return False
     chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
     return bool(chips) and importlib.util.find_spec("libtpu") is not None

@@ -146,9 +146,9 @@ class Report:
 
     def _ring_rate(self) -> float:
         """Bytes/s out of a chip along one axis of the slice: both ways round if it closes."""
-        longest = max(int(s) for s in self.target.name.split(":")[-1].split("x"))
+        axes = [int(size) for size in self.target.name.split(":")[-1].split("x")]
         chip = self.target.chip
-        return chip.link_rate * (2 if longest % chip.wraps == 0 else 1)
+        return chip.link_rate * (1 if any(size % chip.wraps for size in axes) else 2)
 
     def causes(self, program: Compiled) -> list[tuple[str, str, int, int, float]]:
         """(cause, kind, operations, executions, bytes sent per device)."""
@@ -294,8 +294,9 @@ def _compile(name: str, lowered: list[Any], flops: int, traffic: float) -> Compi
             reason = said[0] if said else str(e).splitlines()[0][:200]
             return Compiled(name, flops, traffic, None, failure=reason)
         memory = executable.memory_analysis()
-        needed = memory.temp_size_in_bytes + memory.output_size_in_bytes
-        temporaries = max(temporaries, needed - memory.alias_size_in_bytes)
+        needed = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+        needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
+        temporaries = max(temporaries, needed)
         network += collectives(executable.as_text())
     return Compiled(name, flops, traffic, temporaries, network)
 
