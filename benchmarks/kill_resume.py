@@ -141,10 +141,10 @@ def compare(row: Row, workdir: Path, whole: dict[str, np.ndarray]) -> None:
         row.failures.append(f"{workdir.name}: {len(losses[0])} rows of metrics, not {STEPS}")
 
 
-def moment(kind: str, random_: random.Random, whole_s: float) -> Callable[[Run], bool]:
+def moment(kind: str, random_: random.Random, start_s: float) -> Callable[[Run], bool]:
     """Whether it is time to end a run: called again and again while it lives."""
     if kind == "while starting":
-        after = random_.uniform(0.2, 0.6) * whole_s
+        after = random_.uniform(0, 0.5) * start_s
         return lambda run: time.monotonic() - run.started > after
     if kind == "between steps":
         ahead = random_.randrange(1, 5 * SAVE_EVERY)
@@ -179,7 +179,7 @@ def ends(
     whole: dict[str, np.ndarray],
     *,
     random_: random.Random,
-    whole_s: float,
+    start_s: float,
     processes: int = 1,
 ) -> None:
     """End runs by a signal, once for each of `kinds`, and let them go on to the end."""
@@ -189,13 +189,14 @@ def ends(
         workdir = out / f"{name}-{chain}"
         run = Run(workdir, processes)
         if left:
-            due = moment(left[0], random_, whole_s)
+            due = moment(left[0], random_, start_s)
             while run.alive() and not due(run):
                 time.sleep(0.002)
             victim = random_.choice(run.processes)
             if run.alive():
                 left.pop(0)
                 row.ended += 1
+                print(f"  {row.name}: {row.ended} at step {run.step()}", flush=True)
                 victim.send_signal(number)
         codes = run.wait()
         if number is signal.SIGKILL:
@@ -300,12 +301,16 @@ def main() -> int:
     random_, rows, begun = random.Random(args.seed), [], time.monotonic()
 
     def left_alone(processes: int) -> tuple[Path, dict[str, np.ndarray], float]:
+        """A run of its own: workdir, final state, seconds until its first step."""
         workdir = args.out / f"whole-{processes}"
-        begun = time.monotonic()
-        if not (run := Run(workdir, processes, cache=False)).finished():
+        run = Run(workdir, processes, cache=False)
+        while run.alive() and not run.step():
+            time.sleep(0.05)
+        seconds = time.monotonic() - run.started
+        if not run.finished():
             raise SystemExit(f"the run left alone failed: see {run.log}")
-        seconds = time.monotonic() - begun
-        print(f"left alone, {processes} process(es): {seconds:.0f} s", flush=True)
+        total = time.monotonic() - run.started
+        print(f"left alone, {processes} process(es): {total:.0f} s", flush=True)
         return workdir, final_state(workdir), seconds
 
     whole_dir, whole, seconds = left_alone(1)
@@ -316,7 +321,7 @@ def main() -> int:
         "between steps": args.kills - two - 2 * third,
         "in a checkpoint write": third,
     }
-    one = dict(random_=random_, whole_s=seconds)
+    one = dict(random_=random_, start_s=seconds)
     todo: list[tuple[str, Callable[[Row], None]]] = []
     for kind, count in kinds.items():
         todo.append(
@@ -339,7 +344,7 @@ def main() -> int:
     def both(row: Row, kinds: list[str], number: signal.Signals) -> None:
         if not (args.out / "whole-2").exists():
             both.whole, both.seconds = left_alone(2)[1:]
-        timing = dict(random_=random_, whole_s=both.seconds)
+        timing = dict(random_=random_, start_s=both.seconds)
         ends(row, args.out, kinds, number, both.whole, processes=2, **timing)
 
     mixed = (["between steps", "in a checkpoint write"] * two)[:two]

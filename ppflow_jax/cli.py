@@ -43,6 +43,8 @@ def run(main: Callable[[], None], required: tuple[str, ...] = ()) -> None:
         main()
     except (InputError, RunError) as e:
         _fail(program, e, 1)
+    except flags.Error as e:  # flags that do not go together
+        _fail(program, e, 2)
     except Stopped as e:  # in all processes: they wait for each other at the exit
         if jax.process_index() == 0:
             print(f"{program}: {e}", file=sys.stderr, flush=True)

@@ -36,7 +36,7 @@ def writable_directory(path: str | Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another host may have the same process number
     except OSError as e:
         raise InputError(
             f"cannot write to {path} ({e.strerror}): choose a folder where you may write"

@@ -29,3 +29,22 @@ def sampling_flops(model: ModelConfig, segments: tuple[Segment, ...]) -> int:
         for segment in segments
         for stage, guided in zip(segment.stages, segment.guided)
     )
+
+
+def training_flops(model: ModelConfig, pattern: tuple[int, ...], batch_size: int) -> int:
+    """FLOPs of one training step: forward, and backward twice that, without rematerialisation.
+
+    `pattern` is the stage of every sample of one period of the batch (`Objective.pattern`).
+    """
+    return 3 * batch_size * sum(forward_flops(model, stage) for stage in pattern) // len(pattern)
+
+
+def block_traffic(model: ModelConfig, stage: int) -> int:
+    """Elements that the matrix products and the softmax of all blocks read and write, one image.
+
+    Per block: (12 + 2 r) N D + 4 h N^2 with h heads; an estimate of what crosses HBM if each
+    product is one kernel. Weights are not counted.
+    """
+    rows, cols = model.pyramid.grid(stage, model.latent_size)
+    n, d = rows * cols, model.width
+    return model.depth * (int((12 + 2 * model.mlp_ratio) * n * d) + 4 * model.heads * n * n)

@@ -1,23 +1,39 @@
-"""Train: python -m ppflow_jax.main --config=configs/ppflow_b2.py --workdir=DIR [--config.a.b=v]"""
+"""Train: python -m ppflow_jax.main --config=configs/ppflow_b2.py --workdir=DIR [--config.a.b=v]
+
+With --dry_run=tpu:v5e:4x4 nothing is trained: the run is compiled for those devices, and what it
+would need is printed. Exit code 1 if it does not fit their memory.
+"""
 
 from __future__ import annotations
 
 from absl import flags
 from ml_collections import config_flags
 
-from ppflow_jax import cli, distributed
+from ppflow_jax import cli, distributed, dryrun
+from ppflow_jax.errors import RunError
 from ppflow_jax.train import train
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment, a file in configs/.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; a run found there goes on.")
+_DRY_RUN = flags.DEFINE_string(
+    "dry_run", None, f"Only compile, for devices that need not be there: {dryrun.EXAMPLES}."
+)
 
 
 def main() -> None:
+    if _DRY_RUN.value:
+        report = dryrun.dry_run(_CONFIG.value, dryrun.Target.parse(_DRY_RUN.value))
+        print(dryrun.text(report), flush=True)
+        if report.misfit:
+            raise RunError(report.misfit)
+        return
+    if not _WORKDIR.value:
+        raise flags.Error("--workdir is required")
     distributed.initialize()
     train(_CONFIG.value, _WORKDIR.value)
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("config", "workdir"))
+    cli.run(main, required=("config",))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 
 from ppflow_jax.errors import InputError
+from ppflow_jax.models.ppflow import Layout
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -26,19 +29,23 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"blocks/fc1/bias$", P(None, "tensor")),
     (r"blocks/fc2/kernel$", P(None, "tensor", "fsdp")),
     (r"blocks/adaln/kernel$", P(None, None, "fsdp")),
-    (r"label/embedding$", P(None, "fsdp")),
     (r"(final_adaln|time/fc[12])/kernel$", P(None, "fsdp")),
     (r".*", P()),
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """Mesh of all devices with axes `data`, `fsdp`, `tensor`; one -1 takes what is left.
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """Mesh of all devices, or of those given; one size of -1 takes what is left.
+
+    The last axes talk most and get the nearest devices.
 
     Raises:
       InputError: the sizes do not multiply to the number of devices.
     """
-    sizes, count = [data, fsdp, tensor], jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    sizes, count = [data, fsdp, tensor], len(devices)
     if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
         raise InputError(f"mesh sizes {sizes} must be positive, with at most one -1")
     known = int(np.prod([s for s in sizes if s != -1]))
@@ -49,7 +56,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
             f"mesh data={data} fsdp={fsdp} tensor={tensor} does not cover the {count} device(s): "
             "the sizes must multiply to that number (-1: whatever is left)"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def data_shards(mesh: Mesh) -> int:
@@ -71,20 +78,65 @@ def leaf_path(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """By `RULES`; an axis that does not divide is not split."""
+    spec = next(spec for pattern, spec in RULES if re.search(pattern, path))
+    if len(spec) > len(shape):
+        return P()
+    return P(
+        *(
+            axis if axis is None or size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(spec, shape)
+        )
+    )
+
+
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     """Sharding of every leaf by `RULES`; an axis that does not divide is not split."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, _spec(leaf_path(path), leaf.shape, mesh)), tree
+    )
 
-    def one(path, leaf):
-        spec = next(spec for pattern, spec in RULES if re.search(pattern, leaf_path(path)))
-        if len(spec) > len(leaf.shape):
-            spec = P()
-        parts = [
-            axis if axis is None or size % mesh.shape[axis] == 0 else None
-            for axis, size in zip(spec, leaf.shape)
-        ]
-        return NamedSharding(mesh, P(*parts))
 
-    return jax.tree_util.tree_map_with_path(one, tree)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(leaf: jax.Array, here: NamedSharding, stored: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(leaf, here)
+
+
+def _gather_fwd(leaf, here, stored):
+    return _gather(leaf, here, stored), None
+
+
+def _gather_bwd(here, stored, _, gradient):
+    # Left alone, the compiler sums the gradient into a whole copy on every device.
+    return (jax.lax.with_sharding_constraint(gradient, stored),)
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+def layout(mesh: Mesh) -> Layout:
+    """Fully sharded data parallelism (ZeRO stage 3, arXiv 1910.02054) for the network.
+
+    Weights are gathered over `fsdp` just before use, one block at a time, and their gradients
+    are summed and scattered back at once; activations stay split over the batch. Without it the
+    compiler moves activations to the weights.
+    """
+    batch = batch_sharding(mesh)
+
+    def weights(tree: Any, prefix: str) -> Any:
+        def one(path, leaf):
+            name = prefix + leaf_path(path).removesuffix("/value")
+            if prefix:  # one block: without the axis of depth
+                stored = P(*_spec(name, (1, *leaf.shape), mesh)[1:])
+            else:
+                stored = _spec(name, leaf.shape, mesh)
+            here = P(*(None if axis == "fsdp" else axis for axis in stored))
+            return _gather(leaf, NamedSharding(mesh, here), NamedSharding(mesh, stored))
+
+        return jax.tree_util.tree_map_with_path(one, tree)
+
+    return Layout(lambda x: jax.lax.with_sharding_constraint(x, batch), weights)
 
 
 @functools.cache
@@ -110,3 +162,15 @@ def to_global(batch: Any, sharding: NamedSharding, batch_size: int) -> Any:
         return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, shard)
 
     return jax.tree.map(one, batch)
+
+
+def spread(tree: Any, sharding: NamedSharding) -> Any:
+    """Global arrays from host arrays that every process holds whole."""
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree
+    )
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+    """The whole of a global array, on every process."""
+    return np.asarray(x if x.is_fully_addressable else process_allgather(x, tiled=True))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,22 +28,25 @@ from ppflow_jax.flow.loss import Objective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.sampler import Sampler, image_noise
-from ppflow_jax.models.ppflow import ModelConfig, make_apply
+from ppflow_jax.models.ppflow import Apply, ModelConfig, make_apply
 from ppflow_jax.optim import OptimConfig, learning_rate, make_optimizer
 from ppflow_jax.pyramid import Pyramid
 from ppflow_jax.run_checkpoints import Checkpoints
 from ppflow_jax.sharding import (
     batch_sharding,
     data_shards,
+    fetch,
+    layout,
     local_rows,
     make_mesh,
     replicated,
+    spread,
     to_global,
     tree_shardings,
 )
-from ppflow_jax.state import init_state, state_from
+from ppflow_jax.state import TrainState, init_state, state_from
 from ppflow_jax.stop import StopRequest
-from ppflow_jax.train_step import make_train_step
+from ppflow_jax.train_step import Metrics, make_train_step
 from ppflow_jax.writers import (
     MetricWriter,
     progress,
@@ -99,6 +103,51 @@ class Experiment:
         return cls(card, objective, OptimConfig(**config.optim), sampler, config)
 
 
+class Program(NamedTuple):
+    """What runs on a mesh; `abstract` and `shardings` are trees of the training state."""
+
+    apply: Apply
+    optimizer: optax.GradientTransformation
+    init: Callable[[jax.Array], TrainState]
+    abstract: TrainState
+    shardings: TrainState
+    step: Callable[..., tuple[TrainState, Metrics]]
+
+
+def make_program(experiment: Experiment, mesh: Mesh) -> Program:
+    """Network, optimizer and jitted training step of `experiment` on `mesh`; allocates nothing.
+
+    Raises:
+      InputError: the batch cannot be divided among the devices.
+    """
+    config, model = experiment.config, experiment.card.model
+    shards = data_shards(mesh) * config.train.accumulate
+    experiment.objective.check_batch(config.data.batch_size, shards)
+    apply = make_apply(
+        model,
+        dtype=jnp.dtype(config.model.dtype),
+        remat=config.model.remat,
+        layout=layout(mesh),
+    )
+    optimizer = make_optimizer(experiment.optim, config.train.steps)
+    init = functools.partial(init_state, model, optimizer)
+    abstract = jax.eval_shape(init, jax.random.key(0))
+    shardings = tree_shardings(abstract, mesh)
+    step = jax.jit(
+        make_train_step(
+            experiment.objective,
+            apply,
+            optimizer,
+            ema=config.train.ema,
+            accumulate=config.train.accumulate,
+        ),
+        in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+    return Program(apply, optimizer, init, abstract, shardings, step)
+
+
 def train(config: ConfigDict, workdir: str) -> None:
     """Train `config` in `workdir`, going on from its latest checkpoint.
 
@@ -112,23 +161,20 @@ def train(config: ConfigDict, workdir: str) -> None:
     """
     experiment = Experiment.from_config(config)
     model = experiment.card.model
-    apply = make_apply(model, dtype=jnp.dtype(config.model.dtype), remat=config.model.remat)
     mesh = make_mesh(**config.mesh)
-    experiment.objective.check_batch(
-        config.data.batch_size, data_shards(mesh) * config.train.accumulate
-    )
+    program = make_program(experiment, mesh)
     source = open_source(config.data.source, config.data.path)
     source.check_fits(model.shape, model.num_classes)
 
     root = writable_directory(workdir)
     lock = locked(root) if jax.process_index() == 0 else contextlib.nullcontext()
     with lock, StopRequest() as stop:
-        _run(experiment, apply, mesh, source, root, stop)
+        _run(experiment, program, mesh, source, root, stop)
 
 
 def _run(
     experiment: Experiment,
-    apply: Callable,
+    program: Program,
     mesh: Mesh,
     source: ArraySource,
     root: Path,
@@ -137,23 +183,10 @@ def _run(
     config, card, model = experiment.config, experiment.card, experiment.card.model
     batch_size, steps, place = config.data.batch_size, config.train.steps, batch_sharding(mesh)
     checkpoints = Checkpoints(root, card, keep=config.train.keep)
-    tx = make_optimizer(experiment.optim, steps)
-    state, shardings = _first_state(experiment, tx, checkpoints, mesh)
+    state = _first_state(experiment, program, checkpoints, mesh)
     first = int(state["step"])
     _announce(experiment, state, mesh, first, root)
 
-    step_fn = jax.jit(
-        make_train_step(
-            experiment.objective,
-            apply,
-            tx,
-            ema=config.train.ema,
-            accumulate=config.train.accumulate,
-        ),
-        in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
-        out_shardings=(shardings, replicated(mesh)),
-        donate_argnums=0,
-    )
     key = jax.jit(jax.random.key, out_shardings=replicated(mesh))(config.seed + 1)
     stream = batches(
         source,
@@ -163,7 +196,7 @@ def _run(
         rows=local_rows(place, batch_size),
     )
     draw_samples = _sample_grid(
-        experiment, Sampler(apply, model, card.flow, experiment.sampler), root
+        experiment, Sampler(program.apply, model, card.flow, experiment.sampler), mesh, root
     )
     schedule = learning_rate(experiment.optim, steps)
     clock, logged = time.monotonic(), first
@@ -176,7 +209,7 @@ def _run(
     ):
         while step < steps and not stopped:
             step += 1
-            state, metrics = step_fn(state, to_global(next(stream), place, batch_size), key)
+            state, metrics = program.step(state, to_global(next(stream), place, batch_size), key)
             stopped = stop.reached(step) and step < steps
             # Read the step before while this one runs; wait only where it must be known.
             log, save = step % config.train.log_every == 0, step % config.train.save_every == 0
@@ -213,24 +246,17 @@ def _run(
 
 
 def _first_state(
-    experiment: Experiment, tx: optax.GradientTransformation, checkpoints: Checkpoints, mesh: Mesh
-) -> tuple[Any, Any]:
+    experiment: Experiment, program: Program, checkpoints: Checkpoints, mesh: Mesh
+) -> TrainState:
     """State to go on from, made or restored straight into its shardings."""
-    model, config = experiment.card.model, experiment.config
-    key = jax.random.key(config.seed)
-
-    def init(key):
-        return init_state(model, tx, key)
-
-    abstract = jax.eval_shape(init, key)
-    shardings = tree_shardings(abstract, mesh)
+    config, shardings = experiment.config, program.shardings
     if (latest := checkpoints.latest()) is not None:
         target = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            abstract,
+            program.abstract,
             shardings,
         )
-        return checkpoints.restore(latest, target), shardings
+        return checkpoints.restore(latest, target)
     if config.init_from:
         path = find_checkpoint(config.init_from)
         found = read_card(path)
@@ -240,9 +266,8 @@ def _first_state(
                 "configuration of the same model"
             )
         params = load_weights(path, found, mesh)
-        state = jax.jit(lambda p: state_from(p, tx), out_shardings=shardings)(params)
-        return state, shardings
-    return jax.jit(init, out_shardings=shardings)(key), shardings
+        return jax.jit(lambda p: state_from(p, program.optimizer), out_shardings=shardings)(params)
+    return jax.jit(program.init, out_shardings=shardings)(jax.random.key(config.seed))
 
 
 def _announce(experiment: Experiment, state: Any, mesh: Mesh, first: int, root: Path) -> None:
@@ -288,17 +313,18 @@ def _finite(
     return values
 
 
-def _sample_grid(experiment: Experiment, sampler: Sampler, root: Path):
+def _sample_grid(experiment: Experiment, sampler: Sampler, mesh: Mesh, root: Path):
     """Function that writes a grid of EMA samples, always of the same noise and labels."""
     model = experiment.card.model
     count = experiment.config.sample.count
-    labels = jnp.arange(count, dtype=jnp.int32) % model.num_classes
-    noise, keys = image_noise(experiment.config.seed, np.arange(count), model.shape)
+    ids = np.arange(-(-count // data_shards(mesh)) * data_shards(mesh))
+    noise, keys = image_noise(experiment.config.seed, ids, model.shape)
+    inputs = (np.asarray(noise), np.int32(ids % model.num_classes), keys)
     folder = root / "samples"
     folder.mkdir(exist_ok=True)
 
     def write(ema, step: int) -> None:
-        images = np.asarray(sampler(ema, noise, labels, keys))
+        images = fetch(sampler(ema, *spread(inputs, batch_sharding(mesh))))[:count]
         if jax.process_index() == 0:
             pictures = to_uint8(images, experiment.card.space)
             save_grid(folder / f"step_{step:07d}.png", pictures, columns=min(10, count))

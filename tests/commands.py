@@ -15,7 +15,7 @@ from absl import flags
 from ppflow_jax import cli
 
 ROOT = Path(__file__).parents[1]
-REQUIRED = {"main": ("config", "workdir"), "sample": ("checkpoint", "out")}
+REQUIRED = {"main": ("config",), "sample": ("checkpoint", "out")}
 # A model that trains in seconds; 8 fake devices need a batch of 16 for two stages.
 SMALL = [
     "--config.model.width=16",

@@ -24,14 +24,13 @@ def guided(
     `channels` > 0 guides only the first ones; the others keep c (the PyTorch code guides 3 of
     4). A scale of 1 is c: callers who know it beforehand call `apply` and save half.
     """
-    both = apply(
-        params,
-        jnp.concatenate([x, x]),
-        jnp.concatenate([t, t]),
-        jnp.concatenate([y, jnp.full_like(y, null_label)]),
-        stage,
-    )
-    cond, uncond = jnp.split(both, 2)
+
+    def pairs(first: Array, second: Array) -> Array:
+        # The two halves of an image are neighbours, so that a batch split over devices stays put.
+        return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
+
+    both = apply(params, pairs(x, x), pairs(t, t), pairs(y, jnp.full_like(y, null_label)), stage)
+    cond, uncond = both[0::2], both[1::2]
     out = uncond + scale * (cond - uncond)
     if channels:
         out = jnp.concatenate([out[..., :channels], cond[..., channels:]], axis=-1)

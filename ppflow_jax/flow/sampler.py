@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import diffrax
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from ppflow_jax.flow.guidance import guided
 from ppflow_jax.flow.path import Flow, velocity_from
-from ppflow_jax.flow.plan import SamplerConfig, plan
+from ppflow_jax.flow.plan import SamplerConfig, Segment, plan
 from ppflow_jax.flow.solvers import ODE_SOLVERS, rk_step, sde_last_step, sde_step
 from ppflow_jax.models.ppflow import Apply, ModelConfig, Params
 
@@ -73,23 +75,26 @@ class Sampler:
         """
         x, states, first = noise, [noise[None]], 0
         for segment in self.segments:
-            x, passed = self.compiled(
-                params,
-                x,
-                labels,
-                np.float32(segment.times),
-                np.float32(segment.scales),
-                keys,
-                first,
-                None if replay is None else replay[first : first + segment.steps],
-                kind=segment.kind,
-                stages=segment.stages,
-                guide=segment.guided,
-                trajectory=trajectory,
-            )
+            noises = None if replay is None else replay[first : first + segment.steps]
+            args, static = self._arguments(segment, params, x, labels, keys, first, noises)
+            x, passed = self.compiled(*args, **static, trajectory=trajectory)
             states.append(passed)
             first += segment.steps
         return jnp.concatenate(states) if trajectory else x
+
+    def lower(self, params: Params, noise: Any, labels: Any, keys: Any) -> list[jax.stages.Lowered]:
+        """The program of every segment, from shapes alone (`jax.ShapeDtypeStruct`)."""
+        lowered, first = [], 0
+        for segment in self.segments:
+            args, static = self._arguments(segment, params, noise, labels, keys, first, None)
+            lowered.append(self.compiled.lower(*args, **static, trajectory=False))
+            first += segment.steps
+        return lowered
+
+    def _arguments(self, segment: Segment, params, x, labels, keys, first, replay):
+        times, scales = np.float32(segment.times), np.float32(segment.scales)
+        static = dict(kind=segment.kind, stages=segment.stages, guide=segment.guided)
+        return (params, x, labels, times, scales, keys, first, replay), static
 
     def _segment(
         self, params, x, y, times, scales, keys, first, replay, *, kind, stages, guide, trajectory

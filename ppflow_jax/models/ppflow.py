@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -40,8 +41,11 @@ SIZES = {
     "XL": dict(width=1152, depth=28, heads=16),
 }
 
+WEIGHTS = "weights"  # the scope in which weights are made ready
+
+# Weights are never kept from the forward to the backward pass: they are cast and gathered again.
 REMAT_POLICIES = {
-    "none": None,
+    "none": jax.checkpoint_policies.save_anything_except_these_names(WEIGHTS),
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
@@ -107,11 +111,37 @@ class ModelConfig:
         return cls(**(values | {"pyramid": Pyramid.parse(values["pyramid"])}))
 
 
+def _as_it_is(tree: Any, prefix: str = "") -> Any:
+    return tree
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where arrays live on a device mesh while the network runs (see `sharding.layout`).
+
+    Attributes:
+      batch: keeps activations split over their first axis.
+      weights: (tree, prefix of its paths) -> the weights as they are needed for computing. Blocks
+        pass through it one at a time, so that no device ever holds all of them.
+    """
+
+    batch: Callable[[Array], Array] = _as_it_is
+    weights: Callable[[Any, str], Any] = _as_it_is
+
+
 class PPFlow(nnx.Module):
     """PPFlow / SiT network. Call it through `make_apply`."""
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, remat: str, rngs: nnx.Rngs):
-        self.config, self.dtype, self.remat = config, dtype, remat
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: DTypeLike,
+        remat: str,
+        rngs: nnx.Rngs,
+        layout: Layout = Layout(),
+    ):
+        self.config, self.dtype, self.remat, self.layout = config, dtype, remat, layout
         width, pyramid = config.width, config.pyramid
         out_channels = config.channels * (2 if config.learn_sigma else 1)
         areas = [s.patch[0] * s.patch[1] for s in pyramid.stages]
@@ -138,7 +168,7 @@ class PPFlow(nnx.Module):
         patch = self.config.pyramid.stages[stage].patch
         pos = positions(self.config.pyramid, stage, self.config.latent_size, self.config.width)
         tokens = self.patchify[stage](patchify(x, patch)).astype(jnp.float32)
-        return tokens + jnp.asarray(pos)[None]
+        return self.layout.batch(tokens + jnp.asarray(pos)[None])
 
     def condition(
         self, t: Float[Array, " b"], y: Int[Array, " b"], stage: int
@@ -147,16 +177,19 @@ class PPFlow(nnx.Module):
         c = self.time(t).astype(jnp.float32) + self.label(y)
         if len(self.config.pyramid) > 1:
             c = c + self.level(jnp.full(y.shape, stage))
-        return c
+        return self.layout.batch(c)
 
     def trunk(self, h: Float[Array, "b n d"], c: Float[Array, "b d"]) -> Float[Array, "b n d"]:
         """The shared blocks, scanned over depth; `c` is already SiLU(c)."""
 
         def body(h, block):
-            return block(h, c), None
+            with jax.named_scope(WEIGHTS):
+                # They cross the mesh in the dtype of the matrix products, which is all they enter.
+                block = jax.tree.map(lambda p: p.astype(self.dtype), block)
+                block = checkpoint_name(self.layout.weights(block, "blocks/"), WEIGHTS)
+            return self.layout.batch(block(h, c)), None
 
-        if self.remat != "none":
-            body = jax.checkpoint(body, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
+        body = jax.checkpoint(body, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
         return jax.lax.scan(body, h, self.blocks)[0]
 
     def final(
@@ -177,13 +210,19 @@ class PPFlow(nnx.Module):
         return out[..., : config.channels]
 
 
-def _module(config: ModelConfig, key: jax.Array, dtype: DTypeLike, remat: str) -> PPFlow:
-    return PPFlow(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(key))
+def _module(
+    config: ModelConfig,
+    key: jax.Array,
+    dtype: DTypeLike = jnp.float32,
+    remat: str = "none",
+    layout: Layout = Layout(),
+) -> PPFlow:
+    return PPFlow(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(key), layout=layout)
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
     """Fresh float32 parameters as a plain nested dict (a fresh model outputs zeros)."""
-    state = nnx.state(_module(config, key, jnp.float32, "none"), nnx.Param)
+    state = nnx.state(_module(config, key), nnx.Param)
     return jax.tree.map(jnp.asarray, nnx.to_pure_dict(state))
 
 
@@ -193,13 +232,17 @@ def abstract_params(config: ModelConfig) -> Params:
 
 
 def make_apply(
-    config: ModelConfig, *, dtype: DTypeLike = jnp.float32, remat: str = "none"
+    config: ModelConfig,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    remat: str = "none",
+    layout: Layout = Layout(),
 ) -> Apply:
     """The network as a pure function `apply(params, x, t, y, stage)`.
 
     x float32 [b, h, w, c] latent; t float32 [b] in [0, 1]; y int32 [b], null label allowed;
     stage a Python int. Returns float32 [b, h, w, c]: the velocity, score or noise it was
-    trained to predict. `dtype` is that of the matrix products.
+    trained to predict. `dtype` is that of the matrix products, `layout` that of the mesh.
 
     Raises:
       InputError: unknown remat policy.
@@ -207,10 +250,13 @@ def make_apply(
     if remat not in REMAT_POLICIES:
         raise InputError(f"unknown remat policy {remat!r}: one of {', '.join(REMAT_POLICIES)}")
     graphdef, _ = nnx.split(
-        nnx.eval_shape(lambda: _module(config, jax.random.key(0), dtype, remat))
+        nnx.eval_shape(lambda: _module(config, jax.random.key(0), dtype, remat, layout))
     )
 
     def apply(params, x, t, y, stage):
+        rest = {name: part for name, part in params.items() if name != "blocks"}
+        with jax.named_scope(WEIGHTS):
+            params = params | layout.weights(rest, "")
         return nnx.merge(graphdef, params)(x, t, y, stage)
 
     return apply
