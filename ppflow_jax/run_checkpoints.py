@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ class Checkpoints:
         self.card = card
         self.folder = workdir / FOLDER
         self._saving = 0
-        absl_logging.get_absl_logger().addFilter(_no_tracebacks_of_orbax)
+        _one_line_for_a_failed_write()
         self.manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -137,6 +139,23 @@ class Checkpoints:
         return "no earlier one is intact"
 
 
-def _no_tracebacks_of_orbax(record: logging.LogRecord) -> bool:
-    # Orbax logs in its threads, up to three times, what it raises afterwards and we say in a line.
-    return not (record.exc_info and "orbax" in record.pathname)
+@functools.cache
+def _one_line_for_a_failed_write() -> None:
+    """Silence what is written about a failed write beside the error that is raised for it.
+
+    Orbax logs that error up to three times from its threads, asyncio those of the other files, and
+    TensorStore complains that nobody waits for its answers any more.
+    """
+
+    def from_orbax(record: logging.LogRecord) -> bool:
+        return bool(record.exc_info) and "orbax" in record.pathname + record.getMessage()
+
+    for logger in (absl_logging.get_absl_logger(), logging.getLogger("asyncio")):
+        logger.addFilter(lambda record: not from_orbax(record))
+    before = sys.unraisablehook
+
+    def unraisable(args: Any) -> None:
+        if str(args.exc_value) != "Event loop is closed":
+            before(args)
+
+    sys.unraisablehook = unraisable
