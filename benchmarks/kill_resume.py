@@ -4,10 +4,11 @@
 
 A small model is trained by `python -m ppflow_jax.main`. Runs are killed by SIGKILL at random
 moments (while starting, between steps, while a checkpoint is written; with two processes, one of
-them), stopped by SIGTERM, refused by a full disk, and their checkpoints are damaged afterwards;
-the same command is then given again until it ends. Prints a table. Exit code 0 only if every
-final training state (parameters, EMA, moments) is that of a run left alone, to the last bit, and
-every refusal was one line and left the checkpoint before as it was.
+them; `python -m ppflow_jax.prepare` while it writes shards), stopped by SIGTERM, refused by a full
+disk, and their checkpoints are damaged afterwards; the same command is then given again until it
+ends. Prints a table. Exit code 0 only if every final training state (parameters, EMA, moments) and
+every cache is that of a run left alone, to the last bit, and every refusal was one line and left
+the checkpoint before as it was.
 """
 
 from __future__ import annotations
@@ -27,8 +28,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from PIL import Image
 
 from ppflow_jax.checkpoint import find_checkpoint, load_stored, steps_in, stored_tree, verify
+from ppflow_jax.decode import save_autoencoder
+from ppflow_jax.models.autoencoder import Autoencoder
+from ppflow_jax.models.taesd import TAESDConfig
 from ppflow_jax.sharding import leaf_path
 from ppflow_jax.writers import read_metrics
 
@@ -288,6 +293,52 @@ def damaged(row: Row, out: Path, whole_dir: Path, whole: dict[str, np.ndarray]) 
         compare(row, workdir, whole)
 
 
+def killed_prepare(row: Row, out: Path, count: int, random_: random.Random) -> None:
+    """Kill `prepare` at random moments and compare its cache, byte for byte, with a whole one."""
+    pixels = np.random.default_rng(0)
+    for i in range(80):
+        file = out / "pictures" / f"class{i % 4}" / f"{i:02d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.integers(0, 256, (64, 64, 3), np.uint8)).save(file)
+    config = TAESDConfig(width=8)
+    params = jax.tree.map(np.asarray, Autoencoder(config).init(0))
+    save_autoencoder(out / "taesd", "taesd", config, params, "float32")
+
+    def start(cache: Path) -> subprocess.Popen:
+        command = [sys.executable, "-m", "ppflow_jax.prepare", f"--path={out / 'pictures'}"]
+        command += [f"--vae=taesd:{out / 'taesd'}", "--size=64", "--batch=2", "--shard_pictures=2"]
+        with cache.with_suffix(".log").open("w") as log:
+            return subprocess.Popen([*command, f"--out={cache}"], stdout=log, stderr=log)
+
+    def contents(cache: Path) -> dict[str, bytes]:
+        files = (f for f in cache.glob("*") if f.is_file() and f.name[0] != ".")
+        return {f.name: f.read_bytes() for f in files}
+
+    whole, killed, moments = out / "cache-whole", out / "cache-killed", []
+    if start(whole).wait(PATIENCE):
+        row.failures.append(f"prepare left alone failed: see {whole.with_suffix('.log')}")
+        return
+    while row.ended < count:
+        process, there = start(killed), len(contents(killed))
+        due = there + random_.randrange(4)
+        while process.poll() is None and len(contents(killed)) <= due:
+            time.sleep(0.001)
+        time.sleep(random_.uniform(0, 0.03))
+        if process.poll() is not None:
+            break
+        process.kill()
+        process.wait()
+        row.ended += 1
+        moments.append(len(contents(killed)))
+        print(f"  {row.name}: {row.ended} with {moments[-1]} files there", flush=True)
+    if start(killed).wait(PATIENCE):
+        row.failures.append(f"does not go on: see {killed.with_suffix('.log')}")
+    elif contents(killed) != contents(whole) or row.ended < count:
+        row.failures.append(f"{row.ended} kills; the caches differ")
+    else:
+        row.notes.append(f"{len(contents(whole))} files, the same bytes; killed at {moments}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -338,6 +389,7 @@ def main() -> int:
             lambda row: ends(row, args.out, ["between steps"] * 4, signal.SIGTERM, whole, **one),
         ),
         ("disk full during save", lambda row: full_disk(row, args.out, whole)),
+        ("SIGKILL in prepare", lambda row: killed_prepare(row, args.out, 5, random_)),
         ("checkpoint damaged", lambda row: damaged(row, args.out, whole_dir, whole)),
     ]
 
