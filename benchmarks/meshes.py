@@ -110,7 +110,7 @@ def read_share(out: Path, sizes: tuple[int, int, int]) -> None:
 
 
 def stream(rows=None):
-    return batches(digits(), batch_size=BATCH, seed=0, first_step=0, rows=rows)
+    return batches(digits(), batch_size=BATCH, seed=0, first_step=0, num_classes=10, rows=rows)
 
 
 def shares_make_the_batch(out: Path) -> str:
@@ -119,10 +119,8 @@ def shares_make_the_batch(out: Path) -> str:
     out.mkdir(parents=True, exist_ok=True)
     if any(start(2, ["benchmarks.meshes", f"--read={json.dumps(sizes)}", f"--out={out}"])):
         raise SystemExit("reading failed")
-    whole = {
-        k: np.stack(v)
-        for k, v in zip(("x", "label"), zip(*[b.values() for b in itertools.islice(stream(), 3)]))
-    }
+    read = list(itertools.islice(stream(), 3))
+    whole = {k: np.stack([b[k] for b in read]) for k in ("x", "label")}
     shares = [np.load(out / f"{k}.npz") for k in range(2)]
     rows = np.concatenate([s["rows"] for s in shares])
     if sorted(rows.tolist()) != list(range(BATCH)):
