@@ -25,8 +25,8 @@ class Chip:
 
 
 # docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e}, "System architecture". Link rate: "bidirectional
-# ICI bandwidth per chip" (400, 1200, 800 GB/s) over 2 directions and 4, 6, 4 ports. Slices of v5e
-# and v6e wrap round only along an axis of 16; those of v5p if they are whole cubes of 4 x 4 x 4.
+# ICI bandwidth per chip" (400, 1200, 800 GB/s) over 2 directions and 4, 6, 4 ports. v5e and v6e
+# wrap round along an axis of 16; v5p if its slice is made of whole cubes of 4 x 4 x 4.
 CHIPS = {
     "v5e": Chip(197e12, 16e9, 819e9, 50e9, wraps=16),
     "v5p": Chip(459e12, 95e9, 2765e9, 100e9, wraps=4),

@@ -173,8 +173,8 @@ def cause(c: Collective, mesh: Mesh, weights: frozenset[int]) -> str:
         return "tensor parallelism"
     if c.kind == "all-gather" and weights.issuperset(c.elements):
         return "weights gathered" + where
-    if c.kind == "all-reduce" and c.size <= 4096:
-        return "loss and norms"
+    if c.size <= 4096:
+        return "scalars and labels"
     backward = "transpose(" in c.op_name
     if backward and c.kind in ("all-reduce", "reduce-scatter"):
         return "gradients summed" + where
