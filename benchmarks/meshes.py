@@ -80,6 +80,7 @@ def start(processes: int, arguments: list[str], last: tuple[str, ...] = ()) -> l
         subprocess.Popen(
             [sys.executable, "-m", *arguments, *(last if k == processes - 1 else ())],
             env=env | ({"JAX_PROCESS_ID": str(k)} if processes > 1 else {}),
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
         for k in range(processes)
@@ -119,10 +120,8 @@ def shares_make_the_batch(out: Path) -> str:
     out.mkdir(parents=True, exist_ok=True)
     if any(start(2, ["benchmarks.meshes", f"--read={json.dumps(sizes)}", f"--out={out}"])):
         raise SystemExit("reading failed")
-    whole = {
-        k: np.stack(v)
-        for k, v in zip(("x", "label"), zip(*[b.values() for b in itertools.islice(stream(), 3)]))
-    }
+    read = list(itertools.islice(stream(), 3))
+    whole = {name: np.stack([batch[name] for batch in read]) for name in ("x", "label")}
     shares = [np.load(out / f"{k}.npz") for k in range(2)]
     rows = np.concatenate([s["rows"] for s in shares])
     if sorted(rows.tolist()) != list(range(BATCH)):
