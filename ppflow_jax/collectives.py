@@ -63,14 +63,16 @@ class Collective:
 def collectives(hlo: str) -> list[Collective]:
     """Every collective of a compiled program that moves data, with its number of executions.
 
-    Bodies of loops count as often as they run. A collective that the TPU compiler has spread over
-    several fusions, to overlap it with their work, is one (its parts share a channel).
+    Bodies of loops count as often as they run. The TPU compiler may spread a collective over
+    several fusions, to overlap it with their work: parts of one channel and shape count once. It
+    writes a reduce-scatter as a fusion of that name around an all-reduce.
 
     Raises:
       ValueError: a loop with collectives whose number of rounds cannot be read.
     """
     operations = _computations(hlo)
-    found, channels = [], set()
+    found, parts = [], set()
+    fused = set(re.findall(r" fusion\(.*?calls=%?([\w.\-]+)", hlo))
     for name, times in _executions(hlo, operations).items():
         started: dict[str, str] = {}
         for result, shape, operation, rest in operations[name]:
@@ -83,17 +85,21 @@ def collectives(hlo: str) -> list[Collective]:
             if operation.endswith("-done"):
                 rest = started[rest.split(")")[0].split("%")[-1].split(" ")[-1]]
             group = _group(rest)
-            channel = _CHANNEL.search(rest)
-            if len(group) < 2 or (channel and channel[1] in channels):
+            if len(group) < 2:
                 continue
-            if channel:
-                channels.add(channel[1])
+            arrays = [(dtype, _count(dims)) for dtype, dims in _SHAPE.findall(shape)]
+            if name in fused and (channel := _CHANNEL.search(rest)):
+                part = (channel[1], *arrays)
+                if part in parts:
+                    continue
+                parts.add(part)
             if times is None:
                 raise ValueError(f"{kind} in a loop of unknown length, computation {name}")
-            arrays = [(dtype, _count(dims)) for dtype, dims in _SHAPE.findall(shape)]
             size = sum(_BYTES.get(dtype, 4) * count for dtype, count in arrays)
             if kind == "reduce-scatter":
                 size *= len(group)
+            elif name.startswith("all-reduce-scatter"):
+                kind = "reduce-scatter"
             match = _OP_NAME.search(rest)
             op_name = match[1] if match else ""
             elements = tuple(count for _, count in arrays)

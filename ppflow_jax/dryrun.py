@@ -67,6 +67,7 @@ def _tpus(generation: str, shape: str) -> tuple[Any, ...]:
     if importlib.util.find_spec("libtpu") is None:
         raise InputError("compiling for TPU needs its compiler: pip install libtpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # this machine is no TPU: do not ask it
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling takes no chip from others
     jax.config.update("jax_platforms", "cpu")
     try:
         description = topologies.get_topology_desc(
@@ -175,11 +176,12 @@ def cause(c: Collective, mesh: Mesh, weights: frozenset[int]) -> str:
         return "weights gathered" + where
     if c.size <= 4096:
         return "scalars and labels"
-    backward = "transpose(" in c.op_name
+    # XLA names neither its own reduce-scatters nor the moves that take padded shards to their place
+    backward = "transpose(" in c.op_name or not c.op_name
     if backward and c.kind in ("all-reduce", "reduce-scatter"):
         return "gradients summed" + where
-    if backward and c.kind == "collective-permute" and "dot_general" in c.op_name:
-        return "gradients to their shards" + where  # a ring that XLA overlaps with the product
+    if backward and c.kind == "collective-permute" and c.size <= 4 * max(weights, default=0):
+        return "gradients to their shards" + where
     return f"unexplained: {c.op_name}"
 
 
@@ -188,7 +190,7 @@ def gathered_sizes(program: Program, mesh: Mesh, depth: int) -> frozenset[int]:
     sizes = set()
     leaves = jax.tree_util.tree_leaves_with_path(program.abstract["params"])
     for (path, leaf), sharding in zip(leaves, jax.tree.leaves(program.shardings["params"])):
-        if "fsdp" in sharding.spec:
+        if any("fsdp" in (axis or ()) for axis in sharding.spec):
             here = math.prod(sharding.shard_shape(leaf.shape)) * mesh.shape["fsdp"]
             sizes.add(here // depth if leaf_path(path).startswith("blocks/") else here)
     return frozenset(sizes)
