@@ -155,7 +155,7 @@ def find_checkpoint(path: str | Path) -> Path:
     for folder in (path / FOLDER, path):
         if steps := steps_in(folder):
             return folder / str(steps[-1])
-    if (path / "state").is_dir():
+    if (path / "state").is_dir() or (path / "config").is_dir():
         return path
     raise InputError(
         f"no checkpoint in {path}: expected a workdir with {FOLDER}/, or the folder of one step"

@@ -100,7 +100,7 @@ class Checkpoints:
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
             )["state"]
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Wait until everything is on disk.
 
         Raises:
@@ -108,6 +108,10 @@ class Checkpoints:
         """
         with self._written():
             self.manager.wait_until_finished()
+
+    def close(self) -> None:
+        """`wait`, and no more saving after that."""
+        self.wait()
         self.manager.close()
 
     def _seal(self) -> None:

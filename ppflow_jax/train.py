@@ -316,6 +316,7 @@ def _finite(
     values = {k: float(v) for k, v in metrics.items()}
     bad = [k for k, v in values.items() if not np.isfinite(v)]
     if bad:
+        checkpoints.wait()
         latest = checkpoints.latest()
         kept = (
             "no checkpoint was saved"

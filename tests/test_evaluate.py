@@ -183,7 +183,7 @@ def test_training_of_a_feature_network(folder, monkeypatch):
     assert trained.card["held_out"] == 359 and trained.card["accuracy"] > 0.2  # chance: 0.1
     assert f"{trained.card['accuracy']:.1%} of 359 held-out" in out
     assert "not comparable" in out
-    again = small_features(*short(digits()))
+    again = small_features(*short(digits(), 10))
     assert again.card == trained.card
     assert evaluate(folder, "--reference=digits", "--train_features=~trained")[0] == 1
 

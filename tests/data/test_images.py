@@ -81,7 +81,7 @@ def test_sources_are_rounded_as_samples_are(tmp_path):
         next(open_images(str(tmp_path)).batches(2)).tolist() == np.full((2, 4, 4, 1), 128).tolist()
     )
     np.save(tmp_path / "latents.npy", np.zeros((3, 4, 4, 4), np.float32))
-    with pytest.raises(InputError, match="4 channels, which are no pictures"):
+    with pytest.raises(InputError, match="holds latents, which are no pictures"):
         open_images(str(tmp_path))
 
 
