@@ -135,16 +135,14 @@ def efficiency(rows: dict[str, dict]) -> list[str]:
 
 
 def document(rows: dict[str, dict]) -> str:
-    unexplained = sorted(
-        {
-            cause
-            for value in rows.values()
-            for program in value["programs"]
-            for cause, *_ in program["collectives"]
-            if cause.startswith("unexplained")
-        }
-    )
-    found = "; ".join(unexplained) if unexplained else "none"
+    others: dict[str, float] = {}
+    for value in rows.values():
+        for program in value["programs"]:
+            for cause, kind, _, _, sent in program["collectives"]:
+                if cause.startswith("unexplained"):
+                    name = f"{kind} ({cause.removeprefix('unexplained: ') or 'no name'})"
+                    others[name] = max(others.get(name, 0.0), sent)
+    found = "; ".join(f"{k}, {v / 1e3:,.1f} kB" for k, v in sorted(others.items())) or "none"
     return "\n".join(
         [
             "# Scaling, by estimate",
@@ -156,8 +154,8 @@ def document(rows: dict[str, dict]) -> str:
             "that wait for the work to transfers hidden behind it. Real steps are slower.",
             "",
             f"Float32 state, bfloat16 products, `config.model.remat=dots`, fsdp {FSDP}, no tensor",
-            "parallelism. Collectives that are neither gathered weights nor summed gradients nor",
-            f"scalars: {found}. No activation is gathered, and the split by stage moves nothing.",
+            "parallelism. What is sent is gathered weights, summed gradients, scalars and labels,",
+            f"except, with the most that a chip sends in one run: {found}.",
             "",
             "## Training step",
             "",
