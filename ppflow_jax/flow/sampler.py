@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from ppflow_jax.flow.guidance import guided
+from ppflow_jax.flow.guidance import autoguided, guided
 from ppflow_jax.flow.path import Flow, velocity_from
-from ppflow_jax.flow.plan import SamplerConfig, plan
+from ppflow_jax.flow.plan import SamplerConfig, Segment, plan
 from ppflow_jax.flow.solvers import ODE_SOLVERS, rk_step, sde_last_step, sde_step
 from ppflow_jax.models.ppflow import Apply, ModelConfig, Params
 
@@ -30,8 +32,20 @@ def image_noise(
     return noise, keys[:, 1]
 
 
+def _unwritten(shape: jax.ShapeDtypeStruct) -> Array:
+    """Memory before its first use; NaN, so that reading it can not go unseen."""
+    fill = jnp.nan if jnp.issubdtype(shape.dtype, jnp.floating) else 0
+    return jnp.full(shape.shape, fill, shape.dtype)
+
+
 class Sampler:
     """Sampler of one model, compiled once per distinct segment.
+
+    Args:
+      segments: what to run instead of the plain plan of `config`, e.g. from
+        `accelerate.config.accelerated`.
+      weak: a weaker network that takes the place of the null class (autoguidance); its parameters
+        are given at every call.
 
     Attributes:
       segments: the plan.
@@ -40,11 +54,26 @@ class Sampler:
       InputError: a configuration that does not fit the model's pyramid.
     """
 
-    def __init__(self, apply: Apply, model: ModelConfig, flow: Flow, config: SamplerConfig):
+    def __init__(
+        self,
+        apply: Apply,
+        model: ModelConfig,
+        flow: Flow,
+        config: SamplerConfig,
+        *,
+        segments: tuple[Segment, ...] | None = None,
+        weak: Apply | None = None,
+    ):
         self.apply, self.flow, self.config, self.null_label = apply, flow, config, model.null_label
-        self.segments = plan(config, model.pyramid, flow)
+        self.weak = weak
+        self.segments = plan(config, model.pyramid, flow) if segments is None else segments
         self.compiled = jax.jit(
             self._segment, static_argnames=("kind", "stages", "guide", "trajectory")
+        )
+        self.accelerated = jax.jit(
+            self._accelerated,
+            static_argnames=("stages", "guide", "method", "head", "trajectory"),
+            donate_argnames="memory",
         )
 
     def __call__(
@@ -54,6 +83,7 @@ class Sampler:
         labels: Int[Array, " b"],
         keys: Key[Array, " b"] | None = None,
         *,
+        weak: Params | None = None,
         replay: Float[Array, "n b h w c"] | None = None,
         trajectory: bool = False,
     ) -> Float[Array, "b h w c"] | Float[Array, "points b h w c"]:
@@ -64,6 +94,7 @@ class Sampler:
           noise: initial N(0, 1) latents, float32.
           labels: class of every image.
           keys: of every image, for stochastic solvers.
+          weak: parameters of the weaker network.
           replay: N(0, 1) noise of every stochastic step, instead of `keys`.
           trajectory: return the state at every grid point, the initial one included (the
             adaptive solver's: at every stage boundary).
@@ -71,46 +102,61 @@ class Sampler:
         Returns:
           Latents, float32.
         """
-        x, states, first = noise, [noise[None]], 0
+        x, states, first, memory = noise, [noise[None]], 0, None
         for segment in self.segments:
-            x, passed = self.compiled(
-                params,
-                x,
-                labels,
-                np.float32(segment.times),
-                np.float32(segment.scales),
-                keys,
-                first,
-                None if replay is None else replay[first : first + segment.steps],
-                kind=segment.kind,
-                stages=segment.stages,
-                guide=segment.guided,
-                trajectory=trajectory,
-            )
+            grid = np.float32(segment.times), np.float32(segment.scales)
+            facts = {"stages": segment.stages, "guide": segment.guided, "trajectory": trajectory}
+            if segment.method is None:
+                noises = None if replay is None else replay[first : first + segment.steps]
+                x, passed = self.compiled(
+                    params, weak, x, labels, *grid, keys, first, noises, kind=segment.kind, **facts
+                )
+                memory = None
+            else:
+                starts = np.flatnonzero([*segment.full, True])
+                x, memory, passed = self.accelerated(
+                    params,
+                    weak,
+                    x,
+                    labels,
+                    *grid,
+                    memory if segment.keeps else None,
+                    segment.inputs,
+                    np.int32(starts),
+                    method=segment.method,
+                    head=starts[0] > 0,
+                    **facts,
+                )
             states.append(passed)
             first += segment.steps
         return jnp.concatenate(states) if trajectory else x
 
+    def _predict(self, apply, weak, params, weak_params, x, t, y, scale, *, stage, guide):
+        """The network's prediction, guided or not."""
+        ts = jnp.full(x.shape[:1], t)
+        if not guide:
+            return apply(params, x, ts, y, stage)
+        channels = self.config.cfg_channels
+        if weak is not None:
+            return autoguided(apply, params, weak, weak_params, x, ts, y, stage, scale, channels)
+        return guided(apply, params, x, ts, y, stage, scale, self.null_label, channels)
+
     def _segment(
-        self, params, x, y, times, scales, keys, first, replay, *, kind, stages, guide, trajectory
-    ):
-        """Final state of one segment, and if asked the states after each of its steps."""
+        self, params, weak, x, y, times, scales, keys, first, replay, *, kind, stages, guide,
+        trajectory
+    ):  # fmt: skip
+        """Final state of one plain segment, and if asked the states after each of its steps."""
         flow, config = self.flow, self.config
 
         def predict(x, t, i):
-            ts = jnp.full(x.shape[:1], t)
-            if not guide[i]:
-                return self.apply(params, x, ts, y, stages[i])
-            return guided(
-                self.apply, params, x, ts, y, stages[i], scales[i], self.null_label,
-                config.cfg_channels,
-            )  # fmt: skip
+            nets = (self.apply, self.weak, params, weak)
+            return self._predict(*nets, x, t, y, scales[i], stage=stages[i], guide=guide[i])
 
         def velocity(x, t, i):
             return velocity_from(flow, predict(x, t, i), x, jnp.full(x.shape[:1], t))
 
         if kind == "adaptive":
-            x = self._adaptive(params, x, y, times, scales, stage=stages[0], guide=guide[0])
+            x = self._adaptive(params, weak, x, y, times, scales, stage=stages[0], guide=guide[0])
             return x, x[None] if trajectory else None
         sde = (flow, config.diffusion, config.diffusion_norm)
         if kind == "last":
@@ -132,20 +178,82 @@ class Sampler:
         indices = first + jnp.arange(times.shape[0] - 1)
         return jax.lax.scan(step, x, (times[:-1], times[1:], indices, replay))
 
-    def _adaptive(self, params, x, y, times, scales, *, stage, guide):
+    def _accelerated(
+        self, params, weak, x, y, times, scales, memory, inputs, starts, *, stages, guide, method,
+        head, trajectory
+    ):  # fmt: skip
+        """`_segment` of a fixed-grid ODE whose evaluations a method computes.
+
+        Full and cheap steps are two bodies in one loop over periods, each a full step and the
+        cheap ones that follow it, so no branch is taken on data and the memory stays in place.
+        `starts` are the full steps and the end; `head` says that cheap steps come first.
+        """
+        flow, tableau = self.flow, ODE_SOLVERS[self.config.solver]
+
+        def step(x, memory, k, full):
+            now = jax.tree.map(lambda a: a[k], inputs)
+            slots = [dict(slot) for slot in memory]
+
+            def through(level, name, i, call):
+                """`call` by the method where it works at this level; its memory is replaced."""
+                if method.level != level:
+                    return call()
+                result, slots[i][name] = method.evaluate(call, slots[i].get(name), now, full)
+                return result
+
+            def velocity(x, t, i):
+                def net(name, apply, *args):
+                    return through("network", name, i, partial(apply, *args))
+
+                def guided_velocity():
+                    networks = (partial(net, "model", self.apply), partial(net, "weak", self.weak))
+                    prediction = self._predict(
+                        networks[0], networks[1] if self.weak is not None else None, params, weak,
+                        x, t, y, scales[i], stage=stages[i], guide=guide[i],
+                    )  # fmt: skip
+                    return velocity_from(flow, prediction, x, jnp.full(x.shape[:1], t))
+
+                return through("velocity", "velocity", i, guided_velocity)
+
+            x = rk_step(tableau, velocity, x, times[k], times[k + 1])
+            return x, tuple(slots)
+
+        if memory is None:
+            empty = tuple({} for _ in tableau.nodes)
+            shapes = jax.eval_shape(lambda x: step(x, empty, 0, True)[1], x)
+            memory = jax.tree.map(_unwritten, shapes)
+        states = jnp.zeros((times.shape[0] - 1, *x.shape)) if trajectory else None
+
+        def body(full):
+            def run(k, carry):
+                x, memory, states = carry
+                x, memory = step(x, memory, k, full)
+                return x, memory, None if states is None else states.at[k].set(x)
+
+            return run
+
+        def period(carry, span):
+            start, end = span
+            carry = body(True)(start, carry)
+            return jax.lax.fori_loop(start + 1, end, body(False), carry), None
+
+        carry = (x, memory, states)
+        if head:
+            carry = jax.lax.fori_loop(0, starts[0], body(False), carry)
+        return jax.lax.scan(period, carry, (starts[:-1], starts[1:]))[0]
+
+    def _adaptive(self, params, weak, x, y, times, scales, *, stage, guide):
         """Dopri5 over one stage, with a step size of its own for every image."""
-        flow, config = self.flow, self.config
+        config = self.config
         controller = diffrax.PIDController(rtol=config.rtol, atol=config.atol)
 
         def solve(x, label):
             def velocity(t, x, _):
-                ts, xs, ys = jnp.full((1,), t), x[None], label[None]
-                if guide:
-                    args = (stage, scales[0], self.null_label, config.cfg_channels)
-                    prediction = guided(self.apply, params, xs, ts, ys, *args)
-                else:
-                    prediction = self.apply(params, xs, ts, ys, stage)
-                return velocity_from(flow, prediction, xs, ts)[0]
+                xs, nets = x[None], (self.apply, self.weak, params, weak)
+                prediction = self._predict(
+                    *nets, xs, t, label[None], scales[0], stage=stage, guide=guide
+                )
+                return velocity_from(self.flow, prediction, xs, jnp.full((1,), t))[0]
 
             return diffrax.diffeqsolve(
                 diffrax.ODETerm(velocity),

@@ -29,8 +29,11 @@ from ppflow_jax.models.patch import patchify, positions, unpatchify
 from ppflow_jax.pyramid import Pyramid
 
 Params = dict[str, Any]
-# (params, x, t, y, stage) -> prediction with the shape of x
-Apply = Callable[..., Float[Array, "b h w c"]]
+# (params, x, t, y, stage) -> prediction with the shape of x; with trunk=T also what T returns
+Apply = Callable[..., Any]
+# Replaces the plain scan over the blocks: (stacked blocks, tokens, SiLU(c)) -> (tokens, anything).
+# The blocks are one Block whose leaves have a leading axis of depth, to be scanned over.
+Trunk = Callable[[Block, Float[Array, "b n d"], Float[Array, "b d"]], tuple[Array, Any]]
 
 # DiT, arXiv 2212.09748, Table 1.
 SIZES = {
@@ -167,14 +170,24 @@ class PPFlow(nnx.Module):
         return self.unpatchify[stage](modulate(h, shift, scale))
 
     def __call__(
-        self, x: Float[Array, "b h w c"], t: Float[Array, " b"], y: Int[Array, " b"], stage: int
-    ) -> Float[Array, "b h w c"]:
-        config = self.config
+        self,
+        x: Float[Array, "b h w c"],
+        t: Float[Array, " b"],
+        y: Int[Array, " b"],
+        stage: int,
+        trunk: Trunk | None = None,
+    ) -> Float[Array, "b h w c"] | tuple[Float[Array, "b h w c"], Any]:
+        config, extra = self.config, None
         c = jax.nn.silu(self.condition(t, y, stage))
-        h = self.trunk(self.tokens(x, stage), c)
+        h = self.tokens(x, stage)
+        if trunk is None:
+            h = self.trunk(h, c)
+        else:
+            h, extra = trunk(self.blocks, h, c)
         grid = config.pyramid.grid(stage, config.latent_size)
         out = unpatchify(self.final(h, c, stage), grid, config.pyramid.stages[stage].patch)
-        return out[..., : config.channels]
+        out = out[..., : config.channels]
+        return out if trunk is None else (out, extra)
 
 
 def _module(config: ModelConfig, key: jax.Array, dtype: DTypeLike, remat: str) -> PPFlow:
@@ -195,11 +208,12 @@ def abstract_params(config: ModelConfig) -> Params:
 def make_apply(
     config: ModelConfig, *, dtype: DTypeLike = jnp.float32, remat: str = "none"
 ) -> Apply:
-    """The network as a pure function `apply(params, x, t, y, stage)`.
+    """The network as a pure function `apply(params, x, t, y, stage, trunk=None)`.
 
     x float32 [b, h, w, c] latent; t float32 [b] in [0, 1]; y int32 [b], null label allowed;
     stage a Python int. Returns float32 [b, h, w, c]: the velocity, score or noise it was
-    trained to predict. `dtype` is that of the matrix products.
+    trained to predict. `dtype` is that of the matrix products. `trunk` (see `Trunk`) replaces
+    the scan over the blocks; the result is then (prediction, what the trunk returned besides).
 
     Raises:
       InputError: unknown remat policy.
@@ -210,7 +224,7 @@ def make_apply(
         nnx.eval_shape(lambda: _module(config, jax.random.key(0), dtype, remat))
     )
 
-    def apply(params, x, t, y, stage):
-        return nnx.merge(graphdef, params)(x, t, y, stage)
+    def apply(params, x, t, y, stage, trunk=None):
+        return nnx.merge(graphdef, params)(x, t, y, stage, trunk)
 
     return apply
