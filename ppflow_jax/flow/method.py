@@ -7,8 +7,6 @@ from typing import Any, Protocol, runtime_checkable
 
 from ppflow_jax.models.ppflow import ModelConfig
 
-LEVELS = ("network", "velocity")
-
 
 @runtime_checkable
 class Method(Protocol):
@@ -26,9 +24,11 @@ class Method(Protocol):
 
     Attributes:
       level: `network` wraps every call of the network, `velocity` the guided velocity.
+      name: what its cheap evaluations are called when a plan is explained.
     """
 
     level: str
+    name: str
 
     def evaluate(
         self, call: Callable[..., Any], memory: Any, inputs: Any, full: bool
