@@ -11,9 +11,11 @@ import numpy as np
 from absl import flags
 
 from ppflow_jax import cli
+from ppflow_jax.accelerate.config import PRESETS, AccelerateConfig, accelerated
 from ppflow_jax.checkpoint import Card, find_checkpoint, load_weights, read_card
 from ppflow_jax.decode import Decoder
 from ppflow_jax.errors import InputError
+from ppflow_jax.explain import explain
 from ppflow_jax.files import atomic, writable_directory
 from ppflow_jax.flow.plan import GRIDS, SOLVERS, SamplerConfig, evaluations
 from ppflow_jax.flow.sampler import Sampler, image_noise
@@ -44,6 +46,10 @@ _DIFFUSION = flags.DEFINE_enum("diffusion", _DEFAULT.diffusion, list(DIFFUSIONS)
 _NORM = flags.DEFINE_float("diffusion_norm", _DEFAULT.diffusion_norm, "Factor of the diffusion.")
 _LAST = flags.DEFINE_enum("last_step", _DEFAULT.last_step, LAST_STEPS, "Last step of the SDE.")
 _LAST_SIZE = flags.DEFINE_float("last_step_size", _DEFAULT.last_step_size, "Its length in time.")
+_ACCELERATE = flags.DEFINE_string(
+    "accelerate", "exact", f"{', '.join(PRESETS)} or key=value,... (README: Faster)."
+)
+_EXPLAIN = flags.DEFINE_bool("explain", False, "Print the plan and its cost; do not sample.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of matrix products.")
 _DECODE = flags.DEFINE_string(
     "decode", "none", "vae:DIR or taesd:DIR, a converted autoencoder; none: false colours."
@@ -57,7 +63,11 @@ def main() -> None:
     card = read_card(step_folder)
     config = _sampler_config()
     apply = make_apply(card.model, dtype=jnp.dtype(_DTYPE.value))
-    sampler = Sampler(apply, card.model, card.flow, config)
+    segments = accelerated(config, card.model, card.flow, AccelerateConfig.parse(_ACCELERATE.value))
+    sampler = Sampler(apply, card.model, card.flow, config, segments=segments)
+    if _EXPLAIN.value:
+        print(explain(sampler, card.model, _BATCH.value))
+        return
     labels, noise = _labels_and_noise(card)
     decoder = Decoder.parse(_DECODE.value, card)
     mesh = make_mesh()

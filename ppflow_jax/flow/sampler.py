@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import diffrax
 import jax
@@ -36,6 +37,11 @@ def _unwritten(shape: jax.ShapeDtypeStruct) -> Array:
     """Memory before its first use; NaN, so that reading it can not go unseen."""
     fill = jnp.nan if jnp.issubdtype(shape.dtype, jnp.floating) else 0
     return jnp.full(shape.shape, fill, shape.dtype)
+
+
+def _padded(table: np.ndarray) -> np.ndarray:
+    """The last row repeated up to a multiple of 64: plans of any length share one program."""
+    return np.pad(table, [(0, -len(table) % 64), *[(0, 0)] * (table.ndim - 1)], mode="edge")
 
 
 class Sampler:
@@ -115,21 +121,39 @@ class Sampler:
             else:
                 starts = np.flatnonzero([*segment.full, True])
                 x, memory, passed = self.accelerated(
-                    params,
-                    weak,
-                    x,
-                    labels,
-                    *grid,
+                    *(params, weak, x, labels),
+                    _padded(grid[0]),
+                    grid[1],
                     memory if segment.keeps else None,
-                    segment.inputs,
-                    np.int32(starts),
+                    jax.tree.map(_padded, segment.inputs),
+                    _padded(starts.astype(np.int32)),
+                    len(starts) - 1,
                     method=segment.method,
-                    head=starts[0] > 0,
+                    head=bool(starts[0] > 0),
                     **facts,
                 )
+                passed = passed[: segment.steps] if trajectory else None
             states.append(passed)
             first += segment.steps
         return jnp.concatenate(states) if trajectory else x
+
+    def memory_of(
+        self, segment: Segment, params: Params, weak: Params | None, x: Any, y: Any
+    ) -> Any:
+        """Shapes of what the segment's method keeps between steps, from the shapes of `__call__`'s
+        arguments; None without a method."""
+        if segment.method is None:
+            return None
+        arrays = np.float32(segment.times), np.float32(segment.scales), None, segment.inputs
+        run = partial(
+            self._accelerated,
+            stages=segment.stages,
+            guide=segment.guided,
+            method=segment.method,
+            head=False,
+            trajectory=False,
+        )
+        return jax.eval_shape(run, params, weak, x, y, *arrays, np.zeros(2, np.int32), 1)[1]
 
     def _predict(self, apply, weak, params, weak_params, x, t, y, scale, *, stage, guide):
         """The network's prediction, guided or not."""
@@ -179,14 +203,14 @@ class Sampler:
         return jax.lax.scan(step, x, (times[:-1], times[1:], indices, replay))
 
     def _accelerated(
-        self, params, weak, x, y, times, scales, memory, inputs, starts, *, stages, guide, method,
-        head, trajectory
+        self, params, weak, x, y, times, scales, memory, inputs, starts, periods, *, stages, guide,
+        method, head, trajectory
     ):  # fmt: skip
         """`_segment` of a fixed-grid ODE whose evaluations a method computes.
 
         Full and cheap steps are two bodies in one loop over periods, each a full step and the
         cheap ones that follow it, so no branch is taken on data and the memory stays in place.
-        `starts` are the full steps and the end; `head` says that cheap steps come first.
+        `starts` are the `periods` full steps and the end; `head` says that cheap steps come first.
         """
         flow, tableau = self.flow, ODE_SOLVERS[self.config.solver]
 
@@ -232,15 +256,14 @@ class Sampler:
 
             return run
 
-        def period(carry, span):
-            start, end = span
-            carry = body(True)(start, carry)
-            return jax.lax.fori_loop(start + 1, end, body(False), carry), None
+        def period(i, carry):
+            carry = body(True)(starts[i], carry)
+            return jax.lax.fori_loop(starts[i] + 1, starts[i + 1], body(False), carry)
 
         carry = (x, memory, states)
         if head:
             carry = jax.lax.fori_loop(0, starts[0], body(False), carry)
-        return jax.lax.scan(period, carry, (starts[:-1], starts[1:]))[0]
+        return jax.lax.fori_loop(0, periods, period, carry)
 
     def _adaptive(self, params, weak, x, y, times, scales, *, stage, guide):
         """Dopri5 over one stage, with a step size of its own for every image."""
