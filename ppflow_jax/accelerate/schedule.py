@@ -88,7 +88,7 @@ def weight_table(
         last = range(max(0, len(known) - order - 1), len(known))
         slots, at = [n % (order + 1) for n in last], [known[n] for n in last]
         if basis == "newton" or order == 0:
-            table[i, slots] = _polynomial(at, np.array([i]))[:, 0]
+            table[i, slots] = _polynomial(at, np.array([float(i)]))[:, 0]
         else:
             nodes, weights = np.polynomial.legendre.leggauss(order // 2 + 1)
             table[i, slots] = _polynomial(at, i + (nodes + 1) / 2) @ (weights / 2)
@@ -110,4 +110,4 @@ def _polynomial(at: list[int], where: Float[np.ndarray, " q"]) -> Float[np.ndarr
             np.prod([(where - b) / (a - b) for b in at if b != a] or [np.ones_like(where)], axis=0)
             for a in at
         ]
-    ).astype(np.float64)
+    )
