@@ -30,6 +30,7 @@ from ppflow_jax.models.ppflow import ModelConfig, make_apply
 from ppflow_jax.pyramid import SIT
 from tests.parity import Row, max_abs, nhwc
 
+_COMBINE = jax.jit(jax.vmap(combine))
 _RUN = re.compile(r"run/((plain|taylor|fora)_K(\d+)(?:_N(\d+))?(?:_O(\d+))?(_cfg)?)/traj")
 
 
@@ -75,12 +76,11 @@ def sequences(ref: dict) -> Iterator[Row]:
 
 def _engine(table: np.ndarray, full: np.ndarray, features: np.ndarray) -> np.ndarray:
     """Values used at every step, by the ring in float32."""
-    slots, written, rows = table.shape[1], np.cumsum(full), []
+    slots, written = table.shape[1], np.cumsum(full)
     ring = np.full((len(full), slots, features.shape[1]), np.nan, np.float32)
     for i in np.flatnonzero(full):
         ring[i:, (written[i] - 1) % slots] = features[i]
-    rows = jax.jit(jax.vmap(combine))(jnp.asarray(ring), jnp.float32(table))
-    return np.asarray(rows)
+    return np.asarray(_COMBINE(jnp.asarray(ring), jnp.float32(table)))
 
 
 class Runs:
