@@ -44,6 +44,20 @@ def _padded(table: np.ndarray) -> np.ndarray:
     return np.pad(table, [(0, -len(table) % 64), *[(0, 0)] * (table.ndim - 1)], mode="edge")
 
 
+def _runs(segments: tuple[Segment, ...]) -> list[list[Segment]]:
+    """Consecutive segments that differ only in guidance scale; each list is one program."""
+    runs: list[list[Segment]] = []
+    for s in segments:
+        facts = (s.kind, s.stages, s.guided, s.method)
+        goes_on = s.kind in ("ode", "sde") and (s.method is None or s.keeps)
+        last = runs[-1][-1] if runs else None
+        if goes_on and last and facts == (last.kind, last.stages, last.guided, last.method):
+            runs[-1].append(s)
+        else:
+            runs.append([s])
+    return runs
+
+
 class Sampler:
     """Sampler of one model, compiled once per distinct segment.
 
@@ -109,32 +123,34 @@ class Sampler:
           Latents, float32.
         """
         x, states, first, memory = noise, [noise[None]], 0, None
-        for segment in self.segments:
-            grid = np.float32(segment.times), np.float32(segment.scales)
+        for run in _runs(self.segments):
+            segment, steps = run[0], sum(s.steps for s in run)
+            times = np.float32([segment.times[0], *(t for s in run for t in s.times[1:])])
+            scales = np.float32([s.scales for s in run for _ in range(s.steps)])
             facts = {"stages": segment.stages, "guide": segment.guided, "trajectory": trajectory}
             if segment.method is None:
-                noises = None if replay is None else replay[first : first + segment.steps]
+                grid = (times, scales, keys, first)
+                noises = None if replay is None else replay[first : first + steps]
                 x, passed = self.compiled(
-                    params, weak, x, labels, *grid, keys, first, noises, kind=segment.kind, **facts
+                    params, weak, x, labels, *grid, noises, kind=segment.kind, **facts
                 )
                 memory = None
             else:
-                starts = np.flatnonzero([*segment.full, True])
+                full = np.concatenate([s.full for s in run])
+                starts = np.flatnonzero([*full, True])
+                inputs = jax.tree.map(lambda *a: np.concatenate(a), *(s.inputs for s in run))
                 x, memory, passed = self.accelerated(
                     *(params, weak, x, labels),
-                    _padded(grid[0]),
-                    grid[1],
-                    memory if segment.keeps else None,
-                    jax.tree.map(_padded, segment.inputs),
-                    _padded(starts.astype(np.int32)),
+                    *jax.tree.map(_padded, (times, scales, inputs, starts.astype(np.int32))),
                     len(starts) - 1,
+                    memory if segment.keeps else None,
                     method=segment.method,
                     head=bool(starts[0] > 0),
                     **facts,
                 )
-                passed = passed[: segment.steps] if trajectory else None
+                passed = passed[:steps] if trajectory else None
             states.append(passed)
-            first += segment.steps
+            first += steps
         return jnp.concatenate(states) if trajectory else x
 
     def memory_of(
@@ -144,7 +160,8 @@ class Sampler:
         arguments; None without a method."""
         if segment.method is None:
             return None
-        arrays = np.float32(segment.times), np.float32(segment.scales), None, segment.inputs
+        scales = np.float32([segment.scales] * segment.steps)
+        arrays = np.float32(segment.times), scales, segment.inputs, np.zeros(2, np.int32), 1, None
         run = partial(
             self._accelerated,
             stages=segment.stages,
@@ -153,7 +170,7 @@ class Sampler:
             head=False,
             trajectory=False,
         )
-        return jax.eval_shape(run, params, weak, x, y, *arrays, np.zeros(2, np.int32), 1)[1]
+        return jax.eval_shape(run, params, weak, x, y, *arrays)[1]
 
     def _predict(self, apply, weak, params, weak_params, x, t, y, scale, *, stage, guide):
         """The network's prediction, guided or not."""
@@ -172,38 +189,41 @@ class Sampler:
         """Final state of one plain segment, and if asked the states after each of its steps."""
         flow, config = self.flow, self.config
 
-        def predict(x, t, i):
+        def predict(scale, x, t, i):
             nets = (self.apply, self.weak, params, weak)
-            return self._predict(*nets, x, t, y, scales[i], stage=stages[i], guide=guide[i])
-
-        def velocity(x, t, i):
-            return velocity_from(flow, predict(x, t, i), x, jnp.full(x.shape[:1], t))
+            return self._predict(*nets, x, t, y, scale[i], stage=stages[i], guide=guide[i])
 
         if kind == "adaptive":
-            x = self._adaptive(params, weak, x, y, times, scales, stage=stages[0], guide=guide[0])
+            facts = {"stage": stages[0], "guide": guide[0]}
+            x = self._adaptive(params, weak, x, y, times, scales[0, 0], **facts)
             return x, x[None] if trajectory else None
         sde = (flow, config.diffusion, config.diffusion_norm)
         if kind == "last":
             size = config.last_step_size
-            x = sde_last_step(config.last_step, *sde, predict(x, times[0], 0), x, times[0], size)
+            prediction = predict(scales[0], x, times[0], 0)
+            x = sde_last_step(config.last_step, *sde, prediction, x, times[0], size)
             return x, x[None] if trajectory else None
 
         def step(x, inputs):
-            t0, t1, index, noise = inputs
+            t0, t1, scale, index, noise = inputs
+
+            def velocity(x, t, i):
+                return velocity_from(flow, predict(scale, x, t, i), x, jnp.full(x.shape[:1], t))
+
             if kind == "ode":
                 x = rk_step(ODE_SOLVERS[config.solver], velocity, x, t0, t1)
             else:
                 if noise is None:
                     step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
                     noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(step_keys)
-                x = sde_step(config.solver, *sde, predict, x, t0, t1, noise)
+                x = sde_step(config.solver, *sde, partial(predict, scale), x, t0, t1, noise)
             return x, x if trajectory else None
 
         indices = first + jnp.arange(times.shape[0] - 1)
-        return jax.lax.scan(step, x, (times[:-1], times[1:], indices, replay))
+        return jax.lax.scan(step, x, (times[:-1], times[1:], scales, indices, replay))
 
     def _accelerated(
-        self, params, weak, x, y, times, scales, memory, inputs, starts, periods, *, stages, guide,
+        self, params, weak, x, y, times, scales, inputs, starts, periods, memory, *, stages, guide,
         method, head, trajectory
     ):  # fmt: skip
         """`_segment` of a fixed-grid ODE whose evaluations a method computes.
@@ -233,7 +253,7 @@ class Sampler:
                     networks = (partial(net, "model", self.apply), partial(net, "weak", self.weak))
                     prediction = self._predict(
                         networks[0], networks[1] if self.weak is not None else None, params, weak,
-                        x, t, y, scales[i], stage=stages[i], guide=guide[i],
+                        x, t, y, scales[k, i], stage=stages[i], guide=guide[i],
                     )  # fmt: skip
                     return velocity_from(flow, prediction, x, jnp.full(x.shape[:1], t))
 
@@ -265,7 +285,7 @@ class Sampler:
             carry = jax.lax.fori_loop(0, starts[0], body(False), carry)
         return jax.lax.fori_loop(0, periods, period, carry)
 
-    def _adaptive(self, params, weak, x, y, times, scales, *, stage, guide):
+    def _adaptive(self, params, weak, x, y, times, scale, *, stage, guide):
         """Dopri5 over one stage, with a step size of its own for every image."""
         config = self.config
         controller = diffrax.PIDController(rtol=config.rtol, atol=config.atol)
@@ -274,7 +294,7 @@ class Sampler:
             def velocity(t, x, _):
                 xs, nets = x[None], (self.apply, self.weak, params, weak)
                 prediction = self._predict(
-                    *nets, xs, t, label[None], scales[0], stage=stage, guide=guide
+                    *nets, xs, t, label[None], scale, stage=stage, guide=guide
                 )
                 return velocity_from(self.flow, prediction, xs, jnp.full((1,), t))[0]
 
