@@ -62,8 +62,8 @@ def main(_) -> None:
         implied = flops[0] / flops[1]
         measured = statistics.median(a / b for a, b in zip(*times))
         print(
-            f"{len(pyramid)} levels: {flops[0] / base:.3f} -> {flops[1] / base:.3f} of SiT's FLOPs, "
-            f"{implied:.3f}x implied, {measured:.3f}x measured ({measured / implied:.1%}; of the "
+            f"{len(pyramid)} levels: {flops[0] / base:.3f} -> {flops[1] / base:.3f} of SiT's "
+            f"FLOPs, {implied:.3f}x implied, {measured:.3f}x measured ({measured / implied:.1%}; of the "
             f"gain {(measured - 1) / (implied - 1):.0%}), images differ by {difference:.1e} of "
             "their range",
             flush=True,
