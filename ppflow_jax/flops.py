@@ -7,28 +7,55 @@ from ppflow_jax.models.layers import FREQUENCIES
 from ppflow_jax.models.ppflow import ModelConfig
 
 
-def forward_flops(model: ModelConfig, stage: int) -> int:
-    """FLOPs of the matrix products of one evaluation of one image, 2 per multiply-add.
+def block_flops(model: ModelConfig, stage: int) -> int:
+    """FLOPs of the matrix products of one block for one image, 2 per multiply-add.
 
-    Per block: 8 N D^2 (attention projections) + 4 N^2 D (attention) + 4 r N D^2 (MLP of ratio r)
-    + 12 D^2 (adaLN); besides patch, final and time projections.
+    8 N D^2 (attention projections) + 4 N^2 D (attention) + 4 r N D^2 (MLP of ratio r) + 12 D^2
+    (adaLN).
     """
     rows, cols = model.pyramid.grid(stage, model.latent_size)
     n, d = rows * cols, model.width
-    hidden = int(model.mlp_ratio * d)
-    block = 8 * n * d * d + 4 * n * n * d + 4 * n * d * hidden + 12 * d * d
-    pixels = model.latent_size**2 * model.channels
+    return 8 * n * d * d + 4 * n * n * d + 4 * n * d * int(model.mlp_ratio * d) + 12 * d * d
+
+
+def ends_flops(model: ModelConfig) -> int:
+    """FLOPs of what is not in the blocks: patch, final and time projections, of one image."""
+    d, pixels = model.width, model.latent_size**2 * model.channels
     ends = 2 * d * pixels * (3 if model.learn_sigma else 2) + 4 * d * d
-    return model.depth * block + ends + 2 * d * (2 * FREQUENCIES + d)
+    return ends + 2 * d * (2 * FREQUENCIES + d)
 
 
-def sampling_flops(model: ModelConfig, segments: tuple[Segment, ...]) -> int:
-    """FLOPs of one image through a fixed-grid plan; a guided evaluation counts double."""
-    return sum(
-        segment.steps * forward_flops(model, stage) * (2 if guided else 1)
-        for segment in segments
-        for stage, guided in zip(segment.stages, segment.guided)
-    )
+def forward_flops(model: ModelConfig, stage: int) -> int:
+    """FLOPs of one plain evaluation of one image."""
+    return model.depth * block_flops(model, stage) + ends_flops(model)
+
+
+def segment_flops(model: ModelConfig, segment: Segment, weak: ModelConfig | None = None) -> int:
+    """FLOPs of one image through a fixed-grid segment.
+
+    A guided evaluation counts double, or with a weaker network one evaluation of each.
+    """
+
+    def evaluation(model: ModelConfig, stage: int, full: bool) -> int:
+        if segment.method is None:
+            return forward_flops(model, stage)
+        return segment.method.flops(model, stage, full)
+
+    total = 0
+    fulls = sum(segment.full) if segment.method is not None else segment.steps
+    for full, steps in ((True, fulls), (False, segment.steps - fulls)):
+        for stage, guided in zip(segment.stages, segment.guided):
+            total += steps * evaluation(model, stage, full)
+            if guided:
+                total += steps * evaluation(weak or model, stage, full)
+    return total
+
+
+def sampling_flops(
+    model: ModelConfig, segments: tuple[Segment, ...], weak: ModelConfig | None = None
+) -> int:
+    """FLOPs of one image through a fixed-grid plan."""
+    return sum(segment_flops(model, segment, weak) for segment in segments)
 
 
 def training_flops(model: ModelConfig, pattern: tuple[int, ...], batch_size: int) -> int:

@@ -17,9 +17,11 @@ import numpy as np
 from absl import flags
 
 from ppflow_jax import cli, distributed
+from ppflow_jax.accelerate.config import PRESETS, AccelerateConfig, accelerated
 from ppflow_jax.checkpoint import Card, digest, find_checkpoint, load_weights, read_card
 from ppflow_jax.decode import Decoder
 from ppflow_jax.errors import InputError
+from ppflow_jax.explain import explain
 from ppflow_jax.files import locked
 from ppflow_jax.flow.plan import GRIDS, SOLVERS, SamplerConfig, evaluations
 from ppflow_jax.flow.sampler import Sampler
@@ -57,6 +59,10 @@ _DIFFUSION = flags.DEFINE_enum("diffusion", _DEFAULT.diffusion, list(DIFFUSIONS)
 _NORM = flags.DEFINE_float("diffusion_norm", _DEFAULT.diffusion_norm, "Factor of the diffusion.")
 _LAST = flags.DEFINE_enum("last_step", _DEFAULT.last_step, LAST_STEPS, "Last step of the SDE.")
 _LAST_SIZE = flags.DEFINE_float("last_step_size", _DEFAULT.last_step_size, "Its length in time.")
+_ACCELERATE = flags.DEFINE_string(
+    "accelerate", "exact", f"{', '.join(PRESETS)} or key=value,... (README: Faster)."
+)
+_EXPLAIN = flags.DEFINE_bool("explain", False, "Print the plan and its cost; do not sample.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of matrix products.")
 _DECODE = flags.DEFINE_string(
     "decode", "none", "vae:DIR or taesd:DIR, a converted autoencoder; none: false colours."
@@ -70,7 +76,14 @@ def main() -> None:
     step_folder = find_checkpoint(_CHECKPOINT.value)
     card = read_card(step_folder)
     apply = make_apply(card.model, dtype=jnp.dtype(_DTYPE.value))
-    sampler = Sampler(apply, card.model, card.flow, _sampler_config())
+    config, added = _sampler_config(), AccelerateConfig.parse(_ACCELERATE.value)
+    segments = accelerated(config, card.model, card.flow, added)
+    sampler = Sampler(apply, card.model, card.flow, config, segments=segments)
+    if _EXPLAIN.value:
+        _say(explain(sampler, card.model, _BATCH.value))
+        return
+    if not _OUT.value:
+        raise flags.Error("--out is required")
     labels, noise = _labels_and_noise(card)
     decoder = Decoder.parse(_DECODE.value, card)
     generator = Generator(
@@ -80,7 +93,7 @@ def main() -> None:
         microbatch=min(_MICROBATCH.value, len(labels)),
         dtype=_DTYPE.value,
     )
-    settings = _settings(step_folder, card, sampler, generator, noise, len(labels))
+    settings = _settings(step_folder, card, sampler, added, generator, noise, len(labels))
     folder = SampleFolder(_OUT.value, settings)
     nfe = "adaptive" if sampler.config.solver == "dopri5" else evaluations(sampler.segments)
     if folder.complete:
@@ -142,6 +155,7 @@ def _settings(
     step_folder: Path,
     card: Card,
     sampler: Sampler,
+    added: AccelerateConfig,
     generator: Generator,
     noise: np.ndarray | None,
     count: int,
@@ -155,6 +169,7 @@ def _settings(
         "pyramid": str(pyramid),
         **asdict(sampler.config),
         "cfg": sampler.config.scales(pyramid),
+        "accelerate": asdict(added),
         "dtype": _DTYPE.value,
         "decode": kind,
         "autoencoder_sha256": digest(autoencoder) if autoencoder else None,
@@ -257,4 +272,4 @@ def _sample(
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("checkpoint", "out"))
+    cli.run(main, required=("checkpoint",))

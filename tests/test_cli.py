@@ -105,6 +105,8 @@ def test_init_from_another_model(workdir, tmp_path):
         (["--steps=1"], "give at least 2"),
         (["--num=0"], "at least 1"),
         (["--noise=/nowhere.npy"], "cannot read --noise"),
+        (["--accelerate=warp"], "unknown preset 'warp'|exact, balanced, fast"),
+        (["--accelerate=interval=4", "--solver=dopri5"], "dopri5 chooses its own steps"),
     ],
 )
 def test_sampling_refuses(workdir, tmp_path, args, words):
@@ -168,6 +170,14 @@ def test_sampling_writes_pictures_and_latents(workdir, tmp_path):
     expected = np.clip(127.5 * latents[1, ..., 0] + 128, 0, 255).astype(np.uint8)
     np.testing.assert_array_equal(picture, expected)
     assert Image.open(tmp_path / "grid.png").size == (10 * 66, 2 * 66)
+
+
+def test_a_plan_is_explained_and_nothing_sampled(workdir, tmp_path):
+    args = ["--accelerate=interval=2,order=1", "--steps=12", "--cfg=1,2", "--explain"]
+    code, out, err = sample(workdir, tmp_path / "out", *args)
+    assert code == 0, err
+    assert "0.500-1.000" in out and "x faster by FLOPs" in out and "MiB" in out
+    assert not (tmp_path / "out").exists()
 
 
 def test_image_k_does_not_depend_on_the_batch_or_the_number_of_images(workdir, tmp_path):

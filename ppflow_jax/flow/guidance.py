@@ -1,4 +1,4 @@
-"""Classifier-free guidance (arXiv 2207.12598)."""
+"""Classifier-free guidance (arXiv 2207.12598) and autoguidance (arXiv 2406.02507)."""
 
 from __future__ import annotations
 
@@ -30,8 +30,33 @@ def guided(
         return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
 
     both = apply(params, pairs(x, x), pairs(t, t), pairs(y, jnp.full_like(y, null_label)), stage)
-    cond, uncond = both[0::2], both[1::2]
-    out = uncond + scale * (cond - uncond)
+    return _extrapolate(both[0::2], both[1::2], scale, channels)
+
+
+def autoguided(
+    apply: Apply,
+    params: Params,
+    weak: Apply,
+    weak_params: Params,
+    x: Float[Array, "b h w c"],
+    t: Float[Array, " b"],
+    y: Int[Array, " b"],
+    stage: int,
+    scale: Float[Array, ""] | float,
+    channels: int,
+) -> Float[Array, "b h w c"]:
+    """w + scale (c - w), w by a weaker network that sees the same labels; no null class."""
+    strong = apply(params, x, t, y, stage)
+    return _extrapolate(strong, weak(weak_params, x, t, y, stage), scale, channels)
+
+
+def _extrapolate(
+    good: Float[Array, "b h w c"],
+    bad: Float[Array, "b h w c"],
+    scale: Float[Array, ""] | float,
+    channels: int,
+) -> Float[Array, "b h w c"]:
+    out = bad + scale * (good - bad)
     if channels:
-        out = jnp.concatenate([out[..., :channels], cond[..., channels:]], axis=-1)
+        out = jnp.concatenate([out[..., :channels], good[..., channels:]], axis=-1)
     return out

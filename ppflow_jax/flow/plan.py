@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from ppflow_jax.errors import InputError
+from ppflow_jax.flow.method import Method
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.solvers import DIFFUSIONS, LAST_STEPS, ODE_SOLVERS, SDE_SOLVERS
 from ppflow_jax.pyramid import Pyramid
@@ -29,6 +32,9 @@ class SamplerConfig:
         stage; `reference` is the grid of the PyTorch code, where the stage follows the time of
         every evaluation.
       cfg: guidance scale of every stage, or one for all. 1 does not evaluate the null class.
+      cfg_until: times up to which each of `cfg` holds, increasing, the last one 1: the scales
+        then follow these pieces of time instead of the stages.
+      cfg_interval: guide only in these times (guidance interval, arXiv 2404.07724).
       cfg_channels: 0 guides all channels; n > 0 only the first n (the PyTorch code guides 3).
       rtol, atol: of the adaptive solver.
       diffusion, diffusion_norm: SDE diffusion form and its factor (SiT, Sec. 2.4).
@@ -42,6 +48,8 @@ class SamplerConfig:
     steps: int = 50
     grid: str = "aligned"
     cfg: tuple[float, ...] = (1.0,)
+    cfg_until: tuple[float, ...] = ()
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
     cfg_channels: int = 0
     rtol: float = 1e-3
     atol: float = 1e-6
@@ -66,6 +74,20 @@ class SamplerConfig:
             )
         if not all(np.isfinite(self.cfg)):
             raise InputError(f"guidance scales must be finite numbers, got {self.cfg}")
+        pieces = self.cfg_until
+        if pieces and (
+            len(pieces) != len(self.cfg)
+            or pieces[-1] != 1
+            or not all(a < b for a, b in zip((0.0, *pieces), pieces))
+        ):
+            raise InputError(
+                f"guidance scales {self.cfg} up to the times {pieces}: give one increasing time "
+                "in (0, 1] for each scale, the last one 1"
+            )
+        if not 0 <= self.cfg_interval[0] <= self.cfg_interval[1] <= 1:
+            raise InputError(
+                f"guidance interval {self.cfg_interval} must be two times 0 <= low <= high <= 1"
+            )
         if not 0 < self.last_step_size < 1:
             raise InputError(f"last_step_size must be in (0, 1), got {self.last_step_size}")
 
@@ -74,17 +96,36 @@ class SamplerConfig:
         return self.solver in SDE_SOLVERS
 
     def scales(self, pyramid: Pyramid) -> tuple[float, ...]:
-        """Guidance scale of every stage.
+        """Guidance scale of every stage (unless `cfg_until` gives them by time).
 
         Raises:
           InputError: neither one scale nor one for every stage.
         """
+        if self.cfg_until:
+            return (1.0,) * len(pyramid)
         if len(self.cfg) not in (1, len(pyramid)):
             raise InputError(
                 f"{len(self.cfg)} guidance scales for a model of {len(pyramid)} stage(s): "
                 f"give 1 or {len(pyramid)}, e.g. --cfg={','.join(['1.5'] * len(pyramid))}"
             )
         return self.cfg if len(self.cfg) == len(pyramid) else self.cfg * len(pyramid)
+
+    def scale_at(self, t: np.floating, stage_scale: float) -> float:
+        """Guidance scale of an evaluation in a step whose guidance is decided at time `t`.
+
+        A boundary belongs to the piece on its left, as with stages: guided are low < t <= high,
+        and t = 0 where low = 0. The comparison is in float32, as for stages.
+        """
+        low, high = (np.float32(v) for v in self.cfg_interval)
+        if t > high or (t <= low and low > 0):
+            return 1.0
+        if not self.cfg_until:
+            return stage_scale
+        return self.cfg[bisect.bisect_left([np.float32(v) for v in self.cfg_until[:-1]], t)]
+
+    def guidance_cuts(self) -> tuple[float, ...]:
+        """Times inside (0, 1) where guidance may change."""
+        return tuple(sorted({v for v in (*self.cfg_until, *self.cfg_interval) if 0 < v < 1}))
 
 
 @dataclass(frozen=True)
@@ -96,12 +137,20 @@ class Segment:
       stages: stage of each model evaluation within a step.
       scales: guidance scale of each evaluation.
       times: grid points, one more than steps; float32 values.
+      method: how its evaluations are computed; None is the plain network.
+      full: of every step, whether it is full in the sense of `Method`.
+      inputs: what the method is given, a pytree of arrays with a leading axis of steps.
+      keeps: whether the method's memory of the segment before is kept.
     """
 
     kind: str
     stages: tuple[int, ...]
     scales: tuple[float, ...]
     times: tuple[float, ...]
+    method: Method | None = None
+    full: tuple[bool, ...] = ()
+    inputs: Any = field(default=None, compare=False)
+    keeps: bool = False
 
     @property
     def steps(self) -> int:
@@ -168,8 +217,10 @@ def reference_grid(lo: float, hi: float, points: int) -> np.ndarray:
 def plan(config: SamplerConfig, pyramid: Pyramid, flow: Flow) -> tuple[Segment, ...]:
     """Segments of a run, in order.
 
-    For the adaptive solver there is one per stage; a stochastic one with a last step has that
-    step as its last segment.
+    For the adaptive solver there is one per stage and change of guidance; a stochastic one with a
+    last step has that step as its last segment. On the aligned grid stage and guidance of a step
+    follow its middle; on the reference grid stages follow the time of each evaluation, and
+    whether a step is guided the time where it starts.
 
     Raises:
       InputError: guidance scales or steps that do not fit the pyramid.
@@ -177,34 +228,45 @@ def plan(config: SamplerConfig, pyramid: Pyramid, flow: Flow) -> tuple[Segment, 
     scales = config.scales(pyramid)
     lo, hi = time_range(config, flow)
     if config.solver == ADAPTIVE:
-        ends = np.float32([lo, *(b for b in pyramid.boundaries if lo < b < hi), hi])
-        stages = [pyramid.stage_at((a + b) / 2) for a, b in zip(ends, ends[1:])]
+        cuts = sorted({*pyramid.boundaries, *config.guidance_cuts()})
+        ends = np.float32([lo, *(b for b in cuts if lo < b < hi), hi])
+        pieces = [(pyramid.stage_at((a + b) / 2), a, b) for a, b in zip(ends, ends[1:])]
         return tuple(
-            Segment("adaptive", (s,), (scales[s],), (float(a), float(b)))
-            for s, a, b in zip(stages, ends, ends[1:])
+            Segment(
+                "adaptive", (s,), (config.scale_at((a + b) / 2, scales[s]),), (float(a), float(b))
+            )
+            for s, a, b in pieces
         )
     nodes = (ODE_SOLVERS | SDE_SOLVERS)[config.solver].nodes
-    if config.grid == "aligned":
+    aligned = config.grid == "aligned"
+    if aligned:
         times = aligned_grid(lo, hi, config.steps, pyramid)
     else:
         times = reference_grid(lo, hi, config.steps)
 
-    def step_stages(t0: np.float32, t1: np.float32) -> tuple[int, ...]:
-        if config.grid == "aligned":
-            return (pyramid.stage_at((t0 + t1) / 2),) * len(nodes)
-        return tuple(pyramid.stage_at(t0 + np.float32(node) * (t1 - t0)) for node in nodes)
+    def facts(t0: np.float32, t1: np.float32) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Stage and scale of every evaluation; guidance is on or off for a step as a whole."""
+        middle = (t0 + t1) / 2
+        if aligned:
+            stages = (pyramid.stage_at(middle),) * len(nodes)
+        else:
+            stages = tuple(pyramid.stage_at(t0 + np.float32(node) * (t1 - t0)) for node in nodes)
+        decided = middle if aligned else t0
+        return stages, tuple(config.scale_at(decided, scales[s]) for s in stages)
 
-    steps = [(step_stages(a, b), float(a), float(b)) for a, b in zip(times, times[1:])]
+    steps = [(facts(a, b), float(a), float(b)) for a, b in zip(times, times[1:])]
     kind = "sde" if config.stochastic else "ode"
     segments = []
-    for stages, group in itertools.groupby(steps, key=lambda s: s[0]):
+    for (stages, step_scales), group in itertools.groupby(steps, key=lambda s: s[0]):
         group = list(group)
         points = (group[0][1], *(s[2] for s in group))
-        segments.append(Segment(kind, stages, tuple(scales[s] for s in stages), points))
+        segments.append(Segment(kind, stages, step_scales, points))
     if config.stochastic and config.last_step != "none":
-        stage = pyramid.stage_at(times[-1])
-        last = (float(times[-1]), float(times[-1]) + config.last_step_size)
-        segments.append(Segment("last", (stage,), (scales[stage],), last))
+        start, end = times[-1], times[-1] + np.float32(config.last_step_size)
+        stage = pyramid.stage_at(start)
+        scale = config.scale_at((start + end) / 2 if aligned else start, scales[stage])
+        last = (float(start), float(start) + config.last_step_size)
+        segments.append(Segment("last", (stage,), (scale,), last))
     return tuple(segments)
 
 

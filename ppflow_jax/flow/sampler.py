@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import diffrax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from ppflow_jax.flow.guidance import guided
+from ppflow_jax.flow.guidance import autoguided, guided
 from ppflow_jax.flow.path import Flow, velocity_from
 from ppflow_jax.flow.plan import SamplerConfig, Segment, plan
 from ppflow_jax.flow.solvers import ODE_SOLVERS, rk_step, sde_last_step, sde_step
@@ -32,8 +33,39 @@ def image_noise(
     return noise, keys[:, 1]
 
 
+def _unwritten(shape: jax.ShapeDtypeStruct) -> Array:
+    """Memory before its first use; NaN, so that reading it can not go unseen."""
+    fill = jnp.nan if jnp.issubdtype(shape.dtype, jnp.floating) else 0
+    return jnp.full(shape.shape, fill, shape.dtype)
+
+
+def _padded(table: np.ndarray) -> np.ndarray:
+    """The last row repeated up to a multiple of 64: plans of any length share one program."""
+    return np.pad(table, [(0, -len(table) % 64), *[(0, 0)] * (table.ndim - 1)], mode="edge")
+
+
+def _runs(segments: tuple[Segment, ...]) -> list[list[Segment]]:
+    """Consecutive segments that differ only in guidance scale; each list is one program."""
+    runs: list[list[Segment]] = []
+    for s in segments:
+        facts = (s.kind, s.stages, s.guided, s.method)
+        goes_on = s.kind in ("ode", "sde") and (s.method is None or s.keeps)
+        last = runs[-1][-1] if runs else None
+        if goes_on and last and facts == (last.kind, last.stages, last.guided, last.method):
+            runs[-1].append(s)
+        else:
+            runs.append([s])
+    return runs
+
+
 class Sampler:
     """Sampler of one model, compiled once per distinct segment.
+
+    Args:
+      segments: what to run instead of the plain plan of `config`, e.g. from
+        `accelerate.config.accelerated`.
+      weak: a weaker network that takes the place of the null class (autoguidance); its parameters
+        are given at every call.
 
     Attributes:
       segments: the plan.
@@ -42,11 +74,26 @@ class Sampler:
       InputError: a configuration that does not fit the model's pyramid.
     """
 
-    def __init__(self, apply: Apply, model: ModelConfig, flow: Flow, config: SamplerConfig):
+    def __init__(
+        self,
+        apply: Apply,
+        model: ModelConfig,
+        flow: Flow,
+        config: SamplerConfig,
+        *,
+        segments: tuple[Segment, ...] | None = None,
+        weak: Apply | None = None,
+    ):
         self.apply, self.flow, self.config, self.null_label = apply, flow, config, model.null_label
-        self.segments = plan(config, model.pyramid, flow)
+        self.weak = weak
+        self.segments = plan(config, model.pyramid, flow) if segments is None else segments
         self.compiled = jax.jit(
             self._segment, static_argnames=("kind", "stages", "guide", "trajectory")
+        )
+        self.accelerated = jax.jit(
+            self._accelerated,
+            static_argnames=("stages", "guide", "method", "head", "trajectory"),
+            donate_argnames="memory",
         )
 
     def __call__(
@@ -56,6 +103,7 @@ class Sampler:
         labels: Int[Array, " b"],
         keys: Key[Array, " b"] | None = None,
         *,
+        weak: Params | None = None,
         replay: Float[Array, "n b h w c"] | None = None,
         trajectory: bool = False,
     ) -> Float[Array, "b h w c"] | Float[Array, "points b h w c"]:
@@ -66,6 +114,7 @@ class Sampler:
           noise: initial N(0, 1) latents, float32.
           labels: class of every image.
           keys: of every image, for stochastic solvers.
+          weak: parameters of the weaker network.
           replay: N(0, 1) noise of every stochastic step, instead of `keys`.
           trajectory: return the state at every grid point, the initial one included (the
             adaptive solver's: at every stage boundary).
@@ -73,84 +122,195 @@ class Sampler:
         Returns:
           Latents, float32.
         """
-        x, states, first = noise, [noise[None]], 0
-        for segment in self.segments:
-            noises = None if replay is None else replay[first : first + segment.steps]
-            args, static = self._arguments(segment, params, x, labels, keys, first, noises)
-            x, passed = self.compiled(*args, **static, trajectory=trajectory)
-            states.append(passed)
-            first += segment.steps
+        x, states, first, memory = noise, [noise[None]], 0, None
+        for run in _runs(self.segments):
+            steps = sum(s.steps for s in run)
+            noises = None if replay is None else replay[first : first + steps]
+            program, args, static = self._program(
+                run, params, weak, x, labels, keys, first, noises, memory
+            )
+            x, memory, passed = program(*args, **static, trajectory=trajectory)
+            states.append(passed[:steps] if trajectory else None)
+            first += steps
         return jnp.concatenate(states) if trajectory else x
 
     def lower(self, params: Params, noise: Any, labels: Any, keys: Any) -> list[jax.stages.Lowered]:
-        """The program of every segment, from shapes alone (`jax.ShapeDtypeStruct`)."""
+        """The program of every run of segments, from shapes alone (`jax.ShapeDtypeStruct`).
+
+        For plans without a weaker network.
+        """
         lowered, first = [], 0
-        for segment in self.segments:
-            args, static = self._arguments(segment, params, noise, labels, keys, first, None)
-            lowered.append(self.compiled.lower(*args, **static, trajectory=False))
-            first += segment.steps
+        for run in _runs(self.segments):
+            memory = self.memory_of(run[0], params, None, noise, labels)
+            program, args, static = self._program(
+                run, params, None, noise, labels, keys, first, None, memory
+            )
+            lowered.append(program.lower(*args, **static, trajectory=False))
+            first += sum(s.steps for s in run)
         return lowered
 
-    def _arguments(self, segment: Segment, params, x, labels, keys, first, replay):
-        times, scales = np.float32(segment.times), np.float32(segment.scales)
-        static = dict(kind=segment.kind, stages=segment.stages, guide=segment.guided)
-        return (params, x, labels, times, scales, keys, first, replay), static
+    def _program(self, run: list[Segment], params, weak, x, labels, keys, first, replay, memory):
+        """What to call for segments that share a program, with what arguments."""
+        segment = run[0]
+        times = np.float32([segment.times[0], *(t for s in run for t in s.times[1:])])
+        scales = np.float32([s.scales for s in run for _ in range(s.steps)])
+        static = {"stages": segment.stages, "guide": segment.guided}
+        if segment.method is None:
+            args = (params, weak, x, labels, times, scales, keys, first, replay)
+            return self.compiled, args, static | {"kind": segment.kind}
+        full = np.concatenate([s.full for s in run])
+        starts = np.flatnonzero([*full, True]).astype(np.int32)
+        inputs = jax.tree.map(lambda *a: np.concatenate(a), *(s.inputs for s in run))
+        tables = jax.tree.map(_padded, (times, scales, inputs, starts))
+        args = (params, weak, x, labels, *tables, len(starts) - 1)
+        static |= {"method": segment.method, "head": bool(starts[0] > 0)}
+        return self.accelerated, (*args, memory if segment.keeps else None), static
+
+    def memory_of(
+        self, segment: Segment, params: Params, weak: Params | None, x: Any, y: Any
+    ) -> Any:
+        """Shapes of what the segment's method keeps between steps, from the shapes of `__call__`'s
+        arguments; None without a method."""
+        if segment.method is None:
+            return None
+        scales = np.float32([segment.scales] * segment.steps)
+        arrays = np.float32(segment.times), scales, segment.inputs, np.zeros(2, np.int32), 1, None
+        run = partial(
+            self._accelerated,
+            stages=segment.stages,
+            guide=segment.guided,
+            method=segment.method,
+            head=False,
+            trajectory=False,
+        )
+        return jax.eval_shape(run, params, weak, x, y, *arrays)[1]
+
+    def _predict(self, apply, weak, params, weak_params, x, t, y, scale, *, stage, guide):
+        """The network's prediction, guided or not."""
+        ts = jnp.full(x.shape[:1], t)
+        if not guide:
+            return apply(params, x, ts, y, stage)
+        channels = self.config.cfg_channels
+        if weak is not None:
+            return autoguided(apply, params, weak, weak_params, x, ts, y, stage, scale, channels)
+        return guided(apply, params, x, ts, y, stage, scale, self.null_label, channels)
 
     def _segment(
-        self, params, x, y, times, scales, keys, first, replay, *, kind, stages, guide, trajectory
-    ):
-        """Final state of one segment, and if asked the states after each of its steps."""
+        self, params, weak, x, y, times, scales, keys, first, replay, *, kind, stages, guide,
+        trajectory
+    ):  # fmt: skip
+        """Final state of a plain segment, no memory, and if asked the states after its steps."""
         flow, config = self.flow, self.config
 
-        def predict(x, t, i):
-            ts = jnp.full(x.shape[:1], t)
-            if not guide[i]:
-                return self.apply(params, x, ts, y, stages[i])
-            return guided(
-                self.apply, params, x, ts, y, stages[i], scales[i], self.null_label,
-                config.cfg_channels,
-            )  # fmt: skip
-
-        def velocity(x, t, i):
-            return velocity_from(flow, predict(x, t, i), x, jnp.full(x.shape[:1], t))
+        def predict(scale, x, t, i):
+            nets = (self.apply, self.weak, params, weak)
+            return self._predict(*nets, x, t, y, scale[i], stage=stages[i], guide=guide[i])
 
         if kind == "adaptive":
-            x = self._adaptive(params, x, y, times, scales, stage=stages[0], guide=guide[0])
-            return x, x[None] if trajectory else None
+            facts = {"stage": stages[0], "guide": guide[0]}
+            x = self._adaptive(params, weak, x, y, times, scales[0, 0], **facts)
+            return x, None, x[None] if trajectory else None
         sde = (flow, config.diffusion, config.diffusion_norm)
         if kind == "last":
             size = config.last_step_size
-            x = sde_last_step(config.last_step, *sde, predict(x, times[0], 0), x, times[0], size)
-            return x, x[None] if trajectory else None
+            prediction = predict(scales[0], x, times[0], 0)
+            x = sde_last_step(config.last_step, *sde, prediction, x, times[0], size)
+            return x, None, x[None] if trajectory else None
 
         def step(x, inputs):
-            t0, t1, index, noise = inputs
+            t0, t1, scale, index, noise = inputs
+
+            def velocity(x, t, i):
+                return velocity_from(flow, predict(scale, x, t, i), x, jnp.full(x.shape[:1], t))
+
             if kind == "ode":
                 x = rk_step(ODE_SOLVERS[config.solver], velocity, x, t0, t1)
             else:
                 if noise is None:
                     step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
                     noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(step_keys)
-                x = sde_step(config.solver, *sde, predict, x, t0, t1, noise)
+                x = sde_step(config.solver, *sde, partial(predict, scale), x, t0, t1, noise)
             return x, x if trajectory else None
 
         indices = first + jnp.arange(times.shape[0] - 1)
-        return jax.lax.scan(step, x, (times[:-1], times[1:], indices, replay))
+        x, states = jax.lax.scan(step, x, (times[:-1], times[1:], scales, indices, replay))
+        return x, None, states
 
-    def _adaptive(self, params, x, y, times, scales, *, stage, guide):
+    def _accelerated(
+        self, params, weak, x, y, times, scales, inputs, starts, periods, memory, *, stages, guide,
+        method, head, trajectory
+    ):  # fmt: skip
+        """`_segment` of a fixed-grid ODE whose evaluations a method computes.
+
+        Full and cheap steps are two bodies in one loop over periods, each a full step and the
+        cheap ones that follow it, so no branch is taken on data and the memory stays in place.
+        `starts` are the `periods` full steps and the end; `head` says that cheap steps come first.
+        """
+        flow, tableau = self.flow, ODE_SOLVERS[self.config.solver]
+
+        def step(x, memory, k, full):
+            now = jax.tree.map(lambda a: a[k], inputs)
+            slots = [dict(slot) for slot in memory]
+
+            def through(level, name, i, call):
+                """`call` by the method where it works at this level; its memory is replaced."""
+                if method.level != level:
+                    return call()
+                result, slots[i][name] = method.evaluate(call, slots[i].get(name), now, full)
+                return result
+
+            def velocity(x, t, i):
+                def net(name, apply, *args):
+                    return through("network", name, i, partial(apply, *args))
+
+                def guided_velocity():
+                    networks = (partial(net, "model", self.apply), partial(net, "weak", self.weak))
+                    prediction = self._predict(
+                        networks[0], networks[1] if self.weak is not None else None, params, weak,
+                        x, t, y, scales[k, i], stage=stages[i], guide=guide[i],
+                    )  # fmt: skip
+                    return velocity_from(flow, prediction, x, jnp.full(x.shape[:1], t))
+
+                return through("velocity", "velocity", i, guided_velocity)
+
+            x = rk_step(tableau, velocity, x, times[k], times[k + 1])
+            return x, tuple(slots)
+
+        if memory is None:
+            empty = tuple({} for _ in tableau.nodes)
+            shapes = jax.eval_shape(lambda x: step(x, empty, 0, True)[1], x)
+            memory = jax.tree.map(_unwritten, shapes)
+        states = jnp.zeros((times.shape[0] - 1, *x.shape)) if trajectory else None
+
+        def body(full):
+            def run(k, carry):
+                x, memory, states = carry
+                x, memory = step(x, memory, k, full)
+                return x, memory, None if states is None else states.at[k].set(x)
+
+            return run
+
+        def period(i, carry):
+            carry = body(True)(starts[i], carry)
+            return jax.lax.fori_loop(starts[i] + 1, starts[i + 1], body(False), carry)
+
+        carry = (x, memory, states)
+        if head:
+            carry = jax.lax.fori_loop(0, starts[0], body(False), carry)
+        return jax.lax.fori_loop(0, periods, period, carry)
+
+    def _adaptive(self, params, weak, x, y, times, scale, *, stage, guide):
         """Dopri5 over one stage, with a step size of its own for every image."""
-        flow, config = self.flow, self.config
+        config = self.config
         controller = diffrax.PIDController(rtol=config.rtol, atol=config.atol)
 
         def solve(x, label):
             def velocity(t, x, _):
-                ts, xs, ys = jnp.full((1,), t), x[None], label[None]
-                if guide:
-                    args = (stage, scales[0], self.null_label, config.cfg_channels)
-                    prediction = guided(self.apply, params, xs, ts, ys, *args)
-                else:
-                    prediction = self.apply(params, xs, ts, ys, stage)
-                return velocity_from(flow, prediction, xs, ts)[0]
+                xs, nets = x[None], (self.apply, self.weak, params, weak)
+                prediction = self._predict(
+                    *nets, xs, t, label[None], scale, stage=stage, guide=guide
+                )
+                return velocity_from(self.flow, prediction, xs, jnp.full((1,), t))[0]
 
             return diffrax.diffeqsolve(
                 diffrax.ODETerm(velocity),

@@ -100,7 +100,26 @@ class Block(nnx.Module):
     def mlp(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         return self.fc2(jax.nn.gelu(self.fc1(x), approximate=True))
 
-    def __call__(self, x: Float[Array, "b n d"], c: Float[Array, "b d"]) -> Float[Array, "b n d"]:
+    def branches(
+        self, x: Float[Array, "b n d"], c: Float[Array, "b d"]
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "b n d"], Float[Array, "b n d"]]:
+        """The block's output, and the attention and MLP branches before their gates."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)
-        x = x + gate1[:, None] * self.attention(modulate(x, shift1, scale1))
-        return x + gate2[:, None] * self.mlp(modulate(x, shift2, scale2))
+        attention = self.attention(modulate(x, shift1, scale1))
+        x = x + gate1[:, None] * attention
+        mlp = self.mlp(modulate(x, shift2, scale2))
+        return x + gate2[:, None] * mlp, attention, mlp
+
+    def gated(
+        self,
+        x: Float[Array, "b n d"],
+        c: Float[Array, "b d"],
+        attention: Float[Array, "b n d"],
+        mlp: Float[Array, "b n d"],
+    ) -> Float[Array, "b n d"]:
+        """The block's output with given branches: only its gates are computed."""
+        _, _, gate1, _, _, gate2 = self.modulation(c)
+        return x + gate1[:, None] * attention + gate2[:, None] * mlp
+
+    def __call__(self, x: Float[Array, "b n d"], c: Float[Array, "b d"]) -> Float[Array, "b n d"]:
+        return self.branches(x, c)[0]

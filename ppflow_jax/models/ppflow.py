@@ -31,6 +31,9 @@ from ppflow_jax.pyramid import Pyramid
 Params = dict[str, Any]
 # (params, x, t, y, stage) -> prediction with the shape of x, or tuples of them: see make_apply
 Apply = Callable[..., Any]
+# Replaces the plain scan over the blocks: (stacked blocks, tokens, SiLU(c)) -> (tokens, anything).
+# The blocks are one Block whose leaves have a leading axis of depth, to be scanned over.
+Trunk = Callable[[Block, Float[Array, "b n d"], Float[Array, "b d"]], tuple[Array, Any]]
 
 # DiT, arXiv 2212.09748, Table 1.
 SIZES = {
@@ -203,21 +206,33 @@ class PPFlow(nnx.Module):
         return self.unpatchify[stage](modulate(h, shift, scale))
 
     def __call__(
-        self, x: Float[Array, "b h w c"], t: Float[Array, " b"], y: Int[Array, " b"], stage: int
-    ) -> Float[Array, "b h w c"]:
-        return self.side_by_side((x,), (t,), (y,), (stage,))[0]
+        self,
+        x: Float[Array, "b h w c"],
+        t: Float[Array, " b"],
+        y: Int[Array, " b"],
+        stage: int,
+        trunk: Trunk | None = None,
+    ) -> Float[Array, "b h w c"] | tuple[Float[Array, "b h w c"], Any]:
+        if trunk is None:
+            return self.side_by_side((x,), (t,), (y,), (stage,))[0]
+        c = jax.nn.silu(self.condition(t, y, stage))
+        h, extra = trunk(self.blocks, self.tokens(x, stage), c)
+        return self.prediction(h, c, stage), extra
 
     def side_by_side(self, xs, ts, ys, stages: tuple[int, ...]) -> tuple[Array, ...]:
         """The predictions of several stages, each as `__call__`, in one pass over the blocks."""
-        config = self.config
         cs = tuple(jax.nn.silu(self.condition(*each)) for each in zip(ts, ys, stages))
         hs = self.trunk(tuple(self.tokens(*each) for each in zip(xs, stages)), cs)
-        predictions = []
-        for h, c, stage in zip(hs, cs, stages):
-            grid = config.pyramid.grid(stage, config.latent_size)
-            out = unpatchify(self.final(h, c, stage), grid, config.pyramid.stages[stage].patch)
-            predictions.append(out[..., : config.channels])
-        return tuple(predictions)
+        return tuple(self.prediction(*each) for each in zip(hs, cs, stages))
+
+    def prediction(
+        self, h: Float[Array, "b n d"], c: Float[Array, "b d"], stage: int
+    ) -> Float[Array, "b h w c"]:
+        """What the tokens that leave the trunk predict."""
+        config = self.config
+        grid = config.pyramid.grid(stage, config.latent_size)
+        out = unpatchify(self.final(h, c, stage), grid, config.pyramid.stages[stage].patch)
+        return out[..., : config.channels]
 
 
 def _module(
@@ -248,12 +263,14 @@ def make_apply(
     remat: str = "none",
     layout: Layout = Layout(),
 ) -> Apply:
-    """The network as a pure function `apply(params, x, t, y, stage)`.
+    """The network as a pure function `apply(params, x, t, y, stage, trunk=None)`.
 
     x float32 [b, h, w, c] latent; t float32 [b] in [0, 1]; y int32 [b], null label allowed;
     stage a Python int. Returns float32 [b, h, w, c]: the velocity, score or noise it was
     trained to predict. With a tuple for each of x, t, y and stage: a tuple of predictions, in one
     pass over the blocks. `dtype` is that of the matrix products, `layout` that of the mesh.
+    `trunk` (see `Trunk`) replaces the scan over the blocks, whose weights are then all gathered at
+    once; the result is (prediction, what the trunk returned besides).
 
     Raises:
       InputError: unknown remat policy.
@@ -264,12 +281,14 @@ def make_apply(
         nnx.eval_shape(lambda: _module(config, jax.random.key(0), dtype, remat, layout))
     )
 
-    def apply(params, x, t, y, stage):
+    def apply(params, x, t, y, stage, trunk=None):
         rest = {name: part for name, part in params.items() if name != "blocks"}
         params = params | layout.weights(rest, "")
+        if trunk is not None:
+            params = params | {"blocks": layout.weights(params["blocks"], "blocks/")}
         network = nnx.merge(graphdef, params)
         if isinstance(stage, tuple):
             return network.side_by_side(x, t, y, stage)
-        return network(x, t, y, stage)
+        return network(x, t, y, stage, trunk)
 
     return apply

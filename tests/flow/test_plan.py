@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -48,6 +50,43 @@ def test_scale_one_is_not_guided():
     assert evaluations(segments) == 8
 
 
+def test_guidance_interval_is_decided_per_step_and_closed_on_the_right():
+    config = SamplerConfig("heun", 8, cfg=(1.0, 3.0), cfg_interval=(0.25, 0.75))
+    segments = plan(config, PPFLOW2, Flow())
+    assert [(s.times[0], s.times[-1], s.scales) for s in segments] == [
+        (0, 0.5, (1, 1)),
+        (0.5, 0.75, (3, 3)),
+        (0.75, 1, (1, 1)),
+    ]
+    # reference grid: a step follows the time where it starts, and t = 0.5 is in (0.25, 0.5]
+    config = SamplerConfig("heun", 9, "reference", cfg=(3.0,), cfg_interval=(0.25, 0.5))
+    segments = plan(config, SIT, Flow())
+    assert [(s.times[0], s.times[-1], s.guided) for s in segments] == [
+        (0, 0.375, (False, False)),
+        (0.375, 0.625, (True, True)),
+        (0.625, 1, (False, False)),
+    ]
+    whole, empty = (
+        plan(SamplerConfig("euler", 8, cfg=(1.5,), cfg_interval=i), PPFLOW2, Flow())
+        for i in ((0.0, 1.0), (0.5, 0.5))
+    )
+    assert whole == plan(SamplerConfig("euler", 8, cfg=(1.5,)), PPFLOW2, Flow())
+    assert empty == plan(SamplerConfig("euler", 8), PPFLOW2, Flow())
+
+
+def test_guidance_scales_by_time():
+    config = SamplerConfig("euler", 8, cfg=(1.0, 2.0, 4.0), cfg_until=(0.25, 0.75, 1.0))
+    segments = plan(config, PPFLOW2, Flow())
+    assert [(s.times[0], s.stages, s.scales) for s in segments] == [
+        (0, (0,), (1,)),
+        (0.25, (0,), (2,)),
+        (0.5, (1,), (2,)),
+        (0.75, (1,), (4,)),
+    ]
+    adaptive = plan(dataclasses.replace(config, solver="dopri5"), PPFLOW2, Flow())
+    assert [s.scales for s in adaptive] == [(1,), (2,), (2,), (4,)]
+
+
 def test_the_last_sde_step_is_a_segment():
     segments = plan(SamplerConfig("sde-euler", 10), PPFLOW2, Flow())
     assert [s.kind for s in segments] == ["sde", "sde", "last"]
@@ -83,6 +122,9 @@ def test_flops_of_a_forward_pass_agree_with_a_count_by_hand():
         (lambda: SamplerConfig("dpm"), "unknown solver"),
         (lambda: SamplerConfig(cfg=(float("nan"),)), "finite"),
         (lambda: SamplerConfig(last_step_size=1.0), "last_step_size"),
+        (lambda: SamplerConfig(cfg_interval=(0.5, 0.2)), "low <= high"),
+        (lambda: SamplerConfig(cfg=(1.0, 2.0), cfg_until=(0.5,)), "one increasing time"),
+        (lambda: SamplerConfig(cfg=(1.0, 2.0), cfg_until=(0.5, 0.9)), "the last one 1"),
         (lambda: plan(SamplerConfig(cfg=(1.0, 2.0)), PPFLOW3, Flow()), "give 1 or 3"),
         (lambda: plan(SamplerConfig(steps=2), PPFLOW3, Flow()), "give at least 3"),
     ],

@@ -73,6 +73,28 @@ def test_guidance_extrapolates_and_can_be_kept_to_some_channels():
         np.testing.assert_allclose(out[0, 0, 0], expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("solver", ["euler", "dopri5"])
+def test_autoguidance_takes_a_weaker_network_for_the_null_class(solver):
+    seen = []
+
+    def weak(params, x, t, y, stage):
+        seen.append(stage)
+        return 0.5 * field({}, x, t, y, stage) + params["bias"]
+
+    config = SamplerConfig(solver, 8, cfg=(1.0, 2.0, 1.0))
+    params = {"bias": jnp.full((1, 1, 1, 1), 0.25)}
+    run = Sampler(field, POINTS, Flow(), config, weak=weak)
+    out = run({}, NOISE, LABELS, weak=params)
+    assert set(seen) == {1}
+
+    def combined(_, x, t, y, stage):
+        good = field({}, x, t, y, stage)
+        return good if stage != 1 else 2 * good - (0.5 * good + 0.25)
+
+    plain = sample(SamplerConfig(solver, 8), apply=combined)
+    np.testing.assert_allclose(out, plain, rtol=1e-5, atol=1e-5)
+
+
 def test_dopri5_agrees_with_many_small_steps():
     precise = sample(SamplerConfig("rk4", 96))
     adaptive = sample(SamplerConfig("dopri5", rtol=1e-6, atol=1e-7))

@@ -1,0 +1,300 @@
+"""Feature forecasting: most evaluations are replaced by a linear combination of earlier ones.
+
+One engine for what differs only in schedule, weights and place: FORA (order 0), TaylorSeer,
+polynomial extrapolation, Delta-DiT and DeepCache (a range of blocks), and multistep solvers
+(the velocity). See `schedule` for the sources.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ppflow_jax.accelerate.schedule import BASES, SCHEDULES, full_steps, weight_table
+from ppflow_jax.errors import InputError
+from ppflow_jax.flops import block_flops, ends_flops
+from ppflow_jax.flow.plan import Segment
+from ppflow_jax.models.layers import Block
+from ppflow_jax.models.ppflow import ModelConfig
+
+PLACES = ("branch", "blocks", "velocity")
+MAX_ORDER = 8
+
+
+@dataclass(frozen=True)
+class ForecastConfig:
+    """What is forecast, when, and how.
+
+    Attributes:
+      forecast: weights, one of `schedule.BASES`: `taylor`, `newton`, or `adams`.
+      order: degree of the forecast; 0 repeats the last full value.
+      interval: steps from one full step to the next in every stage, or one for all; 1 leaves a
+        stage as it is.
+      warmup: full steps at the start of every stage (TaylorSeer uses 2 or 3).
+      schedule: one of `schedule.SCHEDULES`.
+      centre: of the `deepcache` schedule, as a share of the stage's steps.
+      place: `branch` forecasts the raw output of every attention and MLP, so that on forecast
+        steps only embeddings, gates and the final layer are computed; `blocks` what a range of
+        blocks adds to the tokens; `velocity` the guided velocity.
+      blocks: first and last (exclusive) block of the range in every stage, or one for all.
+        Delta-DiT (arXiv 2406.01125): rear blocks in coarse stages, front ones in the last.
+        DeepCache on a transformer: a range in the middle.
+
+    Raises:
+      InputError: a value out of its range.
+    """
+
+    forecast: str = "taylor"
+    order: int = 2
+    interval: tuple[int, ...] = (4,)
+    warmup: int = 2
+    schedule: str = "taylor"
+    centre: float = 0.3
+    place: str = "branch"
+    blocks: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self):
+        for name, known in (("forecast", BASES), ("schedule", SCHEDULES), ("place", PLACES)):
+            if getattr(self, name) not in known:
+                raise InputError(
+                    f"unknown {name} {getattr(self, name)!r}: one of {', '.join(known)}"
+                )
+        if not 0 <= self.order <= MAX_ORDER:
+            raise InputError(f"forecast order {self.order} must be 0 to {MAX_ORDER}")
+        if not self.interval or min(self.interval) < 1 or self.warmup < 1:
+            raise InputError(
+                f"forecast interval {self.interval} and warmup {self.warmup} must be at least 1"
+            )
+        if not 0 <= self.centre < 1:
+            raise InputError(f"forecast centre {self.centre} must be in [0, 1)")
+        if bool(self.blocks) != (self.place == "blocks"):
+            raise InputError(
+                f"place={self.place} with blocks={self.blocks or 'none'}: a range of blocks is "
+                "given, e.g. blocks=4-8, with place=blocks and only then"
+            )
+        if self.forecast == "adams" and self.place != "velocity":
+            raise InputError("forecast=adams is a rule for velocities: give place=velocity")
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The method of a segment (see `flow.method.Method`).
+
+    Its memory is a ring of the last `slots` full values, its inputs the weights of the slots and
+    the slot that a full step writes.
+
+    Attributes:
+      place: of `ForecastConfig`.
+      slots: of the ring.
+      blocks: the range, for that place.
+      combine: full steps too use the weights (Adams-Bashforth).
+    """
+
+    place: str
+    slots: int
+    blocks: tuple[int, int] = (0, 0)
+    combine: bool = False
+    name: str = "forecast"
+
+    @property
+    def level(self) -> str:
+        return "velocity" if self.place == "velocity" else "network"
+
+    def evaluate(
+        self, call: Callable[..., Any], memory: Any, inputs: Any, full: bool
+    ) -> tuple[Array, Any]:
+        weights, slot = inputs["weights"], inputs["slot"]
+        if self.place == "velocity":
+            if full:
+                value = call()
+                memory = self._write(memory, value, slot, axis=0)
+                if not self.combine:
+                    return value, memory
+            return combine(memory, weights), memory
+        if full:
+            trunk = (
+                record_branches if self.place == "branch" else partial(record_range, self.blocks)
+            )
+            result, values = call(trunk=trunk)
+            axis = 1 if self.place == "branch" else 0
+            return result, self._write(memory, values, slot, axis=axis)
+        if self.place == "branch":
+            trunk = partial(forecast_branches, memory, weights)
+        else:
+            trunk = partial(forecast_range, self.blocks, memory, weights)
+        return call(trunk=trunk)[0], memory
+
+    def _write(self, memory: Any, values: Any, slot: Int[Array, ""], axis: int) -> Any:
+        """The ring with `values` in one slot; a new ring if there is none."""
+
+        def write(ring, value):
+            return jax.lax.dynamic_update_index_in_dim(ring, value, slot, axis)
+
+        if memory is None:
+            memory = jax.tree.map(
+                lambda v: jnp.full(
+                    (*v.shape[:axis], self.slots, *v.shape[axis:]), jnp.nan, v.dtype
+                ),
+                values,
+            )
+        return jax.tree.map(write, memory, values)
+
+    def flops(self, model: ModelConfig, stage: int, full: bool) -> int:
+        """With the weighted sums, 2 FLOPs a slot and value; without the guidance."""
+        rows, cols = model.pyramid.grid(stage, model.latent_size)
+        value = rows * cols * model.width
+        if full:
+            return model.depth * block_flops(model, stage) + ends_flops(model)
+        if self.place == "velocity":
+            return 0
+        if self.place == "branch":
+            gates = 12 * model.width**2
+            return model.depth * (gates + 4 * self.slots * value) + ends_flops(model)
+        left = model.depth - (self.blocks[1] - self.blocks[0])
+        return left * block_flops(model, stage) + 2 * self.slots * value + ends_flops(model)
+
+
+def combine(ring: Float[Array, "slots ..."], weights: Float[Array, " slots"]) -> Array:
+    """Weighted sum of the slots in float32; a slot of weight 0 is not read, not even a NaN."""
+    total = jnp.zeros(ring.shape[1:], jnp.float32)
+    for slot, weight in zip(ring, weights):
+        total += jnp.where(weight != 0, slot.astype(jnp.float32), 0) * weight
+    return total
+
+
+def record_branches(blocks: Block, h: Float[Array, "b n d"], c: Float[Array, "b d"]):
+    """The plain trunk; besides, the raw branches of every block, each [depth, b, n, d]."""
+
+    def body(h, block):
+        h, attention, mlp = block.branches(h, c)
+        return h, (attention, mlp)
+
+    return jax.lax.scan(body, h, blocks)
+
+
+def forecast_branches(
+    memory: Any,
+    weights: Float[Array, " h"],
+    blocks: Block,
+    h: Float[Array, "b n d"],
+    c: Float[Array, "b d"],
+):
+    """The trunk with forecast branches, under the gates of this evaluation."""
+
+    def body(h, layer):
+        block, rings = layer
+        return block.gated(h, c, *(combine(ring, weights) for ring in rings)), None
+
+    return jax.lax.scan(body, h, (blocks, memory))
+
+
+def _run(blocks: Block, h: Float[Array, "b n d"], c: Float[Array, "b d"], first: int, last: int):
+    """Blocks `first` to `last` (exclusive), taken from the stack one by one."""
+
+    def body(h, i):
+        block = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, i, keepdims=False), blocks)
+        return block(h, c), None
+
+    return jax.lax.scan(body, h, jnp.arange(first, last))[0]
+
+
+def record_range(
+    span: tuple[int, int], blocks: Block, h: Float[Array, "b n d"], c: Float[Array, "b d"]
+):
+    """The plain trunk; besides, what the blocks of `span` add to the tokens, [b, n, d]."""
+    start = _run(blocks, h, c, 0, span[0])
+    end = _run(blocks, start, c, *span)
+    return _run(blocks, end, c, span[1], _depth(blocks)), end - start
+
+
+def forecast_range(
+    span: tuple[int, int],
+    memory: Float[Array, "s b n d"],
+    weights: Float[Array, " s"],
+    blocks: Block,
+    h: Float[Array, "b n d"],
+    c: Float[Array, "b d"],
+):
+    """The trunk with forecast additions in place of the blocks of `span`."""
+    h = _run(blocks, h, c, 0, span[0]) + combine(memory, weights)
+    return _run(blocks, h, c, span[1], _depth(blocks)), None
+
+
+def _depth(blocks: Block) -> int:
+    return jax.tree.leaves(blocks)[0].shape[0]
+
+
+def forecasted(
+    segments: Iterable[Segment], model: ModelConfig, config: ForecastConfig
+) -> list[Segment]:
+    """The plan with forecasts in every stage whose interval (or order, for adams) asks for them.
+
+    A stage begins with full steps, and so does a change between guided and unguided, because the
+    batch rows differ. Steps that straddle two stages stay as they are.
+
+    Raises:
+      InputError: intervals or blocks that do not fit the model.
+    """
+    levels = len(model.pyramid)
+    intervals = per_stage("interval", config.interval, levels)
+    spans = per_stage("blocks", config.blocks or ((0, 0),), levels)
+    for first, last in spans if config.blocks else ():
+        if not 0 <= first < last <= model.depth:
+            raise InputError(
+                f"blocks={first}-{last}: give a range within the model's {model.depth} blocks, "
+                f"e.g. blocks=1-{model.depth}"
+            )
+    out: list[Segment] = []
+    for (stages, _), alike in itertools.groupby(segments, key=lambda s: (s.stages, s.guided)):
+        group, stage = list(alike), stages[0]
+        full = full_steps(
+            config.schedule,
+            sum(s.steps for s in group),
+            intervals[stage],
+            config.warmup,
+            config.centre,
+        )
+        blends = config.forecast == "adams" and config.order > 0
+        if len(set(stages)) > 1 or (full.all() and not blends):
+            out.extend(group)
+            continue
+        method = Forecast(config.place, config.order + 1, spans[stage], blends)
+        inputs = {
+            "weights": np.float32(weight_table(config.forecast, config.order, full, config.warmup)),
+            "slot": np.int32((np.cumsum(full) - 1) % (config.order + 1)),
+        }
+        first = 0
+        for segment in group:
+            now = slice(first, first + segment.steps)
+            out.append(
+                replace(
+                    segment,
+                    method=method,
+                    full=tuple(full[now].tolist()),
+                    inputs={name: table[now] for name, table in inputs.items()},
+                    keeps=first > 0,
+                )
+            )
+            first += segment.steps
+    return out
+
+
+def per_stage(name: str, values: tuple, levels: int) -> tuple:
+    """One value for every stage, from one or all.
+
+    Raises:
+      InputError: another number of values.
+    """
+    if len(values) not in (1, levels):
+        raise InputError(
+            f"{name} has {len(values)} values for a model of {levels} stage(s): give 1 or {levels}"
+        )
+    return values if len(values) == levels else values * levels

@@ -1,0 +1,50 @@
+"""The place where accelerators plug into the sampler: how a segment evaluates the network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+from ppflow_jax.models.ppflow import ModelConfig
+
+
+@runtime_checkable
+class Method(Protocol):
+    """How the evaluations of a segment are computed. Static: frozen, hashable, no arrays.
+
+    A step of a segment is *full* or *cheap*; the plan decides which, and what the method is given
+    at each step (`Segment.inputs`, arrays with a leading axis of steps: weight tables, slots,
+    ratios, ...). Whatever passes from one evaluation to the next is the method's *memory*, a
+    pytree of arrays. The sampler keeps one for every evaluation slot of the solver and for every
+    network (guidance doubles the batch: even rows have the label, odd ones the null class), starts
+    it with NaN (integers: 0, booleans: false) where a segment does not keep the memory of the one
+    before it, and carries it through the steps in place.
+
+    A memory never outlives a stage, a change of batch rows, or a segment without a method.
+
+    Attributes:
+      level: `network` wraps every call of the network, `velocity` the guided velocity.
+      name: what its cheap evaluations are called when a plan is explained.
+    """
+
+    level: str
+    name: str
+
+    def evaluate(
+        self, call: Callable[..., Any], memory: Any, inputs: Any, full: bool
+    ) -> tuple[Any, Any]:
+        """One evaluation: (its result, the new memory).
+
+        Args:
+          call: computes the true value. At level `network`, `call()` is the prediction and
+            `call(trunk=T)` is (prediction, what T returned besides), T a `models.ppflow.Trunk`
+            that replaces the scan over the blocks; at level `velocity`, `call()` is the velocity.
+          memory: of this slot and network; None only when its shapes are asked for, with `full`.
+          inputs: of this step, without the leading axis.
+          full: whether the step is full; a Python bool, so each kind is compiled on its own.
+        """
+        ...
+
+    def flops(self, model: ModelConfig, stage: int, full: bool) -> int:
+        """FLOPs of one evaluation of one image, without guidance."""
+        ...

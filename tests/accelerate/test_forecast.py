@@ -1,0 +1,313 @@
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ppflow_jax.accelerate.config import AccelerateConfig, accelerated
+from ppflow_jax.accelerate.forecast import Forecast, ForecastConfig, record_range
+from ppflow_jax.errors import InputError
+from ppflow_jax.explain import explain, memory_bytes
+from ppflow_jax.flow.path import Flow
+from ppflow_jax.flow.plan import SamplerConfig, plan
+from ppflow_jax.flow.sampler import Sampler
+from ppflow_jax.models.ppflow import ModelConfig, abstract_params, make_apply
+from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT
+from tests import forecast_parity
+
+REFERENCE = Path(__file__).parents[1] / "reference" / "accelerate" / "taylorseer.npz"
+MODEL = ModelConfig(PPFLOW2, latent_size=8, channels=2, width=8, depth=3, heads=2, num_classes=4)
+LABELS = jnp.arange(8) % 4
+NOISE = jax.random.normal(jax.random.key(3), (8, *MODEL.shape))
+CFG = (1.0, 2.0)
+
+
+@pytest.fixture(scope="module")
+def ref():
+    return dict(np.load(REFERENCE))
+
+
+def within(rows):
+    rows = list(rows)
+    over = [f"{r.name}: {r.error:.2e} > {r.bound:.1e}" for r in rows if not r.ok]
+    assert rows and not over, over
+
+
+def test_schedules_weights_and_forecasts_are_those_of_the_public_code(ref):
+    rows = list(forecast_parity.sequences(ref))
+    assert len(rows) == 19
+    within(rows)
+
+
+def test_trajectories_and_branches_are_those_of_the_public_code(ref):
+    runs = forecast_parity.Runs(ref)
+    assert len(runs.names()) == 5
+    with jax.default_matmul_precision("highest"):
+        within(row for name in runs.names() for row in runs.rows(name))
+
+
+def random_params(model):
+    """Parameters under which every part of the network shows in the output."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda s: jnp.float32(0.3 * rng.normal(size=s.shape)), abstract_params(model)
+    )
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(MODEL)
+
+
+def segments_of(config, model=MODEL, **forecast):
+    setting = AccelerateConfig(forecast=ForecastConfig(**forecast))
+    return accelerated(config, model, Flow(), setting)
+
+
+@pytest.mark.parametrize("pyramid", [SIT, PPFLOW2, PPFLOW3])
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_off_is_the_plain_plan(pyramid, solver):
+    model, config = replace(MODEL, pyramid=pyramid), SamplerConfig(solver, 9, cfg=(2.0,))
+    plain = plan(config, pyramid, Flow())
+    assert accelerated(config, model, Flow(), AccelerateConfig.parse("exact")) == plain
+    assert segments_of(config, model, interval=(1,)) == plain
+    assert segments_of(config, model, interval=(1,), order=0, schedule="fora") == plain
+    setting = AccelerateConfig(guidance=(0.0, 1.0))
+    assert accelerated(config, model, Flow(), setting) == plain
+
+
+@pytest.mark.parametrize(
+    ("pyramid", "solver", "devices"), [(SIT, "heun", 1), (PPFLOW2, "euler", 8)]
+)
+def test_the_engine_with_every_step_full_is_the_plain_sampler_bitwise(pyramid, solver, devices):
+    model, config = replace(MODEL, pyramid=pyramid), SamplerConfig(solver, 5, cfg=(2.0,))
+    params, noise, labels = random_params(model), NOISE, LABELS
+    if devices > 1:
+        mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        place = jax.sharding.NamedSharding(mesh, jax.P("data"))
+        noise, labels = jax.device_put((noise, labels), place)
+    sampler = Sampler(make_apply(model), model, Flow(), config)
+    plain = sampler(params, noise, labels)
+    sampler.segments = tuple(
+        replace(
+            s,
+            method=Forecast("branch", 1),
+            full=(True,) * s.steps,
+            inputs={"weights": np.ones((s.steps, 1), np.float32), "slot": np.zeros(s.steps, int)},
+        )
+        for s in sampler.segments
+    )
+    forced = sampler(params, noise, labels)
+    assert len(forced.sharding.device_set) == devices
+    np.testing.assert_array_equal(forced, plain)
+
+
+@pytest.fixture(scope="module")
+def fast():
+    """Heun on 2 levels, the second one guided, forecast in both."""
+    config = SamplerConfig("heun", 12, cfg=CFG)
+    segments = segments_of(config, interval=(3,), order=1)
+    return Sampler(make_apply(MODEL), MODEL, Flow(), config, segments=segments)
+
+
+def test_rows_of_a_batch_never_mix(fast, params):
+    out = fast(params, NOISE, LABELS)
+    order = jnp.array([3, 1, 0, 2, 7, 6, 4, 5])
+    np.testing.assert_allclose(fast(params, NOISE[order], LABELS[order]), out[order], atol=2e-5)
+    changed = fast(params, NOISE.at[1].add(1.0), LABELS.at[1].set(3))
+    np.testing.assert_allclose(np.delete(changed, 1, 0), np.delete(out, 1, 0), atol=2e-5)
+    assert float(jnp.abs(changed[1] - out[1]).max()) > 1e-2
+    assert np.isfinite(out).all()
+
+
+def test_a_forecast_differs_and_a_longer_plan_does_not_compile_again(fast, params):
+    fast(params, NOISE, LABELS)
+    programs = fast.accelerated._cache_size()
+    assert programs == 2
+    longer = SamplerConfig("heun", 40, cfg=CFG)
+    plain = Sampler(make_apply(MODEL), MODEL, Flow(), longer)(params, NOISE, LABELS)
+    kept, fast.segments = fast.segments, segments_of(longer, interval=(2,), order=1)
+    try:
+        out = fast(params, NOISE + 0, LABELS)
+    finally:
+        fast.segments = kept
+    assert fast.accelerated._cache_size() == programs
+    error = float(jnp.sqrt(jnp.mean((out - plain) ** 2) / jnp.mean(plain**2)))
+    assert 1e-5 < error < 0.05
+
+
+def test_what_an_earlier_stage_left_behind_has_no_effect(fast, params):
+    segment = fast.segments[1]
+    assert segment.full[0] and not segment.keeps
+    weights, slots = segment.inputs["weights"], segment.inputs["slot"]
+    written = [set(slots[: i + 1][np.array(segment.full[: i + 1])]) for i in range(segment.steps)]
+    assert all(set(np.flatnonzero(w)) <= seen for w, seen in zip(weights, written))
+    expected = fast(params, NOISE, LABELS)
+    with pytest.MonkeyPatch.context() as patch:  # in place of NaN, whose absence shows below
+        patch.setattr("ppflow_jax.flow.sampler._unwritten", lambda s: jnp.full(s.shape, 1e30))
+        again = Sampler(fast.apply, MODEL, Flow(), fast.config, segments=fast.segments)
+        out = again(params, NOISE, LABELS)
+    assert np.isfinite(expected).all()
+    np.testing.assert_array_equal(out, expected)
+
+
+def call_of(params, x, t, stage=1):
+    apply = make_apply(MODEL)
+
+    def call(trunk=None):
+        return apply(params, x, jnp.full(len(x), t), LABELS[: len(x)], stage, trunk=trunk)
+
+    return call
+
+
+NOW = {"weights": jnp.ones(1), "slot": jnp.int32(0)}
+
+
+@pytest.mark.parametrize("method", [Forecast("branch", 1), Forecast("blocks", 1, (1, 3))])
+def test_forecast_of_the_same_point_is_the_evaluation(params, method):
+    @jax.jit
+    def both(x):
+        call = call_of(params, x, 0.7)
+        full, memory = method.evaluate(call, None, NOW, True)
+        forecast, kept = method.evaluate(call, memory, NOW, False)
+        assert kept is memory
+        return call(), full, forecast
+
+    plain, full, forecast = both(NOISE[:2])
+    np.testing.assert_allclose(full, plain, atol=1e-5)
+    np.testing.assert_allclose(forecast, plain, atol=1e-5)
+
+
+def test_gates_embeddings_and_final_layer_are_those_of_the_forecast_step(params):
+    method = Forecast("branch", 1)
+
+    def by_hand(memory, blocks, h, c):
+        for layer in range(MODEL.depth):
+            block = jax.tree.map(partial(lambda p, i: p[i], i=layer), blocks)
+            _, _, gate1, _, _, gate2 = block.modulation(c)
+            attention, mlp = (ring[layer, 0] for ring in memory)
+            h = h + gate1[:, None] * attention + gate2[:, None] * mlp
+        return h, None
+
+    @jax.jit
+    def all_three(x):
+        _, memory = method.evaluate(call_of(params, x[:2], 0.7), None, NOW, True)
+        call = call_of(params, x[2:4], 0.9)
+        forecast = method.evaluate(call, memory, NOW, False)[0]
+        return forecast, call(partial(by_hand, memory))[0], call()
+
+    forecast, expected, plain = all_three(NOISE)
+    np.testing.assert_allclose(forecast, expected, atol=1e-5)
+    assert float(jnp.abs(forecast - plain).max()) > 1e-2
+
+
+def test_what_ranges_of_blocks_add_is_what_all_of_them_add(params):
+    @jax.jit
+    def added(x):
+        call = call_of(params, x, 0.6)
+        spans = ((0, 2), (2, 3), (0, 3))
+        return [call(trunk=partial(record_range, s))[1] for s in spans]
+
+    first, second, all_of_them = added(NOISE[:2])
+    np.testing.assert_allclose(first + second, all_of_them, atol=1e-5)
+    assert float(jnp.abs(second).max()) > 1e-2
+
+
+def linear_field(params, x, t, y, stage):
+    return (1.0 + stage + (2.0 - stage) * t)[:, None, None, None] * jnp.ones_like(x)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_a_velocity_linear_in_time_is_forecast_exactly(solver):
+    # were the two evaluations of Heun one history, differences over equal times would enter
+    config = SamplerConfig(solver, 16)
+    segments = segments_of(config, place="velocity", interval=(4,), order=1)
+    assert sum(s.steps - sum(s.full) for s in segments) == 10
+    dense = Sampler(linear_field, MODEL, Flow(), config)({}, NOISE, LABELS, trajectory=True)
+    run = Sampler(linear_field, MODEL, Flow(), config, segments=segments)
+    np.testing.assert_allclose(run({}, NOISE, LABELS, trajectory=True), dense, atol=2e-6)
+
+
+def test_adams_bashforth_has_the_second_order():
+    def field(params, x, t, y, stage):
+        return jnp.cos(3 * t)[:, None, None, None] * x
+
+    exact, errors = NOISE * np.exp(np.sin(3.0) / 3), {}
+    model = replace(MODEL, pyramid=SIT)
+    for order in (0, 1):
+        for steps in (20, 40):
+            config = SamplerConfig("euler", steps)
+            segments = segments_of(
+                config, model, forecast="adams", place="velocity", interval=(1,), order=order
+            )
+            out = Sampler(field, model, Flow(), config, segments=segments)({}, NOISE, LABELS)
+            errors[order, steps] = float(jnp.abs(out - exact).max())
+    assert 1.7 < errors[0, 20] / errors[0, 40] < 2.3
+    assert 3.4 < errors[1, 20] / errors[1, 40] < 4.6
+
+
+def test_a_change_of_scale_keeps_the_history_and_a_change_of_rows_does_not():
+    scales = dict(cfg=(1.0, 2.0, 3.0), cfg_until=(0.625, 0.8125, 1.0))
+    segments = segments_of(SamplerConfig("euler", 32, **scales), interval=(4,))
+    assert [s.scales for s in segments] == [(1.0,), (1.0,), (2.0,), (3.0,)]
+    assert [s.keeps for s in segments] == [False, False, False, True]
+    assert [s.full[0] for s in segments] == [True, True, True, False]
+    starts = np.flatnonzero([*segments[2].full, *segments[3].full])
+    assert starts.tolist() == [0, 1, 5, 9]
+
+
+def test_history_kept_over_a_change_of_scale_is_used(params):
+    """The scale changes where it does not matter: to the same number."""
+    config = SamplerConfig("euler", 16, cfg=(2.0,))
+    whole = segments_of(config, interval=(4,), order=1)
+    cut = whole[1]
+    at = 3
+    parts = (
+        replace(
+            cut, times=cut.times[: at + 1], full=cut.full[:at],
+            inputs={k: v[:at] for k, v in cut.inputs.items()},
+        ),
+        replace(
+            cut, times=cut.times[at:], full=cut.full[at:], keeps=True,
+            inputs={k: v[at:] for k, v in cut.inputs.items()},
+        ),
+    )  # fmt: skip
+    assert not parts[1].full[0]
+    run = Sampler(make_apply(MODEL), MODEL, Flow(), config, segments=whole)
+    expected = run(params, NOISE, LABELS)
+    run.segments = (whole[0], *parts)
+    np.testing.assert_allclose(run(params, NOISE, LABELS), expected, atol=1e-6)
+
+
+def test_the_explained_memory_is_what_the_program_holds(fast, params):
+    segment = fast.segments[1]
+    rings = 2 * MODEL.depth * 2 * 2 * 16 * 16 * 8 * 4  # slots, branches, Heun, rows, tokens, width
+    assert memory_bytes(fast, MODEL, 8) == rings
+    held = fast.memory_of(segment, params, None, NOISE, LABELS)
+    assert sum(leaf.size * 4 for leaf in jax.tree.leaves(held)) == rings
+    text = explain(fast, MODEL, 8)
+    lines = text.splitlines()
+    assert lines[0].split() == [
+        *("t", "patch", "tokens", "full", "forecast", "guidance", "GFLOPs", "share")
+    ]
+    assert lines[1].split()[:6] == ["0.000-0.500", "4x4", "4", "6", "6", "none"]
+    assert lines[2].split()[:6] == ["0.500-1.000", "2x2", "16", "6", "6", "2"]
+    assert "x faster by FLOPs" in text and f"{rings / 2**20:.4g} MiB" in text
+
+
+@pytest.mark.parametrize(
+    ("config", "forecast", "words"),
+    [
+        (SamplerConfig("dopri5"), {}, "chooses its own steps"),
+        (SamplerConfig("sde-euler"), {}, "adds noise"),
+        (SamplerConfig("heun"), dict(forecast="adams", place="velocity"), "choose euler"),
+        (SamplerConfig(), dict(interval=(1, 2, 3)), "give 1 or 2"),
+        (SamplerConfig(), dict(place="blocks", blocks=((1, 9),)), "3 blocks"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(config, forecast, words):
+    with pytest.raises(InputError, match=words):
+        segments_of(config, **forecast)
