@@ -142,7 +142,7 @@ def main() -> None:
     folder = open_source("folder", str(args.folder), size=256)
     columns = ("threads", "per cpu-s", "1 worker", "2 workers")
     print(f"{'images/s':26}" + "".join(f"{c:>12}" for c in columns))
-    for name, source, count in (("cached latents 32x32x4", cache, 40), ("JPEG at 256", folder, 2)):
+    for name, source, count in (("cached latents 32x32x4", cache, 40), ("JPEG at 256", folder, 8)):
         rates = list(images_per_s(source, 0, count, args.rounds))
         rates += [images_per_s(source, workers, count, args.rounds)[0] for workers in (1, 2)]
         print(f"{name:26}" + "".join(f"{r:12,.0f}" for r in rates), flush=True)
