@@ -67,16 +67,21 @@ class Generator:
         self.place = batch_sharding(mesh)
         self.precision = "highest" if dtype == "float32" else "default"
 
-        def images(params, ids, labels, noise):
+        def images(params, weak, ids, labels, noise):
             drawn, keys = image_noise(seed, ids, shape)
-            return sampler(params, drawn if noise is None else noise, labels, keys)
+            start = drawn if noise is None else noise
+            return sampler(params, start, labels, keys, weak=weak)
 
         # shard_map, not automatic partitioning: guidance doubles the batch, and doubling a sharded
         # axis would move images between the devices.
         rows = self.place.spec
         self.compiled = jax.jit(
             jax.shard_map(
-                images, mesh=mesh, in_specs=(P(), rows, rows, rows), out_specs=rows, check_vma=False
+                images,
+                mesh=mesh,
+                in_specs=(P(), P(), rows, rows, rows),
+                out_specs=rows,
+                check_vma=False,
             )
         )
 
@@ -87,6 +92,7 @@ class Generator:
         labels: Int[np.ndarray, " n"],
         noise: Float[np.ndarray, "n h w c"] | None = None,
         *,
+        weak: Params | None = None,
         batch: int = 1,
     ) -> Iterator[Images]:
         """The images with these numbers, in order, as many at a time as the devices take.
@@ -95,6 +101,7 @@ class Generator:
           params: of the model, on the devices of this process.
           labels: class of each.
           noise: initial noise of each, instead of that of the seed.
+          weak: parameters of the sampler's weaker network.
           batch: images that the devices are given before the first are waited for; at least two
             groups, so that devices work while the host writes. Changes no image.
 
@@ -106,18 +113,19 @@ class Generator:
         for first in range(0, len(ids), self.group):
             part = slice(first, first + self.group)
             rows = ids[part], labels[part], None if noise is None else noise[part]
-            waiting.append((ids[part], self._start(params, *rows)))
+            waiting.append((ids[part], self._start(params, weak, *rows)))
             if len(waiting) == ahead:
                 yield self._finish(*waiting.popleft())
         while waiting:
             yield self._finish(*waiting.popleft())
 
-    def _start(self, params, *rows) -> jax.Array:
+    def _start(self, params, weak, *rows) -> jax.Array:
         def pad(x):
             return np.pad(x, [(0, self.group - len(x))] + [(0, 0)] * (x.ndim - 1), mode="edge")
 
         with jax.default_matmul_precision(self.precision):
-            return self.compiled(params, *jax.device_put(jax.tree.map(pad, rows), self.place))
+            placed = jax.device_put(jax.tree.map(pad, rows), self.place)
+            return self.compiled(params, weak, *placed)
 
     def _finish(self, ids, started: jax.Array) -> Images:
         latents = np.asarray(started)[: len(ids)]

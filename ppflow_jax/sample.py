@@ -52,6 +52,14 @@ _STEPS = flags.DEFINE_integer(
 )
 _GRID = flags.DEFINE_enum("grid", _DEFAULT.grid, GRIDS, "aligned, or that of the PyTorch code.")
 _CFG = flags.DEFINE_list("cfg", ["1"], "Guidance scale: one, or one for every stage.")
+_CFG_UNTIL = flags.DEFINE_list(
+    "cfg_until", [], "Times up to which each of --cfg holds, the last one 1; default: the stages'."
+)
+_WEAK = flags.DEFINE_string(
+    "weak",
+    None,
+    "Autoguidance: a weaker checkpoint of the same latents in place of the null class.",
+)
 _CFG_CHANNELS = flags.DEFINE_string("cfg_channels", "all", "all, or guide only the first N.")
 _RTOL = flags.DEFINE_float("rtol", _DEFAULT.rtol, "Relative tolerance of dopri5.")
 _ATOL = flags.DEFINE_float("atol", _DEFAULT.atol, "Absolute tolerance of dopri5.")
@@ -78,9 +86,18 @@ def main() -> None:
     apply = make_apply(card.model, dtype=jnp.dtype(_DTYPE.value))
     config, added = _sampler_config(), AccelerateConfig.parse(_ACCELERATE.value)
     segments = accelerated(config, card.model, card.flow, added)
-    sampler = Sampler(apply, card.model, card.flow, config, segments=segments)
+    weak_folder = find_checkpoint(_WEAK.value) if _WEAK.value else None
+    weak = _weak_card(weak_folder, card) if weak_folder else None
+    sampler = Sampler(
+        apply,
+        card.model,
+        card.flow,
+        config,
+        segments=segments,
+        weak=make_apply(weak.model, dtype=jnp.dtype(_DTYPE.value)) if weak else None,
+    )
     if _EXPLAIN.value:
-        _say(explain(sampler, card.model, _BATCH.value))
+        _say(explain(sampler, card.model, _BATCH.value, weak.model if weak else None))
         return
     if not _OUT.value:
         raise flags.Error("--out is required")
@@ -101,12 +118,13 @@ def main() -> None:
         _say(f"{len(labels)} images, {nfe} NFE each, were complete in {folder.path}")
         return
     params = load_weights(step_folder, card, local_mesh(), _WEIGHTS.value)
+    weaker = load_weights(weak_folder, weak, local_mesh(), _WEIGHTS.value) if weak else None
     first = jax.process_index() == 0
     folder.start(first)
     with locked(folder.path) if first else contextlib.nullcontext():
         results = {
             "nfe": nfe,
-            **_sample(folder, generator, params, labels, noise),
+            **_sample(folder, generator, (params, weaker), labels, noise),
             **_origin(step_folder, card),
         }
         if first:
@@ -128,11 +146,13 @@ def _say(text: str) -> None:
 def _sampler_config() -> SamplerConfig:
     try:
         cfg = tuple(float(s) for s in _CFG.value)
+        until = tuple(float(s) for s in _CFG_UNTIL.value)
         channels = 0 if _CFG_CHANNELS.value == "all" else int(_CFG_CHANNELS.value)
     except ValueError as e:
         raise InputError(
-            f"--cfg={','.join(_CFG.value)} --cfg_channels={_CFG_CHANNELS.value}: {e}; "
-            "write --cfg=1.0,3.0 and --cfg_channels=all or a number"
+            f"--cfg={','.join(_CFG.value)} --cfg_until={','.join(_CFG_UNTIL.value)} "
+            f"--cfg_channels={_CFG_CHANNELS.value}: {e}; write e.g. --cfg=1.0,3.0 "
+            "--cfg_until=0.4,1 and --cfg_channels=all or a number"
         ) from e
     if channels < 0:
         raise InputError(f"--cfg_channels must be all or a positive number, got {channels}")
@@ -141,6 +161,7 @@ def _sampler_config() -> SamplerConfig:
         steps=_STEPS.value,
         grid=_GRID.value,
         cfg=cfg,
+        cfg_until=until,
         cfg_channels=channels,
         rtol=_RTOL.value,
         atol=_ATOL.value,
@@ -149,6 +170,28 @@ def _sampler_config() -> SamplerConfig:
         last_step=_LAST.value,
         last_step_size=_LAST_SIZE.value,
     )
+
+
+def _weak_card(folder: Path, card: Card) -> Card:
+    """Card of the weaker network.
+
+    Raises:
+      InputError: it does not predict the same thing at the same times.
+    """
+    weak = read_card(folder)
+    same = {
+        "latents": lambda c: c.model.shape,
+        "classes": lambda c: c.model.num_classes,
+        "path and prediction": lambda c: c.flow,
+        "stages": lambda c: c.model.pyramid,
+    }
+    for what, of in same.items():
+        if of(weak) != of(card):
+            raise InputError(
+                f"--weak={_WEAK.value} has other {what} than --checkpoint ({of(weak)}, not "
+                f"{of(card)}): give a smaller or less trained model of the same kind"
+            )
+    return weak
 
 
 def _settings(
@@ -165,6 +208,7 @@ def _settings(
     pyramid = card.model.pyramid
     return {
         "checkpoint_sha256": digest(step_folder),
+        "weak_sha256": digest(find_checkpoint(_WEAK.value)) if _WEAK.value else None,
         "weights": _WEIGHTS.value,
         "pyramid": str(pyramid),
         **asdict(sampler.config),
@@ -245,7 +289,7 @@ def _load_noise(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
 def _sample(
     folder: SampleFolder,
     generator: Generator,
-    params: Params,
+    params: tuple[Params, Params | None],
     labels: np.ndarray,
     noise: np.ndarray | None,
 ) -> dict[str, Any]:
@@ -258,7 +302,7 @@ def _sample(
     inputs = (labels[ids], None if noise is None else noise[ids])
     pictures, latents = [], []
     with progress(len(labels), done, "img", "sample") as bar:
-        for part in generator(params, ids, *inputs, batch=_BATCH.value):
+        for part in generator(params[0], ids, *inputs, weak=params[1], batch=_BATCH.value):
             pictures.extend(part.pictures)
             latents.extend(part.latents)
             while shards and len(pictures) >= (size := len(folder.images_of(shards[0]))):

@@ -105,6 +105,8 @@ def test_init_from_another_model(workdir, tmp_path):
         (["--steps=1"], "give at least 2"),
         (["--num=0"], "at least 1"),
         (["--noise=/nowhere.npy"], "cannot read --noise"),
+        (["--cfg=1,2", "--cfg_until=0.5,0.9"], "the last one 1"),
+        (["--cfg_until=x"], "--cfg_until=x|write e.g."),
         (["--accelerate=warp"], "unknown preset 'warp'|exact, balanced, fast"),
         (["--accelerate=interval=4", "--solver=dopri5"], "dopri5 chooses its own steps"),
     ],
@@ -178,6 +180,17 @@ def test_a_plan_is_explained_and_nothing_sampled(workdir, tmp_path):
     assert code == 0, err
     assert "0.500-1.000" in out and "x faster by FLOPs" in out and "MiB" in out
     assert not (tmp_path / "out").exists()
+
+
+def test_a_network_guided_by_itself_is_unguided(workdir, tmp_path):
+    for name, args in {"plain": [], "guided": ["--cfg=1,3", f"--weak={workdir}"]}.items():
+        code, _, err = sample(workdir, tmp_path / name, "--num=4", "--save_latents", *args)
+        assert code == 0, err
+    a, b = (np.load(tmp_path / name / "latents.npy") for name in ("plain", "guided"))
+    np.testing.assert_allclose(a, b, atol=1e-5)
+    # another checkpoint in the same folder is refused: its hash is one of the settings
+    code, _, err = sample(workdir, tmp_path / "guided", "--num=4", "--save_latents", "--cfg=1,3")
+    assert code == 1 and "weak_sha256" in err
 
 
 def test_image_k_does_not_depend_on_the_batch_or_the_number_of_images(workdir, tmp_path):

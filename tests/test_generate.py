@@ -96,7 +96,11 @@ def test_devices_do_not_talk():
 
     sampler = Sampler(apply, MODEL, CARD.flow, SamplerConfig("euler", 2, cfg=(2.0,)))
     generator, rows = Generator(sampler, Decoder(CARD), seed=0), np.zeros(128, np.int32)
-    text = generator.compiled.lower({"factor": np.float32(1)}, rows, rows, None).compile().as_text()
+    text = (
+        generator.compiled.lower({"factor": np.float32(1)}, None, rows, rows, None)
+        .compile()
+        .as_text()
+    )
     collectives = ("all-gather", "all-reduce", "all-to-all", "collective-permute")
     assert "s32[16]" in text  # each of eight devices has its part of the labels
     assert not [c for c in collectives if c in text]

@@ -32,10 +32,10 @@ class SamplerConfig:
         stage; `reference` is the grid of the PyTorch code, where the stage follows the time of
         every evaluation.
       cfg: guidance scale of every stage, or one for all. 1 does not evaluate the null class.
+      cfg_channels: 0 guides all channels; n > 0 only the first n (the PyTorch code guides 3).
       cfg_until: times up to which each of `cfg` holds, increasing, the last one 1: the scales
         then follow these pieces of time instead of the stages.
       cfg_interval: guide only in these times (guidance interval, arXiv 2404.07724).
-      cfg_channels: 0 guides all channels; n > 0 only the first n (the PyTorch code guides 3).
       rtol, atol: of the adaptive solver.
       diffusion, diffusion_norm: SDE diffusion form and its factor (SiT, Sec. 2.4).
       last_step, last_step_size: how the SDE covers the last piece of time, up to t = 1.
@@ -48,9 +48,9 @@ class SamplerConfig:
     steps: int = 50
     grid: str = "aligned"
     cfg: tuple[float, ...] = (1.0,)
+    cfg_channels: int = 0
     cfg_until: tuple[float, ...] = ()
     cfg_interval: tuple[float, float] = (0.0, 1.0)
-    cfg_channels: int = 0
     rtol: float = 1e-3
     atol: float = 1e-6
     diffusion: str = "sigma"
