@@ -32,7 +32,10 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for name, variant in (("one", ":sit"), ("two <levels>", "")):
         assert train(folder / name, "--config.train.steps=2", variant=variant)[0] == 0
-    (folder / "one" / "samples.evaluation.json").write_text(json.dumps(EVALUATION))
+    judged = folder / "one" / "evaluations"
+    judged.mkdir()
+    (judged / "final.json").write_text(json.dumps(EVALUATION))
+    (judged / "step_0000001.json").write_text("of a training step: its values are in the curves")
     return folder / "one", folder / "two <levels>"
 
 

@@ -15,11 +15,12 @@ Points = Sequence[tuple[int, float]]
 
 
 def curves(lines: Mapping[str, Points], ylabel: str, *, log: bool = False) -> bytes:
-    """One line of (step, value) for every run."""
+    """One line of (step, value) for every run; one without points keeps its colour from others."""
     figure, axes = _axes(5.2, 3.2)
-    for name, points in lines.items():
-        marker = "." if len(points) < 20 else None
-        axes.plot(*zip(*points), label=name, marker=marker, linewidth=1.3)
+    for i, (name, points) in enumerate(lines.items()):
+        if points:
+            marker = "." if len(points) < 20 else None
+            axes.plot(*zip(*points), label=name, marker=marker, linewidth=1.3, color=f"C{i}")
     axes.set(xlabel="step", ylabel=ylabel, yscale="log" if log else "linear")
     axes.legend(frameon=False)
     return _svg(figure)

@@ -125,7 +125,6 @@ def _curves(runs: Sequence[Run]) -> str:
             run.name: [(row["step"], row[name]) for row in run.metrics if name in row]
             for run in runs
         }
-        lines = {key: points for key, points in lines.items() if points}
         if name != "step":
             figure = curves(lines, name, log=name.startswith("loss"))
             figures.append(_figure(figure, "svg+xml", name))

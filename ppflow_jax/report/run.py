@@ -11,6 +11,7 @@ from typing import Any
 
 from ppflow_jax.checkpoint import Card, find_checkpoint, read_card
 from ppflow_jax.errors import InputError
+from ppflow_jax.judge import EVALUATIONS
 from ppflow_jax.writers import read_metrics
 
 
@@ -23,7 +24,8 @@ class Run:
       checkpoint: folder of the latest step.
       metrics: rows of metrics.jsonl; empty if there is none.
       grids: sample grids of training, oldest first.
-      evaluations: what `evaluate` wrote anywhere below the folder, oldest first.
+      evaluations: what `evaluate` wrote below the folder, oldest first: *.evaluation.json
+        anywhere, and JSON files in `evaluations/` but those of training steps.
     """
 
     name: str
@@ -60,7 +62,10 @@ def open_runs(folders: Sequence[str]) -> list[Run]:
 
 def _open(folder: Path, name: str) -> Run:
     checkpoint = find_checkpoint(folder)
-    written = sorted(folder.rglob("*.evaluation.json"), key=lambda p: (p.stat().st_mtime, p))
+    found = {*folder.rglob("*.evaluation.json"), *(folder / EVALUATIONS).glob("*.json")}
+    # those of training steps are curves already
+    found = {path for path in found if not path.name.startswith("step_")}
+    written = sorted(found, key=lambda p: (p.stat().st_mtime, p))
     return Run(
         name,
         folder,
