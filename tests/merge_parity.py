@@ -45,27 +45,51 @@ from tests.parity import Row, max_abs, nhwc
 def differences(ours, theirs) -> int:
     """Decisions that are not the same; the bound is none."""
     ours, theirs = np.asarray(ours), np.asarray(theirs)
-    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+    if ours.shape != theirs.shape:
+        return max(ours.size, theirs.size, 1)
     return int(np.sum(ours != theirs))
 
 
-def compact_rows(name: str, groups: match.Groups, ref: dict, key: str, bound: float):
+@functools.partial(jax.jit, static_argnames=("frequency", "grid", "count"))
+def _windows(x, counter, frequency, *, grid, count):
+    table = match.windows(grid)
+    scores = match.window_scores(x, counter, table, frequency)
+    groups = match.merge_windows(scores, table, count)
+    return match.similarity(x, table), scores, match.best(scores), groups
+
+
+@functools.partial(jax.jit, static_argnames=("grid", "count"))
+def _nearest(x, counter, drawn, *, grid, count):
+    table = match.windows(grid)
+    into, sources = match.oldest(counter, table) if drawn is None else match.split(drawn, table)
+    groups = match.merge_nearest(x, into, sources, count)
+    return into, sources, *match.nearest(x, into, sources), groups
+
+
+@jax.jit
+def _back_and_forth(groups, values, cached):
+    merged = match.merge(groups, values)
+    unmerged = match.unmerge(groups, merged)
+    mixed = [None if cached is None else match.mix(groups, unmerged, cached, w) for w in _WEIGHTS]
+    return merged, unmerged, mixed
+
+
+_WEIGHTS = (0.1, 0.2)
+
+
+def tokens(name: str, groups: match.Groups, ref: dict, inputs: dict, bound: float) -> Iterator[Row]:
     """Merged and unmerged tokens; the order of rows is not compared."""
-    if f"{key}/compact" in ref:
-        merged = match.merge(groups, jnp.asarray(ref["values"]))
-        b = np.arange(len(merged))[:, None]
-        theirs = ref[f"{key}/compact"]
-        assert merged.shape == theirs.shape
-        yield Row(
-            f"{name} merged", max_abs(merged[b, groups.row], theirs[b, ref[f"{key}/row"]]), bound
-        )
-        unmerged = match.unmerge(groups, merged)
-        if f"{key}/unmerged" in ref:
-            yield Row(f"{name} unmerged", max_abs(unmerged, ref[f"{key}/unmerged"]), bound)
-        for weight in (0.1, 0.2):
-            if (mixed := f"{key}/unmerged_cached_mcw{weight}") in ref:
-                ours = match.mix(groups, unmerged, jnp.asarray(ref["cached"]), weight)
-                yield Row(f"{name} mixed {weight}", max_abs(ours, ref[mixed]), bound)
+    if "compact" not in ref:
+        return
+    merged, unmerged, mixed = _back_and_forth(groups, inputs["values"], inputs.get("cached"))
+    b, theirs = np.arange(len(merged))[:, None], ref["compact"]
+    yield Row(f"{name} length", differences(merged.shape, theirs.shape), 0)
+    yield Row(f"{name} merged", max_abs(merged[b, groups.row], theirs[b, ref["row"]]), bound)
+    if "unmerged" in ref:
+        yield Row(f"{name} unmerged", max_abs(unmerged, ref["unmerged"]), bound)
+    for weight, ours in zip(_WEIGHTS, mixed):
+        if (key := f"unmerged_cached_mcw{weight}") in ref:
+            yield Row(f"{name} mixed {weight}", max_abs(ours, ref[key]), bound)
 
 
 def single_calls(ref: dict) -> Iterator[Row]:
@@ -73,50 +97,45 @@ def single_calls(ref: dict) -> Iterator[Row]:
 
     In the original's prune mode, which is not offered, only decisions are compared.
     """
-    for name in sorted({k.split("/")[1] for k in ref if k.startswith("single/") and "/g" not in k}):
-        key = f"single/{name}"
-        spec = json.loads(str(ref[f"{key}/spec"]))
+    for name in sorted({k.split("/")[1] for k in ref if re.fullmatch(r"single/\d+/spec", k)}):
+        case, spec = under(ref, f"single/{name}/"), json.loads(str(ref[f"single/{name}/spec"]))
         side = spec["grid"]
-        inputs = {
-            k: ref[f"single/g{side}/{k}"]
-            for k in ("metric", "values", "cached")
-            if f"single/g{side}/{k}" in ref
-        }
-        x, table = jnp.asarray(inputs["metric"]), match.windows((side, side))
-        b = len(x)
-        counter = jnp.asarray(ref.get(f"{key}/T_before", np.zeros((b, side * side), np.int32)))
-        count = int(side * side * spec["ratio"])
-        yield Row(f"{name} int(N r)", abs(count - spec["reduce_num"]), 0)
+        inputs, n, grid = under(ref, f"single/g{side}/"), side * side, (side, side)
+        x, table = jnp.asarray(inputs["metric"]), match.windows(grid)
+        rows = np.arange(len(x))[:, None]
+        counter = jnp.asarray(case.get("T_before", np.zeros((len(x), n), np.int32)))
+        windows = spec["function"] == "SSM"
+        setting = MergeConfig(ratio=spec["ratio"], deviation=0.0, switch=float(windows))
+        method = schedule(setting, 1, grid)[0] if windows else schedule(setting, 2, grid)[1]
         label = f"{name} {spec['function']}"
-        if spec["function"] == "SSM":
-            scores = match.window_scores(x, counter, table, spec["a_s"])
-            yield Row(f"{label} S", max_abs(match.similarity(x, table), ref[f"{key}/S"]), 2e-6)
-            yield Row(f"{label} P", max_abs(scores, ref[f"{key}/P"]), 2e-6)
-            chosen = ref[f"{key}/windows"]
-            ours = match.best(scores)[:, : chosen.shape[1]]
-            yield Row(f"{label} windows", differences(ours, chosen), 0)
-            groups = match.merge_windows(scores, table, chosen.shape[1])
-        else:
-            into, sources = match.oldest(counter, table)
-            if f"{key}/drawn" in ref:  # the original draws where it has no counter
-                into, sources = match.split(jnp.asarray(ref[f"{key}/dst"]), table)
-            position = np.argmax(table[None] == np.asarray(into)[:, :, None], axis=2)
-            yield Row(f"{label} destinations", differences(position, ref[f"{key}/dst"]), 0)
-            score, target = match.nearest(x, into, sources)
-            rows = np.arange(b)[:, None]
-            theirs = ref[f"{key}/best_score"][rows, sources]
-            yield Row(f"{label} score", max_abs(score, theirs), 2e-6)
-            ours = np.asarray(into)[rows, target]
-            yield Row(
-                f"{label} nearest", differences(ours, ref[f"{key}/best_dst"][rows, sources]), 0
+        if windows:
+            similarity, scores, best, groups = _windows(
+                x, counter, spec["a_s"], grid=grid, count=method.count
             )
-            merged = ref[f"{key}/merged"]
-            groups = match.merge_nearest(x, into, sources, int(merged[0].sum()))
-            yield Row(f"{label} merged sources", differences(member(groups), merged), 0)
+            yield Row(f"{label} S", max_abs(similarity, case["S"]), 2e-6)
+            yield Row(f"{label} P", max_abs(scores, case["P"]), 2e-6)
+            chosen = best[:, : method.count]
+            yield Row(f"{label} windows", differences(chosen, case["windows"]), 0)
+        else:
+            # the original draws destinations where it has no counter
+            drawn = jnp.asarray(case["dst"]) if "drawn" in case else None
+            into, sources, score, target, groups = _nearest(
+                x, counter, drawn, grid=grid, count=method.count
+            )
+            position = np.argmax(table[None] == np.asarray(into)[:, :, None], axis=2)
+            yield Row(f"{label} destinations", differences(position, case["dst"]), 0)
+            yield Row(f"{label} score", max_abs(score, case["best_score"][rows, sources]), 2e-6)
+            ours = np.asarray(into)[rows, target]
+            yield Row(f"{label} nearest", differences(ours, case["best_dst"][rows, sources]), 0)
+            yield Row(f"{label} merged sources", differences(member(groups), case["merged"]), 0)
         if not spec["prune"]:
             after = match.count_up(groups, counter)
-            yield Row(f"{label} counter", differences(after, ref[f"{key}/T_after"]), 0)
-            yield from compact_rows(label, groups, ref | inputs, key, 2e-6)
+            yield Row(f"{label} counter", differences(after, case["T_after"]), 0)
+            yield from tokens(label, groups, case, inputs, 2e-6)
+
+
+def under(ref: dict, prefix: str) -> dict:
+    return {k.removeprefix(prefix): v for k, v in ref.items() if k.startswith(prefix)}
 
 
 def member(groups: match.Groups) -> np.ndarray:
@@ -212,10 +231,10 @@ def replays(ref: dict) -> Iterator[Row]:
 
         def layer_of(gate1, gate2):
             return Parts(
-                lambda h: h,
-                lambda h, _: gate1[:, None] * jnp.sin(h),
-                lambda h: h,
-                lambda h: gate2[:, None] * jnp.cos(h),
+                lambda tokens: tokens,
+                lambda tokens, _: gate1[:, None] * jnp.sin(tokens),
+                lambda tokens: tokens,
+                lambda tokens: gate2[:, None] * jnp.cos(tokens),
             )
 
         @functools.partial(jax.jit, static_argnums=0)
@@ -224,14 +243,14 @@ def replays(ref: dict) -> Iterator[Row]:
 
         for i in range(steps):
             h = x[i]
-            for l in range(depth):
-                gate, groups = (jnp.asarray(g[i, l]) for g in gates), None
+            for layer in range(depth):
+                gate, groups = (jnp.asarray(g[i, layer]) for g in gates), None
                 if full[i]:
-                    h, stored[l] = full_layer(layer_of(*gate), h)
+                    h, stored[layer] = full_layer(layer_of(*gate), h)
                 else:
-                    given = stored[l] if methods[i].stores else None
+                    given = stored[layer] if methods[i].stores else None
                     h, counter, groups = cheap(methods[i], *gate, h, counter, given)
-                seen.see(i, l, methods[i], groups)
+                seen.see(i, layer, methods[i], groups)
             worst = max(worst, max_abs(h, ref[f"{key}/out"][i]))
             seen.counter(i, counter)
         yield Row(f"replay {name} out", worst, 1e-5)
@@ -316,9 +335,9 @@ class Network:
                 stored = extra
             else:
                 groups = extra
-            for l in range(depth):
-                now = None if groups is None else jax.tree.map(lambda a: a[l], groups)
-                seen.see(i, l, method, now)
+            for layer in range(depth):
+                now = groups and match.Groups(*(value[layer] for value in groups))
+                seen.see(i, layer, method, now)
             seen.counter(i, counter)
         yield from seen.report(f"run {name}")
 
@@ -372,20 +391,21 @@ class Network:
             yield Row(f"block {i} mlp", max_abs(mlp, ref["block/mlp_branch"][k]), 2e-5)
 
 
+_tome = jax.jit(tome.match, static_argnums=(2, 3, 4))
+
+
 def tome_calls(ref: dict) -> Iterator[Row]:
     for name in sorted({k.split("/")[0] for k in ref}):
-        case = {k.split("/")[1]: v for k, v in ref.items() if k.startswith(name)}
-        spec = json.loads(str(case["spec"]))
+        case, spec = under(ref, f"{name}/"), json.loads(str(ref[f"{name}/spec"]))
         grid, cell = (spec["rows"], spec["cols"]), (spec["sy"], spec["sx"])
         x, position = jnp.asarray(case["metric"]), jnp.asarray(case["drawn"].ravel())
-        groups = tome.match(x, position, grid, spec["r"], cell)
+        groups = _tome(x, position, grid, spec["r"], cell)
         into = np.sort(groups.into[0]), np.sort(case["dst_token"])
         yield Row(f"tome {name} destinations", differences(*into), 0)
         yield Row(f"tome {name} sources", differences(groups.sources, case["merged_src"]), 0)
         joined = np.take_along_axis(np.asarray(groups.into), np.asarray(groups.target), axis=1)
         yield Row(f"tome {name} joined", differences(joined, case["merged_into"]), 0)
-        keyed = {f"{name}/{k}": v for k, v in case.items()} | {"values": case["values"]}
-        yield from compact_rows(f"tome {name}", groups, keyed, name, 1e-6)
+        yield from tokens(f"tome {name}", groups, case, {"values": case["values"]}, 1e-6)
 
 
 def main(argv: list[str]) -> int:

@@ -180,7 +180,7 @@ def split(
     """The token at a position of every cell, and the other tokens of the cells."""
     b, k = len(position), table.shape[1]
     tokens = jnp.broadcast_to(jnp.asarray(table), (b, *table.shape))
-    order = (position[:, :, None] + jnp.arange(k)) % k
+    order = (position[:, :, None] + jnp.arange(k)[None, None]) % k
     tokens = jnp.take_along_axis(tokens, order, axis=2)
     return tokens[:, :, 0], tokens[:, :, 1:].reshape(b, -1)
 
