@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -261,8 +262,9 @@ def ratios(steps: int, ratio: float, deviation: float) -> Float[np.ndarray, " k"
     (ratio - deviation) + 2 deviation cos(p pi / 2), p from 0 to 1. The order of operations is the
     released code's; another one can end on the other side of a whole number of tokens.
     """
-    p = np.arange(steps) / max(steps - 1, 1)
-    return (ratio - deviation) + 2 * deviation * np.cos(p * np.pi / 2)
+    progress = [i / max(steps - 1, 1) for i in range(steps)]
+    cosines = np.array([math.cos(p * math.pi / 2) for p in progress])  # NumPy's differ by machine
+    return (ratio - deviation) + 2 * deviation * cosines
 
 
 def schedule(config: MergeConfig, steps: int, grid: tuple[int, int]) -> list[Merging]:

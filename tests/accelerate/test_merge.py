@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ppflow_jax.accelerate.config import AccelerateConfig, accelerated
-from ppflow_jax.accelerate.merge import MergeConfig, Merging, full_layer, parts
+from ppflow_jax.accelerate.merge import MergeConfig, Merging, full_layer, parts, schedule
 from ppflow_jax.errors import InputError
 from ppflow_jax.explain import explain
 from ppflow_jax.flops import sampling_flops
@@ -39,6 +39,22 @@ def test_schedules_are_those_of_the_public_code(ref):
     rows = list(merge_parity.schedules(ref))
     assert len(rows) == 21
     within(rows)
+
+
+def test_the_order_of_the_ratio_arithmetic_counts():
+    """0.35 - 0.1 is just below 1/4: 63 of 256 tokens, not 64, before rounding to 48."""
+    config = MergeConfig(ratio=0.35, deviation=0.1)
+    assert schedule(config, 20, (16, 16))[-1].count == 48
+
+
+def test_counts_never_exceed_the_windows():
+    """The original raises here."""
+    config = MergeConfig(ratio=0.9, deviation=0.05, switch=0.5)
+    for grid, quarter in (((32, 32), 256), ((8, 8), 16), ((16, 8), 32)):
+        first, *_, last = schedule(config, 20, grid)
+        assert (first.kind, first.count) == ("windows", quarter)
+        assert (last.kind, last.count) == ("tokens", 3 * quarter)
+        assert first.tokens() == (quarter, quarter) and last.tokens() == (4 * quarter, quarter)
 
 
 def test_trajectories_are_those_of_the_public_code(ref):
