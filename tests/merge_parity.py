@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import itertools
 import json
 import re
 import sys
@@ -418,10 +419,10 @@ def main(argv: list[str]) -> int:
     groups += [network.block(), *(network.rows(name) for name in network.runs())]
     rows = []
     with jax.default_matmul_precision("highest"):
-        for group in groups:
-            rows.extend(group)
-    for row in rows:
-        print(f"{row.name:40} {row.error:9.2e}  bound {row.bound:.0e}  {'' if row.ok else 'OVER'}")
+        for row in itertools.chain.from_iterable(groups):
+            rows.append(row)
+            over = "" if row.ok else "OVER"
+            print(f"{row.name:52} {row.error:9.2e}  bound {row.bound:.0e}  {over}", flush=True)
     print(f"{len(rows)} comparisons, {sum(not r.ok for r in rows)} over their bound")
     return int(any(not r.ok for r in rows))
 
