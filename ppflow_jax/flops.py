@@ -7,15 +7,19 @@ from ppflow_jax.models.layers import FREQUENCIES
 from ppflow_jax.models.ppflow import ModelConfig
 
 
-def block_flops(model: ModelConfig, stage: int) -> int:
+def block_flops(
+    model: ModelConfig, stage: int, attention: int | None = None, mlp: int | None = None
+) -> int:
     """FLOPs of the matrix products of one block for one image, 2 per multiply-add.
 
-    8 N D^2 (attention projections) + 4 N^2 D (attention) + 4 r N D^2 (MLP of ratio r) + 12 D^2
-    (adaLN).
+    8 N D^2 (attention projections) + 4 N^2 D (attention) + 4 r M D^2 (MLP of ratio r) + 12 D^2
+    (adaLN), for N tokens that enter attention and M that enter the MLP; all, where not given.
     """
     rows, cols = model.pyramid.grid(stage, model.latent_size)
-    n, d = rows * cols, model.width
-    return 8 * n * d * d + 4 * n * n * d + 4 * n * d * int(model.mlp_ratio * d) + 12 * d * d
+    d = model.width
+    n = rows * cols if attention is None else attention
+    m = rows * cols if mlp is None else mlp
+    return 8 * n * d * d + 4 * n * n * d + 4 * m * d * int(model.mlp_ratio * d) + 12 * d * d
 
 
 def ends_flops(model: ModelConfig) -> int:

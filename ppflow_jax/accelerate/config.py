@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ppflow_jax.accelerate.forecast import ForecastConfig, forecasted
+from ppflow_jax.accelerate.merge import MergeConfig, merged
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import ADAPTIVE, SamplerConfig, Segment, plan
@@ -22,17 +23,19 @@ class AccelerateConfig:
     Attributes:
       guidance: guide only in these times, low < t <= high, instead of the sampler's interval.
       forecast: forecasting of features.
+      merge: merging of tokens, in other stages than forecasts.
     """
 
     guidance: tuple[float, float] | None = None
     forecast: ForecastConfig | None = None
+    merge: MergeConfig | None = None
 
     @classmethod
     def parse(cls, text: str) -> AccelerateConfig:
         """`"balanced"`, `"forecast=taylor,interval=1/4,order=2"` or a preset and changes to it.
 
         Values for each stage are joined by `/`, ranges by `-`. `forecast=none` takes forecasting
-        out of a preset.
+        out of a preset. `merge=sdtm` or any other field of `MergeConfig` adds merging.
 
         Raises:
           InputError: an unknown key or preset, or a value that cannot be read.
@@ -61,14 +64,14 @@ class AccelerateConfig:
             except ValueError as e:
                 raise InputError(
                     f"cannot read {pair!r}: {e}; write e.g. interval=4, interval=1/4 (one for "
-                    "each stage), blocks=4-8, guidance=0.2-1"
+                    "each stage), blocks=4-8, guidance=0.2-1, merge_stages=0/1"
                 ) from e
         parts = {name: _changed(getattr(preset, name), name, changes[name]) for name in _PARTS}
         return cls(guidance=guidance, **parts)
 
 
 # The field with the part's own name switches it on: forecast=taylor.
-_PARTS: dict[str, type] = {"forecast": ForecastConfig}
+_PARTS: dict[str, type] = {"forecast": ForecastConfig, "merge": MergeConfig}
 
 PRESETS = {
     "exact": AccelerateConfig(),
@@ -135,22 +138,27 @@ def accelerated(
     if accelerate.guidance is not None:
         config = replace(config, cfg_interval=accelerate.guidance)
     segments = list(plan(config, model.pyramid, flow))
-    forecast = accelerate.forecast
-    if forecast is None:
+    forecast, merge = accelerate.forecast, accelerate.merge
+    parts = [name for name in _PARTS if getattr(accelerate, name) is not None]
+    if not parts:
         return tuple(segments)
     if config.solver == ADAPTIVE:
         raise InputError(
             f"{ADAPTIVE} chooses its own steps, so no schedule of full steps can be made for it: "
-            "choose euler or heun with forecast"
+            f"choose euler or heun with {parts[0]}"
         )
     if config.stochastic:
         raise InputError(
-            f"{config.solver} adds noise at every step, which breaks the smoothness that a "
-            "forecast rests on: choose euler or heun with forecast"
+            f"{config.solver} adds noise at every step, which breaks the smoothness that values "
+            f"taken from earlier steps rest on: choose euler or heun with {parts[0]}"
         )
-    if forecast.forecast == "adams" and config.solver != "euler":
-        raise InputError(
-            f"forecast=adams is a multistep rule in place of the solver's own, not on top of "
-            f"{config.solver}: choose euler"
-        )
-    return tuple(forecasted(segments, model, forecast))
+    if forecast is not None:
+        if forecast.forecast == "adams" and config.solver != "euler":
+            raise InputError(
+                f"forecast=adams is a multistep rule in place of the solver's own, not on top of "
+                f"{config.solver}: choose euler"
+            )
+        segments = forecasted(segments, model, forecast)
+    if merge is not None:
+        segments = merged(segments, model, merge)
+    return tuple(segments)

@@ -76,11 +76,15 @@ class Attention(nnx.Module):
         self.qkv_bias = nnx.Param(jnp.zeros(shape))
         self.out = linear(width, width, rngs, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    def __call__(
+        self, x: Float[Array, "b n d"], members: Float[Array, "b n"] | None = None
+    ) -> Float[Array, "b n d"]:
+        """With `members`, each token counts as often in every softmax (proportional attention)."""
         kernel, bias = (p[...].astype(self.dtype) for p in (self.qkv_kernel, self.qkv_bias))
         qkv = jnp.einsum("bnd,dche->bnche", x.astype(self.dtype), kernel) + bias[None, None]
         q, k, v = (qkv[:, :, i] for i in range(3))
-        return self.out(jax.nn.dot_product_attention(q, k, v).reshape(x.shape))
+        weight = None if members is None else jnp.log(members)[:, None, None]
+        return self.out(jax.nn.dot_product_attention(q, k, v, weight).reshape(x.shape))
 
 
 class Block(nnx.Module):

@@ -2,6 +2,7 @@ import pytest
 
 from ppflow_jax.accelerate.config import PRESETS, AccelerateConfig, accelerated
 from ppflow_jax.accelerate.forecast import ForecastConfig
+from ppflow_jax.accelerate.merge import MergeConfig
 from ppflow_jax.errors import InputError
 from ppflow_jax.flops import sampling_flops
 from ppflow_jax.flow.path import Flow
@@ -26,6 +27,12 @@ from ppflow_jax.pyramid import PPFLOW2, SIT
             ),
         ),
         ("fast,forecast=none", AccelerateConfig()),
+        (
+            "merge=tome,frequency=-0.05,merge_stages=0/1,proportional=true",
+            AccelerateConfig(
+                merge=MergeConfig("tome", frequency=-0.05, proportional=True, merge_stages=(0, 1))
+            ),
+        ),
         ("balanced,interval=7", AccelerateConfig(forecast=ForecastConfig(interval=(7,)))),
     ],
 )
@@ -50,6 +57,8 @@ def test_text_is_read(text, expected):
         ("forecast=adams", "place=velocity"),
         ("centre=1", "centre"),
         ("forecast=none,order=2", "with order"),
+        ("ratio=0.2,merge=none", "with ratio"),
+        ("proportional=yes", "true or false"),
     ],
 )
 def test_bad_text_is_refused(text, words):

@@ -1,0 +1,368 @@
+"""Token merging: on most steps the blocks compute fewer tokens, and every token keeps its place.
+
+SDTM (arXiv 2505.11707), as its released code does it: windows of similar tokens are merged for
+attention and MLP while the structure forms, similar tokens anywhere for the MLP alone while the
+details do. What merged tokens get back is mixed with what they got at the last full step.
+`tome` is the plain alternative to compare with.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from ppflow_jax.accelerate import match, tome
+from ppflow_jax.errors import InputError
+from ppflow_jax.flops import block_flops, ends_flops
+from ppflow_jax.flow.plan import Segment
+from ppflow_jax.models.layers import Block, modulate
+from ppflow_jax.models.ppflow import ModelConfig
+
+KINDS = ("sdtm", "tome")
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Which tokens are merged, when, and how many.
+
+    The prompt reweighting of SDTM weighs text tokens. It does not apply here: a class condition
+    has none, it enters through adaLN alone.
+
+    Attributes:
+      merge: one of `KINDS`. `tome` merges for attention alone, with the constant `ratio`, random
+        destinations and no stored values; of the fields below it uses `ratio`, `proportional`
+        and `merge_stages`.
+      ratio: share of the tokens that is merged away, the mean over a stage's steps; 0 is off.
+      deviation: the share falls from ratio + deviation to ratio - deviation along a cosine.
+      switch: share of a stage's steps after which windows give way to single tokens.
+      protect: every so many steps one is full, the first of a stage among them; 0 is never, and
+        then nothing is stored.
+      frequency: weight of the counters in the choice of windows. Positive as in the released
+        code: what was merged is merged again; negative: what was merged is spared.
+      mixing: weight of the new value of a merged token, against the stored one.
+      round_to: windows and tokens are merged in multiples of this. Every count is a program of its
+        own, so a larger one compiles faster.
+      proportional: in attention a merged token counts as often as it has members (ToMe, arXiv
+        2210.09461, Sec. 3); SDTM does without.
+      merge_stages: the stages with merging, 0 the coarsest; by default the finest alone. The
+        schedule runs once in each.
+
+    Raises:
+      InputError: a value out of its range.
+    """
+
+    merge: str = "sdtm"
+    ratio: float = 0.3
+    deviation: float = 0.2
+    switch: float = 0.4
+    protect: int = 3
+    frequency: float = 0.05
+    mixing: float = 0.1
+    round_to: int = 16
+    proportional: bool = False
+    merge_stages: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if self.merge not in KINDS:
+            raise InputError(f"unknown merge {self.merge!r}: one of {', '.join(KINDS)}")
+        if not (0 <= self.ratio and 0 <= self.deviation and self.ratio + self.deviation < 1):
+            raise InputError(
+                f"merge ratio {self.ratio} and deviation {self.deviation} must be at least 0 and "
+                "less than 1 together"
+            )
+        for name in ("switch", "mixing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"merge {name} {getattr(self, name)} must be in [0, 1]")
+        if not np.isfinite(self.frequency):
+            raise InputError(f"merge frequency must be a finite number, got {self.frequency}")
+        if self.protect < 0 or self.round_to < 1:
+            raise InputError(
+                f"merge protect {self.protect} must be at least 0, round_to {self.round_to} at "
+                "least 1"
+            )
+
+
+class Parts(NamedTuple):
+    """A block taken apart: what enters each branch, and each branch with its gate.
+
+    The attention branch takes the number of members of each token, or None.
+    """
+
+    before_attention: Callable[[Array], Array]
+    attention: Callable[[Array, Array | None], Array]
+    before_mlp: Callable[[Array], Array]
+    mlp: Callable[[Array], Array]
+
+
+def parts(block: Block, c: Float[Array, "b d"]) -> Parts:
+    """A block of the network; `c` is already SiLU(c)."""
+    shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(c)
+    return Parts(
+        lambda h: modulate(h, shift1, scale1),
+        lambda x, members: gate1[:, None] * block.attention(x, members),
+        lambda h: modulate(h, shift2, scale2),
+        lambda x: gate2[:, None] * block.mlp(x),
+    )
+
+
+def full_layer(layer: Parts, h: Float[Array, "b n d"]) -> tuple[Array, tuple[Array, Array]]:
+    """The block's output, and its two gated branches."""
+    attention = layer.attention(layer.before_attention(h), None)
+    h = h + attention
+    mlp = layer.mlp(layer.before_mlp(h))
+    return h + mlp, (attention, mlp)
+
+
+@dataclass(frozen=True)
+class Merging:
+    """The method of a segment (see `flow.method.Method`): one way to merge, one static count.
+
+    A full step stores the gated branches of every block. Cheap steps read them, and carry the
+    counters of `match.count_up` from block to block and from step to step.
+
+    Attributes:
+      kind: `windows`, for attention and MLP; `tokens`, for the MLP; `tome`, for attention; or
+        `nothing`, where the ratio leaves nothing to merge.
+      count: windows, or tokens merged away.
+      grid: rows and columns of tokens.
+      stores: whether full steps store their branches.
+      frequency, mixing, proportional: of `MergeConfig`.
+    """
+
+    kind: str
+    count: int
+    grid: tuple[int, int]
+    stores: bool = True
+    frequency: float = 0.05
+    mixing: float = 0.1
+    proportional: bool = False
+    name: str = "merged"
+    level: str = "network"
+
+    def groups(
+        self,
+        h: Float[Array, "b n d"],
+        x: Float[Array, "b n d"],
+        counter: Int[Array, "b n"],
+        position: Int[Array, " w"] | None,
+    ) -> match.Groups:
+        """What is merged in a block that `h` enters, `x` its attention."""
+        if self.kind == "tome":
+            return tome.match(h, position, self.grid, self.count)
+        table = match.windows(self.grid)
+        if self.kind == "windows":
+            scores = match.window_scores(x, counter, table, self.frequency)
+            return match.merge_windows(scores, table, self.count)
+        return match.merge_nearest(x, *match.oldest(counter, table), self.count)
+
+    def layer(
+        self,
+        layer: Parts,
+        h: Float[Array, "b n d"],
+        counter: Int[Array, "b n"],
+        stored: tuple[Array, Array] | None,
+        position: Int[Array, " w"] | None = None,
+    ) -> tuple[Array, Array, match.Groups]:
+        """A block on merged tokens: its output, the counters after it, and what was merged."""
+        x = layer.before_attention(h)
+        groups = self.groups(h, x, counter, position)
+
+        def back(value, i):
+            value = match.unmerge(groups, value)
+            return value if stored is None else match.mix(groups, value, stored[i], self.mixing)
+
+        if self.kind == "tokens":
+            h = h + layer.attention(x, None)
+        else:
+            members = match.sizes(groups) if self.proportional else None
+            h = h + back(layer.attention(match.merge(groups, x), members), 0)
+        x = layer.before_mlp(h)
+        if self.kind == "tome":
+            h = h + layer.mlp(x)
+        else:
+            h = h + back(layer.mlp(match.merge(groups, x)), 1)
+        return h, match.count_up(groups, counter), groups
+
+    def evaluate(
+        self, call: Callable[..., Any], memory: Any, inputs: Any, full: bool
+    ) -> tuple[Array, Any]:
+        if full:
+            result, stored = call(trunk=full_trunk)
+            if memory is None:
+                memory = {"counter": jnp.zeros(stored[0].shape[1:3], jnp.int32)}
+            return result, {
+                "counter": memory["counter"],
+                "stored": stored if self.stores else None,
+            }
+        if self.kind == "nothing":
+            return call(), memory
+        result, counter = call(trunk=partial(self.trunk, memory, inputs))
+        return result, memory | {"counter": counter}
+
+    def trunk(
+        self,
+        memory: Any,
+        inputs: Any,
+        blocks: Block,
+        h: Float[Array, "b n d"],
+        c: Float[Array, "b d"],
+    ) -> tuple[Float[Array, "b n d"], Int[Array, "b n"]]:
+        """The blocks on merged tokens; besides, the counters after them."""
+
+        def body(carry, xs):
+            block, stored = xs
+            h, counter, _ = self.layer(parts(block, c), *carry, stored, inputs.get("position"))
+            return (h, counter), None
+
+        return jax.lax.scan(body, (h, memory["counter"]), (blocks, memory["stored"]))[0]
+
+    def tokens(self) -> tuple[int, int]:
+        """Tokens that enter attention and the MLP."""
+        n = self.grid[0] * self.grid[1]
+        removed = {
+            "windows": (3 * self.count, 3 * self.count),
+            "tokens": (0, self.count),
+            "tome": (self.count, 0),
+            "nothing": (0, 0),
+        }[self.kind]
+        return n - removed[0], n - removed[1]
+
+    def flops(self, model: ModelConfig, stage: int, full: bool) -> int:
+        """With the cosines that decide and the sums of the merged tokens."""
+        attention, mlp = (None, None) if full else self.tokens()
+        block = block_flops(model, stage, attention, mlp)
+        if not full:
+            n, d = self.grid[0] * self.grid[1], model.width
+            destinations = len(match.cells(self.grid, (2, 2)))
+            if self.kind == "windows":
+                block += 2 * 2 * self.count * 3 * self.count * d
+            elif self.kind != "nothing":
+                block += 2 * (n - destinations + self.count) * destinations * d
+        return model.depth * block + ends_flops(model)
+
+
+def full_trunk(blocks: Block, h: Float[Array, "b n d"], c: Float[Array, "b d"]):
+    """The plain trunk; besides, the gated branches of every block, each [depth, b, n, d]."""
+    return jax.lax.scan(lambda h, block: full_layer(parts(block, c), h), h, blocks)
+
+
+def ratios(steps: int, ratio: float, deviation: float) -> Float[np.ndarray, " k"]:
+    """Share of the tokens to merge away at every step, float64.
+
+    (ratio - deviation) + 2 deviation cos(p pi / 2), p from 0 to 1. The order of operations is the
+    released code's; another one can end on the other side of a whole number of tokens.
+    """
+    progress = [i / max(steps - 1, 1) for i in range(steps)]
+    cosines = np.array([math.cos(p * math.pi / 2) for p in progress])  # NumPy's differ by machine
+    return (ratio - deviation) + 2 * deviation * cosines
+
+
+def schedule(config: MergeConfig, steps: int, grid: tuple[int, int]) -> list[Merging]:
+    """How tokens are merged at every step of a stage, were it not full."""
+    n, q = grid[0] * grid[1], config.round_to
+    if config.merge == "tome":
+        count = min(int(n * config.ratio), n - len(match.cells(grid, (2, 2))))
+        return [Merging("tome", count, grid, False, proportional=config.proportional)] * steps
+    quarter = len(match.windows(grid))
+    settings = (config.protect > 0, config.frequency, config.mixing, config.proportional)
+    out = []
+    for i, ratio in enumerate(ratios(steps, config.ratio, config.deviation)):
+        removed = int(n * ratio)
+        if removed <= 0:
+            kind, count = "nothing", 0
+        elif i <= config.switch * steps + 1e-9:
+            kind, count = "windows", min(removed // (3 * q) * q, quarter)
+        else:
+            kind, count = "tokens", min(removed, 3 * quarter) // q * q
+        out.append(Merging(kind, count, grid, *settings))
+    return out
+
+
+def full_steps(config: MergeConfig, steps: int) -> Bool[np.ndarray, " k"]:
+    """Which steps are full."""
+    if config.merge == "tome" or config.protect == 0:
+        return np.zeros(steps, bool)
+    return np.arange(steps) % config.protect == 0
+
+
+def merged(segments: Iterable[Segment], model: ModelConfig, config: MergeConfig) -> list[Segment]:
+    """The plan with merging in the stages of `config`; other stages and plans stay as they are.
+
+    Steps with the same static counts are a segment. A change between guided and unguided begins
+    with a full step again, because the batch rows differ. Steps that straddle two stages stay.
+
+    Raises:
+      InputError: a stage that the model does not have, whose tokens 2x2 windows do not tile, or
+        that has another method.
+    """
+    segments, levels = list(segments), len(model.pyramid)
+    chosen = config.merge_stages or (levels - 1,)
+    if wrong := [s for s in chosen if not 0 <= s < levels]:
+        raise InputError(
+            f"merge_stages has {wrong[0]}: the model has {levels} stage(s), 0 to {levels - 1}"
+        )
+    steps = collections.Counter()
+    for s in segments:
+        steps[s.stages] += s.steps
+    done, out = collections.Counter(), []
+    for (stages, _), alike in itertools.groupby(segments, key=lambda s: (s.stages, s.guided)):
+        group, stage = list(alike), stages[0]
+        n, first = sum(s.steps for s in group), done[stages]
+        done[stages] += n
+        if len(set(stages)) > 1 or stage not in chosen or config.ratio == 0:
+            out.extend(group)
+            continue
+        if group[0].method is not None:
+            raise InputError(
+                f"stage {stage} cannot have both {group[0].method.name} and merged steps: take it "
+                "out of one, e.g. interval=4/1 (no forecast in stage 1) or merge_stages=0"
+            )
+        grid = model.pyramid.grid(stage, model.latent_size)
+        methods = schedule(config, steps[stages], grid)[first : first + n]
+        full = full_steps(config, n)
+        if all(f or m.kind == "nothing" for f, m in zip(full, methods)):
+            out.extend(group)
+            continue
+        inputs = {"position": tome.draws(n, grid)} if config.merge == "tome" else {}
+        out.extend(_pieces(group, _joined(methods, full), full, inputs))
+    return out
+
+
+def _joined(methods: list[Merging], full: Bool[np.ndarray, " k"]) -> list[Merging]:
+    """Full steps go with the cheap step that follows, the last ones with the one before."""
+    cheap = np.flatnonzero(~full)
+    following = np.searchsorted(cheap, np.arange(len(full)))
+    return [methods[cheap[min(i, len(cheap) - 1)]] for i in following]
+
+
+def _pieces(
+    group: list[Segment], methods: list[Merging], full: Bool[np.ndarray, " k"], inputs: Any
+) -> Iterable[Segment]:
+    """Segments with one method each, cut where scale or method changes."""
+    owner = [(s, i) for s in group for i in range(s.steps)]
+    first = 0
+    for (_, method), run in itertools.groupby(
+        range(len(owner)), key=lambda k: (id(owner[k][0]), methods[k])
+    ):
+        count = len(list(run))
+        segment, start = owner[first]
+        now = slice(first, first + count)
+        yield replace(
+            segment,
+            times=segment.times[start : start + count + 1],
+            method=method,
+            full=tuple(full[now].tolist()),
+            inputs={name: table[now] for name, table in inputs.items()},
+            keeps=first > 0,
+        )
+        first += count

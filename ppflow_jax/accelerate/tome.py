@@ -1,0 +1,43 @@
+"""Token merging for diffusion (ToMe, arXiv 2303.17604), in the place of SDTM: the ablation.
+
+One random token of every 2x2 cell is a destination, the same for the whole batch; the sources
+most similar to any destination join it. No counters, no stored values, no stages.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ppflow_jax.accelerate.match import Groups, cells, merge_nearest, split
+
+
+def draws(
+    steps: int, grid: tuple[int, int], cell: tuple[int, int] = (2, 2), seed: int = 0
+) -> Int[np.ndarray, "k w"]:
+    """Position of the destination in every cell, at every step."""
+    shape = (steps, len(cells(grid, cell)))
+    return np.random.default_rng(seed).integers(cell[0] * cell[1], size=shape, dtype=np.int32)
+
+
+def match(
+    x: Float[Array, "b n d"],
+    position: Int[Array, " w"],
+    grid: tuple[int, int],
+    count: int,
+    cell: tuple[int, int] = (2, 2),
+) -> Groups:
+    """Groups after `count` sources, or as many as there are, have joined destinations.
+
+    Args:
+      x: tokens that decide; the original takes what enters the block.
+      position: of the destination in every cell, one draw for the batch.
+      grid: rows and columns of tokens; those left over by the cells are sources.
+    """
+    table, b = cells(grid, cell), len(x)
+    into, sources = split(jnp.broadcast_to(position, (b, len(table))), table)
+    rest = np.setdiff1d(np.arange(x.shape[1]), table)
+    rest = jnp.broadcast_to(jnp.asarray(rest, sources.dtype), (b, len(rest)))
+    sources = jnp.concatenate([sources, rest], axis=1)
+    return merge_nearest(x, into, sources, min(count, sources.shape[1]))
