@@ -23,16 +23,8 @@ import numpy as np
 
 from ppflow_jax.accelerate import match, tome
 from ppflow_jax.accelerate.config import AccelerateConfig, accelerated
-from ppflow_jax.accelerate.merge import (
-    MergeConfig,
-    Merging,
-    Parts,
-    full_layer,
-    full_steps,
-    parts,
-    ratios,
-    schedule,
-)
+from ppflow_jax.accelerate.merge import MergeConfig, full_steps, ratios, schedule
+from ppflow_jax.accelerate.merging import Merging, Parts, full_layer, parts
 from ppflow_jax.convert.load import from_torch
 from ppflow_jax.flow.guidance import guided
 from ppflow_jax.flow.path import Flow

@@ -92,7 +92,7 @@ class Sampler:
         )
         self.accelerated = jax.jit(
             self._accelerated,
-            static_argnames=("stages", "guide", "method", "head", "trajectory"),
+            static_argnames=("stages", "guide", "method", "head", "fulls", "trajectory"),
             donate_argnames="memory",
         )
 
@@ -163,7 +163,7 @@ class Sampler:
         inputs = jax.tree.map(lambda *a: np.concatenate(a), *(s.inputs for s in run))
         tables = jax.tree.map(_padded, (times, scales, inputs, starts))
         args = (params, weak, x, labels, *tables, len(starts) - 1)
-        static |= {"method": segment.method, "head": bool(starts[0] > 0)}
+        static |= {"method": segment.method, "head": bool(starts[0] > 0), "fulls": bool(full.any())}
         return self.accelerated, (*args, memory if segment.keeps else None), static
 
     def memory_of(
@@ -181,6 +181,7 @@ class Sampler:
             guide=segment.guided,
             method=segment.method,
             head=False,
+            fulls=True,
             trajectory=False,
         )
         return jax.eval_shape(run, params, weak, x, y, *arrays)[1]
@@ -238,13 +239,14 @@ class Sampler:
 
     def _accelerated(
         self, params, weak, x, y, times, scales, inputs, starts, periods, memory, *, stages, guide,
-        method, head, trajectory
+        method, head, fulls, trajectory
     ):  # fmt: skip
         """`_segment` of a fixed-grid ODE whose evaluations a method computes.
 
         Full and cheap steps are two bodies in one loop over periods, each a full step and the
         cheap ones that follow it, so no branch is taken on data and the memory stays in place.
-        `starts` are the `periods` full steps and the end; `head` says that cheap steps come first.
+        `starts` are the `periods` full steps and the end; `head` says that cheap steps come first,
+        `fulls` that there are full ones.
         """
         flow, tableau = self.flow, ODE_SOLVERS[self.config.solver]
 
@@ -297,7 +299,7 @@ class Sampler:
         carry = (x, memory, states)
         if head:
             carry = jax.lax.fori_loop(0, starts[0], body(False), carry)
-        return jax.lax.fori_loop(0, periods, period, carry)
+        return jax.lax.fori_loop(0, periods, period, carry) if fulls else carry
 
     def _adaptive(self, params, weak, x, y, times, scale, *, stage, guide):
         """Dopri5 over one stage, with a step size of its own for every image."""

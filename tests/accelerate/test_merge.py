@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from ppflow_jax.accelerate.config import AccelerateConfig, accelerated
-from ppflow_jax.accelerate.merge import MergeConfig, Merging, full_layer, parts, schedule
+from ppflow_jax.accelerate.merge import MergeConfig, schedule
+from ppflow_jax.accelerate.merging import Merging, full_layer, parts
 from ppflow_jax.errors import InputError
 from ppflow_jax.explain import explain
 from ppflow_jax.flops import sampling_flops

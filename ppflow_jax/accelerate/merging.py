@@ -1,0 +1,181 @@
+"""Blocks on merged tokens: how one step of token merging is computed (see `merge` for which)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ppflow_jax.accelerate import match, tome
+from ppflow_jax.flops import block_flops, ends_flops
+from ppflow_jax.models.layers import Block, modulate
+from ppflow_jax.models.ppflow import ModelConfig
+
+
+class Parts(NamedTuple):
+    """A block taken apart: what enters each branch, and each branch with its gate.
+
+    The attention branch takes the number of members of each token, or None.
+    """
+
+    before_attention: Callable[[Array], Array]
+    attention: Callable[[Array, Array | None], Array]
+    before_mlp: Callable[[Array], Array]
+    mlp: Callable[[Array], Array]
+
+
+def parts(block: Block, c: Float[Array, "b d"]) -> Parts:
+    """A block of the network; `c` is already SiLU(c)."""
+    shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(c)
+    return Parts(
+        lambda h: modulate(h, shift1, scale1),
+        lambda x, members: gate1[:, None] * block.attention(x, members),
+        lambda h: modulate(h, shift2, scale2),
+        lambda x: gate2[:, None] * block.mlp(x),
+    )
+
+
+def full_layer(layer: Parts, h: Float[Array, "b n d"]) -> tuple[Array, tuple[Array, Array]]:
+    """The block's output, and its two gated branches."""
+    attention = layer.attention(layer.before_attention(h), None)
+    h = h + attention
+    mlp = layer.mlp(layer.before_mlp(h))
+    return h + mlp, (attention, mlp)
+
+
+@dataclass(frozen=True)
+class Merging:
+    """The method of a segment (see `flow.method.Method`): one way to merge, one static count.
+
+    A full step stores the gated branches of every block. Cheap steps read them, and carry the
+    counters of `match.count_up` from block to block and from step to step.
+
+    Attributes:
+      kind: `windows`, for attention and MLP; `tokens`, for the MLP; `tome`, for attention; or
+        `nothing`, where the ratio leaves nothing to merge.
+      count: windows, or tokens merged away.
+      grid: rows and columns of tokens.
+      stores: whether full steps store their branches.
+      frequency, mixing, proportional: of `MergeConfig`.
+    """
+
+    kind: str
+    count: int
+    grid: tuple[int, int]
+    stores: bool = True
+    frequency: float = 0.05
+    mixing: float = 0.1
+    proportional: bool = False
+    name: str = "merged"
+    level: str = "network"
+
+    def groups(
+        self,
+        h: Float[Array, "b n d"],
+        x: Float[Array, "b n d"],
+        counter: Int[Array, "b n"],
+        position: Int[Array, " w"] | None,
+    ) -> match.Groups:
+        """What is merged in a block that `h` enters, `x` its attention."""
+        if self.kind == "tome":
+            return tome.match(h, position, self.grid, self.count)
+        table = match.windows(self.grid)
+        if self.kind == "windows":
+            scores = match.window_scores(x, counter, table, self.frequency)
+            return match.merge_windows(scores, table, self.count)
+        return match.merge_nearest(x, *match.oldest(counter, table), self.count)
+
+    def layer(
+        self,
+        layer: Parts,
+        h: Float[Array, "b n d"],
+        counter: Int[Array, "b n"],
+        stored: tuple[Array, Array] | None,
+        position: Int[Array, " w"] | None = None,
+    ) -> tuple[Array, Array, match.Groups]:
+        """A block on merged tokens: its output, the counters after it, and what was merged."""
+        x = layer.before_attention(h)
+        groups = self.groups(h, x, counter, position)
+
+        def back(value, i):
+            value = match.unmerge(groups, value)
+            return value if stored is None else match.mix(groups, value, stored[i], self.mixing)
+
+        if self.kind == "tokens":
+            h = h + layer.attention(x, None)
+        else:
+            members = match.sizes(groups) if self.proportional else None
+            h = h + back(layer.attention(match.merge(groups, x), members), 0)
+        x = layer.before_mlp(h)
+        if self.kind == "tome":
+            h = h + layer.mlp(x)
+        else:
+            h = h + back(layer.mlp(match.merge(groups, x)), 1)
+        return h, match.count_up(groups, counter), groups
+
+    def evaluate(
+        self, call: Callable[..., Any], memory: Any, inputs: Any, full: bool
+    ) -> tuple[Array, Any]:
+        if full:
+            result, stored = call(trunk=full_trunk)
+            if memory is None:
+                memory = {"counter": jnp.zeros(stored[0].shape[1:3], jnp.int32)}
+            return result, {
+                "counter": memory["counter"],
+                "stored": stored if self.stores else None,
+            }
+        if self.kind == "nothing":
+            return call(), memory
+        result, counter = call(trunk=partial(self.trunk, memory, inputs))
+        return result, memory | {"counter": counter}
+
+    def trunk(
+        self,
+        memory: Any,
+        inputs: Any,
+        blocks: Block,
+        h: Float[Array, "b n d"],
+        c: Float[Array, "b d"],
+    ) -> tuple[Float[Array, "b n d"], Int[Array, "b n"]]:
+        """The blocks on merged tokens; besides, the counters after them."""
+
+        def body(carry, xs):
+            block, stored = xs
+            h, counter, _ = self.layer(parts(block, c), *carry, stored, inputs.get("position"))
+            return (h, counter), None
+
+        return jax.lax.scan(body, (h, memory["counter"]), (blocks, memory["stored"]))[0]
+
+    def tokens(self) -> tuple[int, int]:
+        """Tokens that enter attention and the MLP."""
+        n = self.grid[0] * self.grid[1]
+        removed = {
+            "windows": (3 * self.count, 3 * self.count),
+            "tokens": (0, self.count),
+            "tome": (self.count, 0),
+            "nothing": (0, 0),
+        }[self.kind]
+        return n - removed[0], n - removed[1]
+
+    def flops(self, model: ModelConfig, stage: int, full: bool) -> int:
+        """With the cosines that decide and the sums of the merged tokens."""
+        attention, mlp = (None, None) if full else self.tokens()
+        block = block_flops(model, stage, attention, mlp)
+        if not full:
+            n, d = self.grid[0] * self.grid[1], model.width
+            destinations = len(match.cells(self.grid, (2, 2)))
+            if self.kind == "windows":
+                block += 2 * 2 * self.count * 3 * self.count * d
+            elif self.kind != "nothing":
+                block += 2 * (n - destinations + self.count) * destinations * d
+        return model.depth * block + ends_flops(model)
+
+
+def full_trunk(blocks: Block, h: Float[Array, "b n d"], c: Float[Array, "b d"]):
+    """The plain trunk; besides, the gated branches of every block, each [depth, b, n, d]."""
+    return jax.lax.scan(lambda h, block: full_layer(parts(block, c), h), h, blocks)
