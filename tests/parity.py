@@ -185,7 +185,7 @@ def intermediates(case: Case, ref: dict) -> Iterator[Row]:
     def run(params, x, t, y, stage):
         model: PPFlow = nnx.merge(graph, params)
         first = jax.tree.map(lambda leaf: leaf[0], model.blocks)
-        tokens, c = model.tokens(x, stage), model.condition(t, y, stage)
+        tokens, (c,) = model.tokens(x, stage), model.conditions((t,), (y,), (stage,))
         silu = jax.nn.silu(c)
         shift, scale, gate, shift2, scale2, _ = mods = first.modulation(silu)
         attended = first.attention(modulate(tokens, shift, scale))

@@ -6,6 +6,8 @@ final projection and the level embedding are per stage; the transformer blocks a
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -171,14 +173,30 @@ class PPFlow(nnx.Module):
         tokens = self.patchify[stage](patchify(x, patch)).astype(jnp.float32)
         return self.layout.batch(tokens + jnp.asarray(pos)[None])
 
-    def condition(
-        self, t: Float[Array, " b"], y: Int[Array, " b"], stage: int
-    ) -> Float[Array, "b d"]:
-        """Sum of time, label and level embeddings."""
-        c = self.time(t).astype(jnp.float32) + self.label(y)
+    def conditions(
+        self,
+        ts: tuple[Float[Array, " _"], ...],
+        ys: tuple[Int[Array, " _"], ...],
+        stages: tuple[int, ...],
+    ) -> tuple[Float[Array, "_ d"], ...]:
+        """Sum of time, label and level embeddings, for every stage.
+
+        Time and label embeddings see the samples of all stages in one batch, in turn, which is
+        local on a mesh. (Of one look-up per stage XLA makes one whose gradients it moves between
+        the devices.)
+        """
+        turns = math.gcd(*map(len, ts))
+        t, y = (
+            jnp.concatenate([part.reshape(turns, -1) for part in parts], axis=1)
+            for parts in (ts, ys)
+        )
+        c = self.time(t.reshape(-1)).astype(jnp.float32) + self.label(y.reshape(-1))
+        cuts = list(itertools.accumulate(len(part) // turns for part in ts))[:-1]
+        own = jnp.split(c.reshape(*t.shape, -1), cuts, axis=1)
+        cs = [part.reshape(-1, part.shape[-1]) for part in own]
         if len(self.config.pyramid) > 1:
-            c = c + self.level(jnp.full(y.shape, stage))
-        return self.layout.batch(c)
+            cs = [c + self.level(jnp.full(len(c), stage)) for c, stage in zip(cs, stages)]
+        return tuple(map(self.layout.batch, cs))
 
     def trunk(
         self, hs: tuple[Float[Array, "_ _ d"], ...], cs: tuple[Float[Array, "_ d"], ...]
@@ -215,13 +233,13 @@ class PPFlow(nnx.Module):
     ) -> Float[Array, "b h w c"] | tuple[Float[Array, "b h w c"], Any]:
         if trunk is None:
             return self.side_by_side((x,), (t,), (y,), (stage,))[0]
-        c = jax.nn.silu(self.condition(t, y, stage))
+        c = jax.nn.silu(self.conditions((t,), (y,), (stage,))[0])
         h, extra = trunk(self.blocks, self.tokens(x, stage), c)
         return self.prediction(h, c, stage), extra
 
     def side_by_side(self, xs, ts, ys, stages: tuple[int, ...]) -> tuple[Array, ...]:
         """The predictions of several stages, each as `__call__`, in one pass over the blocks."""
-        cs = tuple(jax.nn.silu(self.condition(*each)) for each in zip(ts, ys, stages))
+        cs = tuple(map(jax.nn.silu, self.conditions(ts, ys, stages)))
         hs = self.trunk(tuple(self.tokens(*each) for each in zip(xs, stages)), cs)
         return tuple(self.prediction(*each) for each in zip(hs, cs, stages))
 
