@@ -96,8 +96,8 @@ def main() -> None:
             "line that makes it), of a small one (--train_features), or digits"
         )
     # all that can be wrong with the pictures is said before a network is loaded or trained
-    samples = open_images(_SAMPLES.value, _SIZE.value) if _SAMPLES.value else None
-    reference = open_reference(_REFERENCE.value, _SIZE.value)
+    samples = open_images(_SAMPLES.value, _size_of(_SAMPLES.value)) if _SAMPLES.value else None
+    reference = open_reference(_REFERENCE.value, _size_of(_REFERENCE.value))
     statistics = check_new(_STATISTICS_OUT.value) if _STATISTICS_OUT.value else None
     model = _Model(_CHECKPOINT.value) if _CHECKPOINT.value else None
     out = _card_path() if samples or model else None
@@ -117,6 +117,12 @@ def main() -> None:
         _write_json(out, result)
         print(table(result))
         print(f"everything that made it: {out}")
+
+
+def _size_of(text: str) -> int | None:
+    """`--size` for one of the two sets; where only one is a folder, it is meant for that."""
+    folders = [Path(t).is_dir() for t in (_SAMPLES.value, _REFERENCE.value) if t]
+    return _SIZE.value if Path(text).is_dir() or not any(folders) else None
 
 
 def _network() -> FeatureNetwork:

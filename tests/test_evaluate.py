@@ -159,6 +159,12 @@ def test_statistics_of_a_dataset_serve_later(folder):
     assert evaluate(folder, *made)[0] == 1  # never overwritten
 
 
+def test_a_size_is_meant_for_the_folder_of_the_two(folder):
+    sets = ["--samples=~samples.npz", "--reference=~images", "--size=8", "--out=~cropped.json"]
+    code, _, err = evaluate(folder, *sets, "--features=~net", "--metrics=fid")
+    assert code == 0, err
+
+
 def test_too_few_images_are_judged_and_said(folder):
     args = ["--samples=~images", "--reference=digits", "--features=~net", "--out=~few.json"]
     code, out, _ = evaluate(folder, *args, "--metrics=fid,precision")
@@ -205,6 +211,7 @@ def test_training_of_a_feature_network(folder, monkeypatch):
         (["--metrics=fid,lpips"], "no metric 'lpips'"),
         (["--metrics=sfid"], "no sfid: this feature network"),
         (["--batch=0"], "at least 1"),
+        (["--size=8"], "leave it out"),
         (["--out=~images"], "is a folder"),
         (["--statistics_out=~net"], "exists"),
     ],
