@@ -23,7 +23,7 @@ demo: $(STAMP)
 	@echo "pictures: $(RUN)/demo/grid.png $(RUN)/samples/ $(RUN)/loss.png; metrics: $(RUN)/metrics.jsonl"
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

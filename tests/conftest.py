@@ -15,6 +15,27 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 flags.FLAGS.mark_as_parsed()
 
 
+# Files that take longest come first, so that no process is left alone with one at the end.
+_LONGEST = ("test_parity", "test_train", "test_convert", "test_processes", "test_cli")
+
+
+def pytest_configure(config):
+    """Programs are compiled once for all tests, test processes and commands they start."""
+    options = {
+        "jax_compilation_cache_dir": str(config.cache.mkdir("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in options.items():
+        os.environ[name.upper()] = str(value)
+        jax.config.update(name, value)
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @pytest.fixture
 def key():
     return jax.random.key(0)
