@@ -7,8 +7,8 @@ RUN are trained workdirs; the one with a single stage is SiT, against which time
 given. Every row is timed at batch 1 and 64 (all rows in turn, in every round; medians of the ratio
 to SiT of the same round), its samples are compared with those of 250 Heun steps from the same
 noise under the same guidance (relative root mean square), and judged by `evaluate`'s FID in the
-features given. A table (--docs: also there), fast_sampling.png and rows.json; rows that are in
-rows.json already are not judged again.
+features given. A table, fast_sampling.png and rows.json; rows that are in rows.json already are not
+judged again. --docs: table and picture also there.
 """
 
 from __future__ import annotations
@@ -83,6 +83,9 @@ def settings(steps: int, levels: int, depth: int) -> list[Setting]:
         "DeepCache, middle third": f"place=blocks,blocks={third},interval=2,order=0",
     }.items():
         found.append(Setting(name, "forecast", "euler", steps, free, text))
+    for name in ("sdtm", "tome"):
+        text = f"merge={name},round_to=1"
+        found.append(Setting(name.upper(), "merge", "euler", steps, free, text))
     for name in PRESETS:
         if name != "exact":
             found.append(Setting(f"preset {name}", "preset", "euler", steps, free, name))
@@ -226,7 +229,9 @@ def main() -> None:
     (args.out / "table.json").write_text(json.dumps(table, indent=1))
     plot(table, args.out / "fast_sampling.png")
     if args.docs:
-        args.docs.write_text(text)
+        picture = args.docs.with_suffix(".png")
+        plot(table, picture)
+        args.docs.write_text(f"# Fast sampling, measured\n\n{text}\n![]({picture.name})\n")
 
 
 def rival(row: dict, table: list[dict], measure: str) -> float:
