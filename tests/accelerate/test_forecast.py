@@ -14,9 +14,10 @@ from ppflow_jax.explain import explain, memory_bytes
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig, plan
 from ppflow_jax.flow.sampler import Sampler
-from ppflow_jax.models.ppflow import ModelConfig, abstract_params, make_apply
+from ppflow_jax.models.ppflow import ModelConfig, make_apply
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT
 from tests import forecast_parity
+from tests.accelerate.checks import random_params, within
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "accelerate" / "taylorseer.npz"
 MODEL = ModelConfig(PPFLOW2, latent_size=8, channels=2, width=8, depth=3, heads=2, num_classes=4)
@@ -30,12 +31,6 @@ def ref():
     return dict(np.load(REFERENCE))
 
 
-def within(rows):
-    rows = list(rows)
-    over = [f"{r.name}: {r.error:.2e} > {r.bound:.1e}" for r in rows if not r.ok]
-    assert rows and not over, over
-
-
 def test_schedules_weights_and_forecasts_are_those_of_the_public_code(ref):
     rows = list(forecast_parity.sequences(ref))
     assert len(rows) == 19
@@ -47,14 +42,6 @@ def test_trajectories_and_branches_are_those_of_the_public_code(ref):
     assert len(runs.names()) == 5
     with jax.default_matmul_precision("highest"):
         within(row for name in runs.names() for row in runs.rows(name))
-
-
-def random_params(model):
-    """Parameters under which every part of the network shows in the output."""
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda s: jnp.float32(0.3 * rng.normal(size=s.shape)), abstract_params(model)
-    )
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import pytest
 from ppflow_jax.accelerate import match, tome
 from ppflow_jax.errors import InputError
 from tests import merge_parity
+from tests.accelerate.checks import within
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "accelerate"
 GRID = (16, 8)
@@ -18,12 +19,6 @@ TABLE = match.windows(GRID)
 @pytest.fixture(scope="module")
 def ref():
     return dict(np.load(REFERENCE / "sdtm.npz"))
-
-
-def within(rows):
-    rows = list(rows)
-    over = [f"{r.name}: {r.error:.2e} > {r.bound:.1e}" for r in rows if not r.ok]
-    assert rows and not over, over
 
 
 def test_scores_decisions_tokens_and_counters_are_those_of_the_public_code(ref):

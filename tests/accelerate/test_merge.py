@@ -15,9 +15,10 @@ from ppflow_jax.flops import sampling_flops
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig, plan
 from ppflow_jax.flow.sampler import Sampler
-from ppflow_jax.models.ppflow import SIZES, ModelConfig, abstract_params, make_apply
+from ppflow_jax.models.ppflow import SIZES, ModelConfig, make_apply
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT
 from tests import merge_parity
+from tests.accelerate.checks import random_params, within
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "accelerate" / "sdtm.npz"
 MODEL = ModelConfig(PPFLOW3, latent_size=8, channels=2, width=8, depth=2, heads=2, num_classes=4)
@@ -28,12 +29,6 @@ LABELS = jnp.arange(8) % 4
 @pytest.fixture(scope="module")
 def ref():
     return dict(np.load(REFERENCE))
-
-
-def within(rows):
-    rows = list(rows)
-    over = [f"{r.name}: {r.error:.2e} > {r.bound:.1e}" for r in rows if not r.ok]
-    assert rows and not over, over
 
 
 def test_schedules_are_those_of_the_public_code(ref):
@@ -61,14 +56,6 @@ def test_counts_never_exceed_the_windows():
 def test_trajectories_are_those_of_the_public_code(ref):
     with jax.default_matmul_precision("highest"):
         within(merge_parity.Network(ref).rows("cfg", decisions=False))
-
-
-def random_params(model):
-    """Parameters under which every part of the network shows in the output."""
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda s: jnp.float32(0.3 * rng.normal(size=s.shape)), abstract_params(model)
-    )
 
 
 @pytest.fixture(scope="module")
