@@ -83,9 +83,9 @@ def settings(steps: int, levels: int, depth: int) -> list[Setting]:
         "DeepCache, middle third": f"place=blocks,blocks={third},interval=2,order=0",
     }.items():
         found.append(Setting(name, "forecast", "euler", steps, free, text))
-    for name in ("sdtm", "tome"):
-        text = f"merge={name},round_to=1"
-        found.append(Setting(name.upper(), "merge", "euler", steps, free, text))
+    for name in ("SDTM", "ToMe"):
+        text = f"merge={name.lower()},round_to=1"
+        found.append(Setting(name, "merge", "euler", steps, free, text))
     for name in PRESETS:
         if name != "exact":
             found.append(Setting(f"preset {name}", "preset", "euler", steps, free, name))
