@@ -255,9 +255,11 @@ def markdown(table: list[dict], base: dict, seconds: list[float], args) -> str:
         f"{len(lost['fid'])}** (marked >).",
         "",
         f"`python -m benchmarks.fast_sampling --steps={args.steps} --cfg={args.cfg:g} "
-        f"--num={args.num}` on {jax.devices()[0].device_kind}; SiT takes {seconds[0]:.3g} s for "
-        f"1 image and {seconds[1]:.3g} s for {BATCH}. Times and FLOPs are shares of SiT's with "
-        f"{args.steps} Euler steps guided everywhere.",
+        f"--num={args.num} --seeds={args.seeds}` on {jax.devices()[0].device_kind}; SiT takes "
+        f"{seconds[0]:.3g} s for 1 image and {seconds[1]:.3g} s for {BATCH}. Times and FLOPs are "
+        f"shares of SiT's with {args.steps} Euler steps guided everywhere; error is that against "
+        f"250 Heun steps; FID is in the features of `--features`, of {args.num} samples, the mean "
+        "(and range) over noise seeds. One training run of each model.",
         "",
         "| model | setting | FLOPs | time, batch 1 | time, batch 64 | error | FID |",
         "|---|---|---|---|---|---|---|",
