@@ -23,6 +23,7 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.model.update(SIZES[size])
     c.model.mlp_ratio = 4.0
     c.model.learn_sigma = True  # variance channels of DiT, unused; the public weights have them
+    c.model.level_embedding = True  # of several stages
     c.model.dtype = "bfloat16"  # of matrix products; parameters, norms and the last one float32
     c.model.remat = "none"  # none, dots (keep matrix products) or full (keep nothing)
 
@@ -32,6 +33,7 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.flow.weighting = "none"  # none, velocity, likelihood; for score and noise
     c.flow.label_drop = 0.1
     c.flow.stage_share = ()  # samples of each stage, e.g. (2, 1, 1); empty: by duration
+    c.flow.stage_times = ()  # times each stage is trained on, e.g. ((0, 1), (0, 1)); empty: its own
 
     c.data = ConfigDict()
     # cache: made by ppflow_jax.prepare; folder: one directory per class; tfds: a prepared TFDS

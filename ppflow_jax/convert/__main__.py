@@ -1,10 +1,12 @@
 """Convert weights.
 
     python -m ppflow_jax.convert --source=SiT-XL-2-256.pt --target=DIR [--pyramid=ppflow3]
+    python -m ppflow_jax.convert --source=DIR --target=DIR --pyramid=ppflow2
     python -m ppflow_jax.convert --source=DIR --target=FILE --to=torch
 
 The first makes a checkpoint of a SiT, PPFlow, AutoencoderKL, TAESD or FID Inception file (.pt,
-.pth, .bin, .safetensors); nothing in the file is run. The second goes back.
+.pth, .bin, .safetensors); nothing in the file is run. The second expands a SiT that was trained or
+converted here, the third goes back to PyTorch.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ from ppflow_jax.errors import InputError
 from ppflow_jax.features import load_inception, save_inception
 from ppflow_jax.files import atomic
 from ppflow_jax.flow.path import Flow
-from ppflow_jax.models.ppflow import abstract_params
+from ppflow_jax.models.ppflow import Params, abstract_params
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, Pyramid
 from ppflow_jax.writers import progress
 
@@ -85,10 +87,14 @@ def main() -> None:
         export(_SOURCE.value[0], target)
         return
     if Path(_SOURCE.value[0]).is_dir():
-        raise InputError(
-            f"--source={_SOURCE.value[0]} is a folder: give a file of weights, or add --to=torch "
-            "or --to=safetensors to make one of a checkpoint"
-        )
+        if not _PYRAMID.value or len(_SOURCE.value) > 1:
+            raise InputError(
+                f"--source={_SOURCE.value[0]} is a folder: give a file of weights, or add "
+                "--pyramid=ppflow2 to expand a one-stage checkpoint, or --to=torch to make a file "
+                "of one"
+            )
+        expand_checkpoint(_SOURCE.value[0], target)
+        return
     weights = "model" if _WEIGHTS.value == "params" else _WEIGHTS.value
     sources = [open_source(path, weights) for path in _SOURCE.value]
     try:
@@ -111,9 +117,7 @@ def import_model(source: Source, kind: str, target: Path) -> None:
     Raises:
       InputError: see `find_config`, `load_state`, `expand`.
     """
-    pyramid = None
-    if _PYRAMID.value:
-        pyramid = _PYRAMIDS.get(_PYRAMID.value) or Pyramid.parse(_PYRAMID.value)
+    pyramid = _pyramid()
     state = source.state
     config = find_config(
         state, kind, pyramid=pyramid, heads=_HEADS.value, latent_size=_LATENT.value
@@ -145,6 +149,32 @@ def import_model(source: Source, kind: str, target: Path) -> None:
         f"classes, width {config.width}, depth {config.depth}, heads {config.heads}; "
         f"{flow.path} path, {flow.prediction}"
     )
+
+
+def _pyramid() -> Pyramid | None:
+    text = _PYRAMID.value
+    return (_PYRAMIDS.get(text) or Pyramid.parse(text)) if text else None
+
+
+def expand_checkpoint(source: str, target: Path) -> None:
+    """One-stage checkpoint -> checkpoint of a pyramid.
+
+    Raises:
+      InputError: see `expand`, `load_stored`.
+    """
+    folder = find_checkpoint(source)
+    card, pyramid = read_card(folder), _pyramid()
+    expanded_config(card.model, pyramid)  # before anything is read
+    config, params = expand(card.model, _stored_weights(folder, card), pyramid, _SEED.value)
+    save_weights(target, replace(card, model=config, experiment=None), params)
+    print(f"stages {config.pyramid}, from {folder}, in {target}")
+
+
+def _stored_weights(folder: Path, card: Card) -> Params:
+    which = "ema" if _WEIGHTS.value in (None, "ema") else "params"
+    if which not in stored_tree(folder):
+        raise InputError(f"{folder} has no {which!r} weights: change --weights")
+    return load_stored(folder, {which: abstract_params(card.model)})[which]
 
 
 def import_autoencoder(sources: list[Source], kind: str, target: Path) -> None:
@@ -251,12 +281,8 @@ def export(source: str, target: Path) -> None:
         tensors = {k: (lambda v=v: v.astype(_named(dtype))) for k, v in state.items()}
     else:
         card = read_card(folder)
-        which = "ema" if _WEIGHTS.value in (None, "ema") else "params"
+        tensors = dict(torch_tensors(card.model, _stored_weights(folder, card)))
         tree = stored_tree(folder)
-        if which not in tree:
-            raise InputError(f"{folder} has no {which!r} weights: change --weights")
-        params = load_stored(folder, {which: abstract_params(card.model)})[which]
-        tensors = dict(torch_tensors(card.model, params))
         abstract = {
             k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in tree.get("positions", {}).items()
         }

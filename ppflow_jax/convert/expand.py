@@ -66,7 +66,7 @@ def expand(
             "bias": einops.repeat(out["bias"], "(p q o) -> (p i q j o)", **patch),
         }
     expanded = params | {"patchify": patchify, "unpatchify": unpatchify}
-    if len(pyramid) > 1:
+    if target.has_levels:
         table = np.random.default_rng(seed).standard_normal((len(pyramid), config.width))
         dtype = params["label"]["embedding"].dtype
         expanded["level"] = {"embedding": (LEVEL_SCALE * table).astype(dtype)}

@@ -55,6 +55,10 @@ def key_table(config: ModelConfig) -> tuple[Entry, ...]:
         add(f"{torch}.weight", (*path, "kernel"), _transpose, _transpose, layer)
         add(f"{torch}.bias", (*path, "bias"), layer=layer)
 
+    if len(config.pyramid) > 1 and not config.has_levels:
+        raise InputError(
+            "several stages without level embedding have no PyTorch layout: it always has the table"
+        )
     out_channels = config.channels * (2 if config.learn_sigma else 1)
     base = config.pyramid.stages[-1].patch
     for stage, suffix in enumerate(_suffixes(config)):
@@ -71,7 +75,7 @@ def key_table(config: ModelConfig) -> tuple[Entry, ...]:
     dense("t_embedder.mlp.0", "time", "fc1")
     dense("t_embedder.mlp.2", "time", "fc2")
     add("y_embedder.embedding_table.weight", ("label", "embedding"))
-    if len(config.pyramid) > 1:
+    if config.has_levels:
         add("level_embedder.embedding_table.weight", ("level", "embedding"))
     heads = dict(h=config.heads, c=3)
     for i in range(config.depth):

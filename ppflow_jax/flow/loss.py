@@ -28,9 +28,13 @@ class Objective:
       stage_share: samples of each stage out of every `sum(stage_share)` consecutive ones.
         Empty: the stages' durations. Other shares spend the compute differently but estimate
         the same objective, since a stage always weighs its duration.
+      stage_times: times (low, high) on which each stage is trained. Empty: its own interval, the
+        only times at which the sampler uses it. ((0, 1), (0, 1)) trains every patch size on all
+        times (FlexiDiT, arXiv 2502.20126).
 
     Raises:
-      InputError: unknown weighting, weighting of a velocity, shares that do not fit the stages.
+      InputError: unknown weighting, weighting of a velocity, shares or times that do not fit the
+        stages.
     """
 
     pyramid: Pyramid
@@ -39,6 +43,7 @@ class Objective:
     weighting: str = "none"
     label_drop: float = 0.1
     stage_share: tuple[int, ...] = ()
+    stage_times: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self):
         if self.weighting not in WEIGHTINGS:
@@ -58,6 +63,13 @@ class Objective:
                 f"stage_share {share} must have one whole number >= 1 for each of the "
                 f"{len(self.pyramid)} stages"
             )
+        times = self.stage_times
+        good = all(len(pair) == 2 and 0 <= pair[0] < pair[1] <= 1 for pair in times)
+        if times and (len(times) != len(self.pyramid) or not good):
+            raise InputError(
+                f"stage_times {times} must have two times 0 <= low < high <= 1 for each of the "
+                f"{len(self.pyramid)} stages"
+            )
 
     @property
     def pattern(self) -> tuple[int, ...]:
@@ -67,9 +79,11 @@ class Objective:
 
     @property
     def time_ranges(self) -> tuple[tuple[float, float], ...]:
-        """Times drawn for each stage: its interval without the path's singular ends."""
+        """Times drawn for each stage: its interval, or `stage_times`, without the path's singular
+        ends."""
         lo, hi = self.flow.train_interval()
-        return tuple((max(a, lo), min(b, hi)) for a, b in self.pyramid.intervals)
+        times = self.stage_times or self.pyramid.intervals
+        return tuple((max(a, lo), min(b, hi)) for a, b in times)
 
     def check_batch(self, batch_size: int, shards: int) -> None:
         """Every one of `shards` equal parts of the batch must hold whole stage patterns.

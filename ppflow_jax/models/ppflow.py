@@ -67,6 +67,7 @@ class ModelConfig:
       mlp_ratio: hidden width of the MLP over `width`.
       learn_sigma: the final projection also has the unused variance channels of DiT; the public
         PyTorch weights have them.
+      level_embedding: several stages are told apart by a learned embedding (PPFlow, Sec. 3.2).
 
     Raises:
       InputError: a patch does not divide the latent, or heads do not divide the width.
@@ -81,6 +82,7 @@ class ModelConfig:
     num_classes: int
     mlp_ratio: float = 4.0
     learn_sigma: bool = True
+    level_embedding: bool = True
 
     def __post_init__(self):
         sizes = (self.latent_size, self.channels, self.width, self.depth, self.heads)
@@ -93,6 +95,11 @@ class ModelConfig:
                 f"width {self.width} must be divisible by heads ({self.heads}) and by 4 "
                 "(sin-cos positions)"
             )
+
+    @property
+    def has_levels(self) -> bool:
+        """Whether there is a table of level embeddings: never with one stage."""
+        return self.level_embedding and len(self.pyramid) > 1
 
     @property
     def null_label(self) -> int:
@@ -153,7 +160,7 @@ class PPFlow(nnx.Module):
         )
         self.time = TimestepEmbedder(width, dtype=dtype, rngs=rngs)
         self.label = nnx.Embed(config.num_classes + 1, width, embedding_init=_normal, rngs=rngs)
-        if len(pyramid) > 1:
+        if config.has_levels:
             self.level = nnx.Embed(len(pyramid), width, embedding_init=_normal, rngs=rngs)
         self.blocks = nnx.vmap(
             lambda r: Block(width, config.heads, config.mlp_ratio, dtype=dtype, rngs=r),
@@ -194,7 +201,7 @@ class PPFlow(nnx.Module):
         cuts = list(itertools.accumulate(len(part) // turns for part in ts))[:-1]
         own = jnp.split(c.reshape(*t.shape, -1), cuts, axis=1)
         cs = [part.reshape(-1, part.shape[-1]) for part in own]
-        if len(self.config.pyramid) > 1:
+        if self.config.has_levels:
             cs = [c + self.level(jnp.full(len(c), stage)) for c, stage in zip(cs, stages)]
         return tuple(map(self.layout.batch, cs))
 

@@ -179,21 +179,24 @@ def test_entries_kinds_and_cards(tmp_path, sit, ppflow2):
         ["--source=~raw.pth", "--target=~deep/raw", heads, "--pyramid=4x4@0.25,2x2@1"],
         ["--source=~sit.safetensors", "--target=~three", heads, "--pyramid=ppflow3", "--seed=5"],
         ["--source=~sit.safetensors", "--target=~explicit", heads, explicit, "--space=pixels"],
+        ["--source=~sit.safetensors", "--target=~one", heads],
+        ["--source=~one", "--target=~again", "--pyramid=ppflow3", "--seed=5"],
         ["--source=~raw.pth", "--target=~none", heads, "--weights=ema"],
         ["--source=~raw.pth", "--target=~none", heads, "--pyramid=ppflow3"],
         ["--source=~raw.pth", "--target=~none"],
         ["--source=~both.pt", "--target=~ema", heads],
         ["--source=~ema", "--target=~none"],
+        ["--source=~ema", "--target=~none", "--pyramid=ppflow3"],
         ["--source=~ema", "--target=~none.pt", "--to=torch", "--weights=params"],
         ["--source=~sit.safetensors", "--target=~none", heads, "--kind=ppflow"],
         ["--source=~both.pt", "--target=~none", heads, "--kind=sit", "--latent_size=8"],
         ["--source=~both.pt", "--target=~x/y.pt", heads],
     )
-    done, refused = [*results[:5], results[-1]], results[5:-1]
-    assert [r.code for r in done] == [0] * 6, done
+    done, refused = [*results[:7], results[-1]], results[7:-1]
+    assert [r.code for r in done] == [0] * 8, done
     assert "left out: model (38 tensors), opt (1 tensors)" in done[0].out
     words = ("no 'ema' weights", "not that of the file", "--heads=N", "exists", "is a folder")
-    words += ("no 'params'", "pyramid", "not expected")
+    words += ("only a model of one stage", "no 'params'", "pyramid", "not expected")
     for result, word in zip(refused, words, strict=True):
         assert result.code == 1 and "Traceback" not in result.err, result
         line = result.err.splitlines()[-1]
@@ -210,6 +213,13 @@ def test_entries_kinds_and_cards(tmp_path, sit, ppflow2):
         jax.tree.map(np.testing.assert_array_equal, ours, from_torch(MODEL, state))
     three = read_card(find_checkpoint(tmp_path / "three"))
     assert three.model.pyramid == PPFLOW3 and three.model.heads == 4
+    again = find_checkpoint(tmp_path / "again")
+    assert read_card(again) == three
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        load_weights(again, three, make_mesh()),
+        load_weights(find_checkpoint(tmp_path / "three"), three, make_mesh()),
+    )
     card = read_card(find_checkpoint(tmp_path / "explicit"))
     assert str(card.model.pyramid) == explicit.removeprefix("--pyramid=")
     assert card.space == "pixels" and "latent_scale" not in card.to_json()["data"]

@@ -152,6 +152,19 @@ def test_any_pyramid_runs(pyramid, key):
         assert out.shape == x.shape and float(jnp.abs(out).max()) > 0
 
 
+def test_without_level_embedding_only_the_table_is_gone(key):
+    bare = dataclasses.replace(TINY, level_embedding=False)
+    params = noisy(TINY, key)
+    without = {name: part for name, part in params.items() if name != "level"}
+    assert jax.tree.structure(abstract_params(bare)) == jax.tree.structure(without)
+    zero = params | {"level": jax.tree.map(jnp.zeros_like, params["level"])}
+    inputs = jax.random.normal(key, (2, 8, 8, 3)), jnp.full(2, 0.5), jnp.array([0, 5])
+    ours, theirs = apply_of(bare)(without, *inputs, 1), apply_of(TINY)(zero, *inputs, 1)
+    np.testing.assert_array_equal(ours, theirs)
+    with pytest.raises(InputError, match="PyTorch layout"):
+        key_table(bare)
+
+
 def test_config_round_trips_through_json():
     assert ModelConfig.from_json(json.loads(json.dumps(TINY.to_json()))) == TINY
     with pytest.raises(InputError, match="unknown keys"):

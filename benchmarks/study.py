@@ -1,0 +1,222 @@
+"""The study: variants of the pyramid trained under one budget, judged, and the paper's claims.
+
+    python -m benchmarks.study --config=configs/digits.py --seeds=3 --out=DIR \\
+        --reference=digits --features=FEATURES --docs=docs/study_digits
+
+Every row of study_rows.py is trained with every seed on `--config` (any experiment; its pyramid is
+replaced, `--config.a.b=value` sets the budget), sampled from the same noise and labels, and judged
+by `evaluate`'s metrics. Rows are kept in DIR/SEED/ROW, so that the same command goes on where it
+stopped; `--rows` and `--seeds` may grow. It leaves DIR/study.md, plots, a grid of all rows, and
+DIR/report.html of the first seed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from benchmarks import study_table
+from benchmarks.fast_sampling import timed
+from benchmarks.study_rows import ROWS, Guidance, configured, guidances, training_cost
+from ppflow_jax import cli
+from ppflow_jax.checkpoint import Card, find_checkpoint, load_weights, read_card, save_weights
+from ppflow_jax.convert.expand import expand
+from ppflow_jax.data.images import array_images
+from ppflow_jax.decode import Decoder
+from ppflow_jax.errors import InputError
+from ppflow_jax.evaluation import Evaluator, open_reference
+from ppflow_jax.features import load_features
+from ppflow_jax.files import atomic
+from ppflow_jax.flops import sampling_flops
+from ppflow_jax.flow.plan import SamplerConfig, evaluations
+from ppflow_jax.flow.sampler import Sampler, image_noise
+from ppflow_jax.generate import Generator, choose_labels
+from ppflow_jax.judge import EVALUATIONS
+from ppflow_jax.models.ppflow import make_apply
+from ppflow_jax.pyramid import Pyramid
+from ppflow_jax.sharding import local_mesh
+from ppflow_jax.train import train
+from ppflow_jax.writers import progress
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Experiment whose pyramid the rows replace; `sample` is how they are judged.",
+    lock_config=True,
+)
+_OUT = flags.DEFINE_string("out", None, "Folder of the runs; rows that are there are kept.")
+_ROWS = flags.DEFINE_list("rows", list(ROWS), f"Of {', '.join(ROWS)}.")
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Training seeds 0, 1, ...")
+_REFERENCE = flags.DEFINE_string("reference", None, "As of evaluate.")
+_SIZE = flags.DEFINE_integer("size", None, "As of evaluate, for a folder of pictures.")
+_FEATURES = flags.DEFINE_string("features", None, "As of evaluate.")
+_DECODE = flags.DEFINE_string("decode", "none", "vae:DIR or taesd:DIR for latents.")
+_NUM = flags.DEFINE_integer("num", 1000, "Samples of every row.")
+_LATENCY = flags.DEFINE_bool("latency", True, "Measure sampling times; wants a quiet machine.")
+_DOCS = flags.DEFINE_string("docs", None, "Also write this .md and its pictures.")
+
+METRICS = ("fid", "kid")
+BATCH = 32  # of sampling and its latency
+
+
+def main() -> None:
+    if unknown := [name for name in _ROWS.value if name not in ROWS]:
+        raise InputError(f"--rows has {unknown[0]!r}: choose from {', '.join(ROWS)}")
+    if _SEEDS.value < 1 or _NUM.value < 2:
+        raise InputError("--seeds must be at least 1, --num at least 2")
+    if len(_CONFIG.value.sample.cfg) != 1:
+        raise InputError(
+            "config.sample.cfg must be one guidance scale: the rows say where it holds"
+        )
+    out = Path(_OUT.value).absolute()
+    reference = open_reference(_REFERENCE.value, _SIZE.value)
+    evaluator = Evaluator(load_features(_FEATURES.value, "tf1"), reference, METRICS)
+    out.mkdir(parents=True, exist_ok=True)
+    _same_settings(out)
+    jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))
+    for seed in range(_SEEDS.value):
+        for name in sorted(_ROWS.value, key=list(ROWS).index):
+            folder = _trained(out, name, seed)
+            _judged(folder, evaluator)
+    times = _latencies(out) if _LATENCY.value else {}
+    study_table.write(out, _ROWS.value, _SEEDS.value, times, _DOCS.value)
+
+
+def _same_settings(out: Path) -> None:
+    """A folder holds rows of one budget, judged in one way.
+
+    Raises:
+      InputError: it holds others.
+    """
+    mine = {
+        "config": json.loads(_CONFIG.value.to_json_best_effort()),
+        "reference": _REFERENCE.value, "size": _SIZE.value, "features": _FEATURES.value,
+        "decode": _DECODE.value, "num": _NUM.value,
+    }  # fmt: skip
+    path = out / "settings.json"
+    if not path.exists():
+        with atomic(path) as temporary:
+            temporary.write_text(json.dumps(mine, indent=1))
+    elif wrong := [k for k, v in json.loads(path.read_text()).items() if mine[k] != v]:
+        raise InputError(f"{out} holds rows of another {wrong[0]}: use another --out")
+
+
+def _run(out: Path, name: str, seed: int) -> Path:
+    return out / str(seed) / name
+
+
+def _trained(out: Path, name: str, seed: int) -> Path:
+    """The row's run, trained to its last step."""
+    row, folder = ROWS[name], _run(out, name, seed)
+    config = configured(_CONFIG.value, row, seed)
+    if not (folder / "checkpoints" / str(config.train.steps)).exists():
+        print(f"seed {seed}, {row.title}: {config.train.steps} steps", flush=True)
+        if row.expands:
+            config.init_from = str(_expanded(_trained(out, "sit", seed), row.pyramid, seed))
+        start = time.monotonic()
+        train(config, str(folder))
+        seconds = time.monotonic() - start
+        cost = {"training_flops": training_cost(config), "seconds": seconds}
+        with atomic(folder / "cost.json") as temporary:
+            temporary.write_text(json.dumps(cost))
+    return folder
+
+
+def _expanded(run: Path, pyramid: str, seed: int) -> Path:
+    target = run.with_name(f"start_{len(Pyramid.parse(pyramid))}")
+    if not target.exists():
+        source = find_checkpoint(run)
+        card = read_card(source)
+        params = jax.tree.map(np.asarray, load_weights(source, card, local_mesh()))
+        model, params = expand(card.model, params, Pyramid.parse(pyramid), seed)
+        save_weights(target, Card(model, card.flow, card.space), params)
+    return target
+
+
+def _ways(card: Card) -> dict[str, Guidance]:
+    return guidances(len(card.model.pyramid), _CONFIG.value.sample.cfg[0])
+
+
+def _sampler(card: Card, scales, interval) -> Sampler:
+    s = _CONFIG.value.sample
+    config = SamplerConfig(s.solver, s.steps, cfg=scales, cfg_interval=interval)
+    return Sampler(make_apply(card.model), card.model, card.flow, config)
+
+
+def _judged(folder: Path, evaluator: Evaluator) -> None:
+    """Evaluations of a run, one file for every way to guide."""
+    checkpoint = find_checkpoint(folder)
+    card = read_card(checkpoint)
+    (folder / EVALUATIONS).mkdir(exist_ok=True)
+    params = None
+    for name, guidance in _ways(card).items():
+        path = folder / EVALUATIONS / f"{name}.json"
+        if path.exists():
+            continue
+        if params is None:
+            params = load_weights(checkpoint, card, local_mesh())
+        sampler = _sampler(card, guidance.scales, guidance.interval)
+        decoder = Decoder.parse(_DECODE.value, card)
+        generator = Generator(sampler, decoder, seed=0, microbatch=BATCH)
+        labels = choose_labels("balanced", _NUM.value, card.model.num_classes, 0)
+        parts = []
+        start = time.monotonic()
+        with progress(_NUM.value, 0, "img", f"{folder.name}, {guidance.title}") as bar:
+            for images in generator(params, np.arange(_NUM.value), labels):
+                parts.append(images.pictures)
+                bar.update(len(images.ids))
+        seconds = time.monotonic() - start
+        pictures = np.concatenate(parts)
+        result = evaluator(array_images(guidance.title, pictures))
+        result["samples"]["card"] = {
+            "settings": asdict(sampler.config),
+            "nfe": evaluations(sampler.segments),
+            "flops": sampling_flops(card.model, sampler.segments),
+            "seconds": seconds,
+            "images_in_these_seconds": _NUM.value,
+        }
+        np.save(folder / EVALUATIONS / f"{name}.npy", pictures[: study_table.SHOWN])
+        with atomic(path) as temporary:
+            temporary.write_text(json.dumps(result, indent=1))
+        print(
+            f"{folder.parent.name}/{folder.name}, {guidance.title}: {result['metrics']}", flush=True
+        )
+
+
+def _latencies(out: Path) -> dict[str, float]:
+    """Time of a batch by that of SiT with one scale; models of one shape cost the same."""
+    runs, known = {}, {}
+    for name in _ROWS.value:
+        card = read_card(find_checkpoint(_run(out, name, 0)))
+        params = None
+        for key, guidance in guidances(
+            len(card.model.pyramid), _CONFIG.value.sample.cfg[0]
+        ).items():
+            sampler = _sampler(card, guidance.scales, guidance.interval)
+            facts = (card.model, guidance)
+            known[f"{name} {key}"] = facts
+            if facts not in runs:
+                if params is None:
+                    params = load_weights(find_checkpoint(_run(out, name, 0)), card, local_mesh())
+                runs[facts] = _call(sampler, params, card)
+    base = known["sit one"]
+    ratios = timed(runs, base, rounds=5)
+    return {key: ratios[facts] for key, facts in known.items()} | {"seconds": ratios["seconds"]}
+
+
+def _call(sampler: Sampler, params, card):
+    noise, _ = image_noise(0, np.arange(BATCH, dtype=np.int32), card.model.shape)
+    labels = np.arange(BATCH, dtype=np.int32) % card.model.num_classes
+    whole = jax.jit(lambda params: sampler(params, noise, labels))
+    return lambda: whole(params)
+
+
+if __name__ == "__main__":
+    cli.run(main, required=("config", "out", "reference", "features"))

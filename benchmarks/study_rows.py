@@ -1,0 +1,154 @@
+"""The rows of the study: what is trained, how it is sampled, and what the paper claims of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ppflow_jax.flops import training_flops
+from ppflow_jax.train import Experiment
+
+COARSE_END = 0.5  # where the coarsest stage of the main rows ends
+TWO, THREE = "4x4@0.5,2x2@1", "4x4@0.5,4x2@0.75,2x2@1"
+FINE_TUNE = 0.1  # of SiT's steps
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training run, equal in all but what is named here.
+
+    Attributes:
+      title: in the table.
+      pyramid: stages.
+      changes: further settings, as `model.level_embedding`.
+      expands: SiT of the same seed, expanded, is where training starts.
+      equal_flops: as many steps as cost what SiT's cost, instead of as many steps as SiT has.
+    """
+
+    title: str
+    pyramid: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    expands: bool = False
+    equal_flops: bool = False
+
+
+ROWS = {
+    "sit": Row("SiT", "2x2@1"),
+    "levels2": Row("2 levels", TWO),
+    "levels3": Row("3 levels", THREE),
+    "levels2_flops": Row("2 levels, SiT's training FLOPs", TWO, equal_flops=True),
+    "levels3_flops": Row("3 levels, SiT's training FLOPs", THREE, equal_flops=True),
+    "no_level": Row("2 levels, no level embedding", TWO, {"model.level_embedding": False}),
+    "early": Row("2 levels, boundary 0.25", "4x4@0.25,2x2@1"),
+    "late": Row("2 levels, boundary 0.75", "4x4@0.75,2x2@1"),
+    "large": Row("2 levels, 8x8 then 2x2", "8x8@0.5,2x2@1"),
+    "all_times": Row(
+        "2 levels, every patch size trained on all times", TWO,
+        {"flow.stage_times": ((0.0, 1.0), (0.0, 1.0))},
+    ),
+    "expand2": Row("SiT, expanded to 2 levels, 10% more steps", TWO, expands=True),
+    "expand3": Row("SiT, expanded to 3 levels, 10% more steps", THREE, expands=True),
+}  # fmt: skip
+
+
+def configured(base: ConfigDict, row: Row, seed: int) -> ConfigDict:
+    """`base` with the row's model, steps and seed.
+
+    Fine-tuning has FINE_TUNE of the steps, and so the horizon of its EMA and its warm-up are that
+    much shorter.
+    """
+    config = base.copy_and_resolve_references().unlock()
+    config.seed = seed
+    config.model.pyramid = "2x2@1"
+    of_sit = _step_flops(config)
+    config.model.pyramid = row.pyramid
+    for name, value in row.changes.items():
+        part, name = name.split(".")
+        config[part][name] = value
+    steps = config.train.steps
+    if row.expands:
+        config.train.steps = max(1, round(steps * FINE_TUNE))
+        config.train.ema = 1 - min(1.0, (1 - config.train.ema) / FINE_TUNE)
+        config.optim.warmup_steps = round(config.optim.warmup_steps * FINE_TUNE)
+    if row.equal_flops:
+        config.train.steps = round(steps * of_sit / _step_flops(config))
+    config.train.save_every = config.train.steps
+    config.sample.every, config.sample.count = 0, 20  # the study makes its own
+    return config
+
+
+def _step_flops(config: ConfigDict) -> int:
+    experiment = Experiment.from_config(config)
+    pattern = experiment.objective.pattern
+    return training_flops(experiment.card.model, pattern, config.data.batch_size)
+
+
+def training_cost(config: ConfigDict) -> int:
+    """FLOPs of the run, without those of what it started from."""
+    return config.train.steps * _step_flops(config)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """A way to guide; `scales` of the stages and the interval of time."""
+
+    title: str
+    scales: tuple[float, ...]
+    interval: tuple[float, float] = (0.0, 1.0)
+
+
+def guidances(levels: int, scale: float) -> dict[str, Guidance]:
+    """How a model of so many stages is sampled, by name."""
+    found = {"one": Guidance("one scale", (scale,))}
+    if levels > 1:
+        found["stages"] = Guidance("coarsest stage unguided", (1.0, *[scale] * (levels - 1)))
+    else:
+        text = f"guided for t > {COARSE_END:g}"
+        found["stages"] = Guidance(text, (scale,), (COARSE_END, 1.0))
+    return found
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`ours` compared with `theirs`, each a row and a guidance.
+
+    Attributes:
+      paper: the figures of the paper, if it has them.
+      margin: 0 where `ours` is claimed to be better; where it is claimed to be as good, how much
+        worse it may be, as a share of `theirs`.
+    """
+
+    text: str
+    ours: tuple[str, str]
+    theirs: tuple[str, str]
+    paper: str = ""
+    margin: float = 0.0
+
+
+ALIKE = 0.05
+CLAIMS = (
+    Claim("2 levels are no worse than SiT", ("levels2", "one"), ("sit", "one"), "3.83 against 4.46",
+          ALIKE),
+    Claim("3 levels are about as good as SiT", ("levels3", "one"), ("sit", "one"),
+          "4.43 against 4.46", ALIKE),
+    Claim("2 levels beat SiT at equal training FLOPs", ("levels2_flops", "one"), ("sit", "one")),
+    Claim("3 levels beat SiT at equal training FLOPs", ("levels3_flops", "one"), ("sit", "one")),
+    Claim("the level embedding helps", ("levels2", "one"), ("no_level", "one"),
+          "4.30 against 4.44"),
+    Claim("guidance by stage helps, 2 levels", ("levels2", "stages"), ("levels2", "one"),
+          "4.22 against 4.30"),
+    Claim("guidance by stage helps, 3 levels", ("levels3", "stages"), ("levels3", "one")),
+    Claim("training a patch size on its own times beats all times", ("levels2", "one"),
+          ("all_times", "one"), "15.68 against 18.77"),
+    Claim("10% of fine-tuning makes 2 levels no worse than SiT", ("expand2", "one"),
+          ("sit", "one"), "1.99 against 2.15 (XL)", ALIKE),
+    Claim("10% of fine-tuning makes 3 levels about as good as SiT", ("expand3", "one"),
+          ("sit", "one"), "2.23 against 2.15 (XL)", ALIKE),
+    Claim("not the guidance alone: 2 levels by stage beat SiT guided for the same times",
+          ("levels2", "stages"), ("sit", "stages")),
+    Claim("a boundary at 0.5 beats one at 0.25", ("levels2", "one"), ("early", "one")),
+    Claim("a boundary at 0.5 beats one at 0.75", ("levels2", "one"), ("late", "one")),
+    Claim("4x4 first beats 8x8 first", ("levels2", "one"), ("large", "one")),
+)  # fmt: skip
