@@ -113,7 +113,7 @@ def judged(claim: Claim, lines: list[Line]) -> tuple[Claim, str, str] | None:
     low, high = limits
     allowed = claim.margin * statistics.mean(theirs)
     figures += f"; difference {statistics.mean(differences):+.2f}, {low:+.2f} to {high:+.2f}"
-    if high < allowed or (high == allowed == 0):
+    if high < allowed:
         return claim, "held", figures
     # claimed to be better: did not hold if worse; claimed to be as good: if worse than allowed
     return claim, "did not hold" if low > allowed else "undecided", figures

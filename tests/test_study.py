@@ -1,0 +1,58 @@
+"""Budgets and verdicts of the study (benchmarks/study.py)."""
+
+import pytest
+
+from benchmarks.study_rows import ROWS, Claim, configured, training_cost
+from benchmarks.study_table import Line, interval, judged
+from configs import digits
+
+BETTER = Claim("", ("a", "one"), ("b", "one"))
+ALIKE = Claim("", ("a", "one"), ("b", "one"), margin=0.05)
+
+
+def lines(**fids):
+    return [Line(name, "one", 1.0, 1.0, None, {"fid": values}) for name, values in fids.items()]
+
+
+@pytest.mark.parametrize(
+    ("claim", "ours", "theirs", "verdict"),
+    [
+        (BETTER, [9.0, 9.1, 9.2], [10.0, 10.1, 10.2], "held"),
+        (BETTER, [11.0, 11.1, 11.2], [10.0, 10.1, 10.2], "did not hold"),
+        (BETTER, [9.0, 11.0, 10.0], [10.0, 10.1, 10.2], "undecided"),
+        (BETTER, [9.0, 9.1], [10.0, 10.1], "undecided"),  # two seeds give no interval
+        (ALIKE, [10.3, 10.4, 10.5], [10.0, 10.1, 10.2], "held"),
+        (BETTER, [10.3, 10.4, 10.5], [10.0, 10.1, 10.2], "did not hold"),
+        (ALIKE, [10.7, 10.8, 10.95], [10.0, 10.1, 10.2], "did not hold"),
+        (ALIKE, [10.2, 10.9, 10.7], [10.0, 10.1, 10.2], "undecided"),
+        (BETTER, [10.0, 10.1, 10.2], [10.0, 10.1, 10.2], "undecided"),  # equal is not better
+    ],
+)
+def test_verdicts(claim, ours, theirs, verdict):
+    found = judged(claim, lines(a=ours, b=theirs))
+    assert found is not None and found[1] == verdict, found
+
+
+def test_a_claim_about_a_row_that_was_not_run_is_left_out():
+    assert judged(BETTER, lines(a=[1.0])) is None
+
+
+def test_interval_is_students():
+    low, high = interval([1.0, 2.0, 3.0])
+    assert (low + high) / 2 == pytest.approx(2)
+    assert high - 2 == pytest.approx(2.919986 / 3**0.5, rel=1e-5)  # t(0.95, 2 degrees of freedom)
+
+
+def test_budgets():
+    base = digits.get_config()
+    cost = {name: training_cost(configured(base, row, 0)) for name, row in ROWS.items()}
+    for name in ("levels2_flops", "levels3_flops"):
+        assert cost[name] == pytest.approx(cost["sit"], rel=2e-3)
+    assert cost["expand2"] == pytest.approx(0.1 * cost["levels2"])
+    for name, row in ROWS.items():
+        config = configured(base, row, 3)
+        assert config.seed == 3 and config.model.pyramid == row.pyramid
+        if not row.equal_flops and not row.expands:
+            assert config.train.steps == base.train.steps  # equal in samples seen
+    assert configured(base, ROWS["expand3"], 0).train.ema == pytest.approx(0.9)
+    assert base.model.pyramid == "4x4@0.5,2x2@1"
