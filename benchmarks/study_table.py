@@ -136,7 +136,7 @@ def markdown(
     settings = json.loads((out / "settings.json").read_text())
     config, samples = settings["config"], evaluation["samples"]
     s, m = config["sample"], config["model"]
-    network = evaluation["features"]
+    network, known = evaluation["features"], evaluation["reference"]
     made = (
         f"Inception {network['digest'][:8]}, resize {network['resize']}"
         if network["network"] == "inception"
@@ -145,10 +145,10 @@ def markdown(
     text = [
         f"Model: width {m['width']}, depth {m['depth']}, {m['heads']} heads, "
         f"{m['latent_size']}x{m['latent_size']}x{m['channels']}; {config['train']['steps']:,} "
-        f"steps of {config['data']['batch_size']} on {config['data']['source']}; {seeds} seed(s). "
+        f"steps of {config['data']['batch_size']}; {seeds} seed(s). "
         f"{samples['count']:,} samples a run, the same noise and labels for all, {s['solver']} "
         f"{s['steps']}, guidance scale {s['cfg'][0]:g}; FID and KID against "
-        f"{evaluation['reference']['name']}, features: {made}. Mean ± standard deviation over "
+        f"{known['count']:,} pictures of {Path(known['name']).name}, features: {made}. Mean ± standard deviation over "
         "training seeds. FLOPs and times are shares of SiT's with one scale; training FLOPs of "
         "fine-tuned rows include the SiT they start from.",
         "",
