@@ -149,8 +149,8 @@ def markdown(
         f"{samples['count']:,} samples a run, the same noise and labels for all, {s['solver']} "
         f"{s['steps']}, guidance scale {s['cfg'][0]:g}; FID and KID against "
         f"{known['count']:,} pictures of {Path(known['name']).name}, features: {made}. "
-        "Mean ± standard deviation over training seeds. FLOPs and times are shares of SiT's with one scale; training FLOPs of "
-        "fine-tuned rows include the SiT they start from.",
+        "Mean ± standard deviation over training seeds. FLOPs and times are shares of SiT's "
+        "with one scale; training FLOPs of fine-tuned rows include the SiT they start from.",
         "",
         "| row | guidance | training FLOPs | sampling FLOPs | sampling time | FID | KID |",
         "|---|---|---|---|---|---|---|",
