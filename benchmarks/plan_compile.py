@@ -39,6 +39,8 @@ PLANS = {
         _LATE | dict(cfg=(1.0, 1.5, 2.0, 2.5, 3.0, 2.0, 1.0)),
         "interval=3",
     ),
+    "merged": (dict(cfg=(1.5,)), "merge=sdtm"),
+    "merged, scales by time": (_LATE, "merge=sdtm"),
 }
 
 

@@ -241,8 +241,7 @@ def replays(ref: dict) -> Iterator[Row]:
                 if full[i]:
                     h, stored[layer] = full_layer(layer_of(*gate), h)
                 else:
-                    given = stored[layer] if methods[i].stores else None
-                    h, counter, groups = cheap(methods[i], *gate, h, counter, given)
+                    h, counter, groups = cheap(methods[i], *gate, h, counter, stored[layer])
                 seen.see(i, layer, methods[i], groups)
             worst = max(worst, max_abs(h, ref[f"{key}/out"][i]))
             seen.counter(i, counter)
@@ -322,7 +321,7 @@ class Network:
 
         for i in range(steps):
             method, groups = None if full[i] else methods[i], None
-            given = None if method is None or not method.stores else stored
+            given = None if method is None else stored
             counter, extra = evaluate(method, states[i], i / steps, counter, given)
             if method is None:
                 stored = extra

@@ -16,11 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ppflow_jax.accelerate.schedule import BASES, SCHEDULES, full_steps, weight_table
 from ppflow_jax.errors import InputError
 from ppflow_jax.flops import block_flops, ends_flops
+from ppflow_jax.flow.method import either
 from ppflow_jax.flow.plan import Segment
 from ppflow_jax.models.layers import Block
 from ppflow_jax.models.ppflow import ModelConfig
@@ -95,13 +96,11 @@ class Forecast:
       place: of `ForecastConfig`.
       slots: of the ring.
       blocks: the range, for that place.
-      combine: full steps too use the weights (Adams-Bashforth).
     """
 
     place: str
     slots: int
     blocks: tuple[int, int] = (0, 0)
-    combine: bool = False
     name: str = "forecast"
 
     @property
@@ -109,28 +108,60 @@ class Forecast:
         return "velocity" if self.place == "velocity" else "network"
 
     def evaluate(
-        self, call: Callable[..., Any], memory: Any, inputs: Any, full: bool
+        self, call: Callable[..., Any], memory: Any, inputs: Any, full: Bool[Array, ""] | bool
     ) -> tuple[Array, Any]:
-        weights, slot = inputs["weights"], inputs["slot"]
-        if self.place == "velocity":
-            if full:
-                value = call()
-                memory = self._write(memory, value, slot, axis=0)
-                if not self.combine:
-                    return value, memory
-            return combine(memory, weights), memory
-        if full:
-            trunk = (
-                record_branches if self.place == "branch" else partial(record_range, self.blocks)
-            )
-            result, values = call(trunk=trunk)
-            axis = 1 if self.place == "branch" else 0
-            return result, self._write(memory, values, slot, axis=axis)
-        if self.place == "branch":
-            trunk = partial(forecast_branches, memory, weights)
-        else:
-            trunk = partial(forecast_range, self.blocks, memory, weights)
-        return call(trunk=trunk)[0], memory
+        if self.place != "velocity":
+            trunk = self._branches if self.place == "branch" else self._range
+            return call(trunk=partial(trunk, memory, inputs, full))
+
+        def record(memory):
+            return self._write(memory, call(), inputs["slot"], axis=0)
+
+        # The weights of a full step name the slot it has written, except for Adams-Bashforth.
+        memory = either(full, record, lambda memory: memory, memory)
+        return combine(memory, inputs["weights"]), memory
+
+    def _branches(
+        self,
+        memory: Any,
+        inputs: Any,
+        full: Bool[Array, ""] | bool,
+        blocks: Block,
+        h: Float[Array, "b n d"],
+        c: Float[Array, "b d"],
+    ) -> tuple[Float[Array, "b n d"], Any]:
+        """The trunk with the branches of every block recorded, or forecast; and the memory."""
+
+        def record(h, memory):
+            h, values = record_branches(blocks, h, c)
+            return h, self._write(memory, values, inputs["slot"], axis=1)
+
+        def forecast(h, memory):
+            return forecast_branches(memory, inputs["weights"], blocks, h, c), memory
+
+        return either(full, record, forecast, h, memory)
+
+    def _range(
+        self,
+        memory: Any,
+        inputs: Any,
+        full: Bool[Array, ""] | bool,
+        blocks: Block,
+        h: Float[Array, "b n d"],
+        c: Float[Array, "b d"],
+    ) -> tuple[Float[Array, "b n d"], Any]:
+        """The same with what the blocks of the range add to the tokens, [b, n, d]."""
+        first, last = self.blocks
+
+        def record(h, memory):
+            end = _run(blocks, h, c, first, last)
+            return end, self._write(memory, end - h, inputs["slot"], axis=0)
+
+        def forecast(h, memory):
+            return h + combine(memory, inputs["weights"]), memory
+
+        h, memory = either(full, record, forecast, _run(blocks, h, c, 0, first), memory)
+        return _run(blocks, h, c, last, jax.tree.leaves(blocks)[0].shape[0]), memory
 
     def _write(self, memory: Any, values: Any, slot: Int[Array, ""], axis: int) -> Any:
         """The ring with `values` in one slot; a new ring if there is none."""
@@ -147,7 +178,7 @@ class Forecast:
             )
         return jax.tree.map(write, memory, values)
 
-    def flops(self, model: ModelConfig, stage: int, full: bool) -> int:
+    def flops(self, model: ModelConfig, stage: int, full: bool, inputs: Any) -> int:
         """With the weighted sums, 2 FLOPs a slot and value; without the guidance."""
         rows, cols = model.pyramid.grid(stage, model.latent_size)
         value = rows * cols * model.width
@@ -193,7 +224,7 @@ def forecast_branches(
         block, rings = layer
         return block.gated(h, c, *(combine(ring, weights) for ring in rings)), None
 
-    return jax.lax.scan(body, h, (blocks, memory))
+    return jax.lax.scan(body, h, (blocks, memory))[0]
 
 
 def _run(blocks: Block, h: Float[Array, "b n d"], c: Float[Array, "b d"], first: int, last: int):
@@ -204,32 +235,6 @@ def _run(blocks: Block, h: Float[Array, "b n d"], c: Float[Array, "b d"], first:
         return block(h, c), None
 
     return jax.lax.scan(body, h, jnp.arange(first, last))[0]
-
-
-def record_range(
-    span: tuple[int, int], blocks: Block, h: Float[Array, "b n d"], c: Float[Array, "b d"]
-):
-    """The plain trunk; besides, what the blocks of `span` add to the tokens, [b, n, d]."""
-    start = _run(blocks, h, c, 0, span[0])
-    end = _run(blocks, start, c, *span)
-    return _run(blocks, end, c, span[1], _depth(blocks)), end - start
-
-
-def forecast_range(
-    span: tuple[int, int],
-    memory: Float[Array, "s b n d"],
-    weights: Float[Array, " s"],
-    blocks: Block,
-    h: Float[Array, "b n d"],
-    c: Float[Array, "b d"],
-):
-    """The trunk with forecast additions in place of the blocks of `span`."""
-    h = _run(blocks, h, c, 0, span[0]) + combine(memory, weights)
-    return _run(blocks, h, c, span[1], _depth(blocks)), None
-
-
-def _depth(blocks: Block) -> int:
-    return jax.tree.leaves(blocks)[0].shape[0]
 
 
 def forecasted(
@@ -266,7 +271,7 @@ def forecasted(
         if len(set(stages)) > 1 or (full.all() and not blends):
             out.extend(group)
             continue
-        method = Forecast(config.place, config.order + 1, spans[stage], blends)
+        method = Forecast(config.place, config.order + 1, spans[stage])
         inputs = {
             "weights": np.float32(weight_table(config.forecast, config.order, full, config.warmup)),
             "slot": np.int32((np.cumsum(full) - 1) % (config.order + 1)),

@@ -92,7 +92,7 @@ class Sampler:
         )
         self.accelerated = jax.jit(
             self._accelerated,
-            static_argnames=("stages", "guide", "method", "head", "fulls", "trajectory"),
+            static_argnames=("stages", "guide", "method", "trajectory"),
             donate_argnames="memory",
         )
 
@@ -159,12 +159,10 @@ class Sampler:
             args = (params, weak, x, labels, times, scales, keys, first, replay)
             return self.compiled, args, static | {"kind": segment.kind}
         full = np.concatenate([s.full for s in run])
-        starts = np.flatnonzero([*full, True]).astype(np.int32)
         inputs = jax.tree.map(lambda *a: np.concatenate(a), *(s.inputs for s in run))
-        tables = jax.tree.map(_padded, (times, scales, inputs, starts))
-        args = (params, weak, x, labels, *tables, len(starts) - 1)
-        static |= {"method": segment.method, "head": bool(starts[0] > 0), "fulls": bool(full.any())}
-        return self.accelerated, (*args, memory if segment.keeps else None), static
+        tables = jax.tree.map(_padded, (times, scales, inputs, full))
+        args = (params, weak, x, labels, *tables, len(full), memory if segment.keeps else None)
+        return self.accelerated, args, static | {"method": segment.method}
 
     def memory_of(
         self, segment: Segment, params: Params, weak: Params | None, x: Any, y: Any
@@ -174,14 +172,13 @@ class Sampler:
         if segment.method is None:
             return None
         scales = np.float32([segment.scales] * segment.steps)
-        arrays = np.float32(segment.times), scales, segment.inputs, np.zeros(2, np.int32), 1, None
+        full = np.array(segment.full)
+        arrays = np.float32(segment.times), scales, segment.inputs, full, segment.steps, None
         run = partial(
             self._accelerated,
             stages=segment.stages,
             guide=segment.guided,
             method=segment.method,
-            head=False,
-            fulls=True,
             trajectory=False,
         )
         return jax.eval_shape(run, params, weak, x, y, *arrays)[1]
@@ -238,15 +235,12 @@ class Sampler:
         return x, None, states
 
     def _accelerated(
-        self, params, weak, x, y, times, scales, inputs, starts, periods, memory, *, stages, guide,
-        method, head, fulls, trajectory
+        self, params, weak, x, y, times, scales, inputs, full, steps, memory, *, stages, guide,
+        method, trajectory
     ):  # fmt: skip
         """`_segment` of a fixed-grid ODE whose evaluations a method computes.
 
-        Full and cheap steps are two bodies in one loop over periods, each a full step and the
-        cheap ones that follow it, so no branch is taken on data and the memory stays in place.
-        `starts` are the `periods` full steps and the end; `head` says that cheap steps come first,
-        `fulls` that there are full ones.
+        The tables may be longer than the `steps` that are taken.
         """
         flow, tableau = self.flow, ODE_SOLVERS[self.config.solver]
 
@@ -284,22 +278,12 @@ class Sampler:
             memory = jax.tree.map(_unwritten, shapes)
         states = jnp.zeros((times.shape[0] - 1, *x.shape)) if trajectory else None
 
-        def body(full):
-            def run(k, carry):
-                x, memory, states = carry
-                x, memory = step(x, memory, k, full)
-                return x, memory, None if states is None else states.at[k].set(x)
+        def body(k, carry):
+            x, memory, states = carry
+            x, memory = step(x, memory, k, full[k])
+            return x, memory, None if states is None else states.at[k].set(x)
 
-            return run
-
-        def period(i, carry):
-            carry = body(True)(starts[i], carry)
-            return jax.lax.fori_loop(starts[i] + 1, starts[i + 1], body(False), carry)
-
-        carry = (x, memory, states)
-        if head:
-            carry = jax.lax.fori_loop(0, starts[0], body(False), carry)
-        return jax.lax.fori_loop(0, periods, period, carry) if fulls else carry
+        return jax.lax.fori_loop(0, steps, body, (x, memory, states))
 
     def _adaptive(self, params, weak, x, y, times, scale, *, stage, guide):
         """Dopri5 over one stage, with a step size of its own for every image."""

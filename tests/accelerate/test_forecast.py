@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ppflow_jax.accelerate.config import AccelerateConfig, accelerated
-from ppflow_jax.accelerate.forecast import Forecast, ForecastConfig, record_range
+from ppflow_jax.accelerate.forecast import Forecast, ForecastConfig
 from ppflow_jax.errors import InputError
 from ppflow_jax.explain import explain, memory_bytes
 from ppflow_jax.flow.path import Flow
@@ -194,9 +194,8 @@ def test_gates_embeddings_and_final_layer_are_those_of_the_forecast_step(params)
 def test_what_ranges_of_blocks_add_is_what_all_of_them_add(params):
     @jax.jit
     def added(x):
-        call = call_of(params, x, 0.6)
-        spans = ((0, 2), (2, 3), (0, 3))
-        return [call(trunk=partial(record_range, s))[1] for s in spans]
+        methods = (Forecast("blocks", 1, span) for span in ((0, 2), (2, 3), (0, 3)))
+        return [m.evaluate(call_of(params, x, 0.6), None, NOW, True)[1][0] for m in methods]
 
     first, second, all_of_them = added(NOISE[:2])
     np.testing.assert_allclose(first + second, all_of_them, atol=1e-5)
