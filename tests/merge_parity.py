@@ -12,6 +12,7 @@ import collections
 import functools
 import itertools
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -419,5 +420,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    # Compiling is most of the time: LLVM need not polish what runs once.
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     jax.config.update("jax_platforms", "cpu")
     sys.exit(main(sys.argv))

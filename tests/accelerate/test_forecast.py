@@ -12,10 +12,10 @@ from ppflow_jax.accelerate.forecast import Forecast, ForecastConfig
 from ppflow_jax.errors import InputError
 from ppflow_jax.explain import explain, memory_bytes
 from ppflow_jax.flow.path import Flow
-from ppflow_jax.flow.plan import SamplerConfig, plan
+from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.sampler import Sampler
 from ppflow_jax.models.ppflow import ModelConfig, make_apply
-from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT
+from ppflow_jax.pyramid import PPFLOW2, SIT
 from tests import forecast_parity
 from tests.accelerate.checks import random_params, within
 
@@ -52,44 +52,6 @@ def params():
 def segments_of(config, model=MODEL, **forecast):
     setting = AccelerateConfig(forecast=ForecastConfig(**forecast))
     return accelerated(config, model, Flow(), setting)
-
-
-@pytest.mark.parametrize("pyramid", [SIT, PPFLOW2, PPFLOW3])
-@pytest.mark.parametrize("solver", ["euler", "heun"])
-def test_off_is_the_plain_plan(pyramid, solver):
-    model, config = replace(MODEL, pyramid=pyramid), SamplerConfig(solver, 9, cfg=(2.0,))
-    plain = plan(config, pyramid, Flow())
-    assert accelerated(config, model, Flow(), AccelerateConfig.parse("exact")) == plain
-    assert segments_of(config, model, interval=(1,)) == plain
-    assert segments_of(config, model, interval=(1,), order=0, schedule="fora") == plain
-    setting = AccelerateConfig(guidance=(0.0, 1.0))
-    assert accelerated(config, model, Flow(), setting) == plain
-
-
-@pytest.mark.parametrize(
-    ("pyramid", "solver", "devices"), [(SIT, "heun", 1), (PPFLOW2, "euler", 8)]
-)
-def test_the_engine_with_every_step_full_is_the_plain_sampler_bitwise(pyramid, solver, devices):
-    model, config = replace(MODEL, pyramid=pyramid), SamplerConfig(solver, 5, cfg=(2.0,))
-    params, noise, labels = random_params(model), NOISE, LABELS
-    if devices > 1:
-        mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-        place = jax.sharding.NamedSharding(mesh, jax.P("data"))
-        noise, labels = jax.device_put((noise, labels), place)
-    sampler = Sampler(make_apply(model), model, Flow(), config)
-    plain = sampler(params, noise, labels)
-    sampler.segments = tuple(
-        replace(
-            s,
-            method=Forecast("branch", 1),
-            full=(True,) * s.steps,
-            inputs={"weights": np.ones((s.steps, 1), np.float32), "slot": np.zeros(s.steps, int)},
-        )
-        for s in sampler.segments
-    )
-    forced = sampler(params, noise, labels)
-    assert len(forced.sharding.device_set) == devices
-    np.testing.assert_array_equal(forced, plain)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig, plan
 from ppflow_jax.flow.sampler import Sampler
 from ppflow_jax.models.ppflow import SIZES, ModelConfig, make_apply
-from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT
+from ppflow_jax.pyramid import PPFLOW3, SIT
 from tests import merge_parity
 from tests.accelerate.checks import random_params, within
 
@@ -66,34 +66,6 @@ def params():
 def segments_of(config, model=MODEL, **merge):
     setting = AccelerateConfig(merge=MergeConfig(**merge))
     return accelerated(config, model, Flow(), setting)
-
-
-@pytest.mark.parametrize("pyramid", [SIT, PPFLOW2, PPFLOW3])
-@pytest.mark.parametrize("solver", ["euler", "heun"])
-def test_off_is_the_plain_plan(pyramid, solver):
-    model, config = replace(MODEL, pyramid=pyramid), SamplerConfig(solver, 9, cfg=(2.0,))
-    plain = plan(config, pyramid, Flow())
-    assert segments_of(config, model, ratio=0.0) == plain
-    assert segments_of(config, model, ratio=0.0, merge="tome") == plain
-    assert segments_of(config, model, protect=1) == plain
-
-
-def test_every_step_full_is_the_plain_sampler_bitwise():
-    model, config = replace(MODEL, pyramid=SIT), SamplerConfig("heun", 5, cfg=(2.0,))
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    place = jax.sharding.NamedSharding(mesh, jax.P("data"))
-    params, (noise, labels) = random_params(model), jax.device_put((NOISE, LABELS), place)
-    sampler = Sampler(make_apply(model), model, Flow(), config)
-    plain = sampler(params, noise, labels)
-    (segment,) = sampler.segments
-    forced = replace(
-        segment,
-        method=Merged((Merging("windows", 2, (4, 4)),)),
-        full=(True,) * segment.steps,
-        inputs={"way": np.zeros(segment.steps, np.int32)},
-    )
-    sampler.segments = (forced,)
-    np.testing.assert_array_equal(sampler(params, noise, labels), plain)
 
 
 CONFIG = SamplerConfig("euler", 16, cfg=(1.0, 1.0, 2.0))
