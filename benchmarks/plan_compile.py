@@ -59,7 +59,7 @@ def main(_) -> None:
             sampler = Sampler(make_apply(model), model, Flow(), config, segments=segments)
             jax.clear_caches()
             first, again = (_processor_time(sampler, params, noise, labels) for _ in range(2))
-            if round_number:  # the first one warms up
+            if round_number:
                 seconds[name].append(first - again)
             programs = sampler.compiled._cache_size() + sampler.accelerated._cache_size()
             counts[name] = len(segments), programs

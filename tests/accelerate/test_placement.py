@@ -1,7 +1,5 @@
 """Accelerators in bfloat16, and with weights split over eight devices."""
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
