@@ -114,11 +114,11 @@ class Forecast:
             trunk = self._branches if self.place == "branch" else self._range
             return call(trunk=partial(trunk, memory, inputs, full))
 
-        def record(memory):
-            return self._write(memory, call(), inputs["slot"], axis=0)
+        def record(nothing, memory):
+            return nothing, self._write(memory, call(), inputs["slot"])
 
         # The weights of a full step name the slot it has written, except for Adams-Bashforth.
-        memory = either(full, record, lambda memory: memory, memory)
+        _, memory = either(full, record, lambda nothing, memory: nothing, (), memory)
         return combine(memory, inputs["weights"]), memory
 
     def _branches(
@@ -133,11 +133,10 @@ class Forecast:
         """The trunk with the branches of every block recorded, or forecast; and the memory."""
 
         def record(h, memory):
-            h, values = record_branches(blocks, h, c)
-            return h, self._write(memory, values, inputs["slot"], axis=1)
+            return record_branches(self.slots, memory, inputs["slot"], blocks, h, c)
 
         def forecast(h, memory):
-            return forecast_branches(memory, inputs["weights"], blocks, h, c), memory
+            return forecast_branches(memory, inputs["weights"], blocks, h, c)
 
         return either(full, record, forecast, h, memory)
 
@@ -155,28 +154,21 @@ class Forecast:
 
         def record(h, memory):
             end = _run(blocks, h, c, first, last)
-            return end, self._write(memory, end - h, inputs["slot"], axis=0)
+            return end, self._write(memory, end - h, inputs["slot"])
 
         def forecast(h, memory):
-            return h + combine(memory, inputs["weights"]), memory
+            return h + combine(memory, inputs["weights"])
 
         h, memory = either(full, record, forecast, _run(blocks, h, c, 0, first), memory)
         return _run(blocks, h, c, last, jax.tree.leaves(blocks)[0].shape[0]), memory
 
-    def _write(self, memory: Any, values: Any, slot: Int[Array, ""], axis: int) -> Any:
-        """The ring with `values` in one slot; a new ring if there is none."""
-
-        def write(ring, value):
-            return jax.lax.dynamic_update_index_in_dim(ring, value, slot, axis)
-
+    def _write(
+        self, memory: Float[Array, "s ..."] | None, value: Array, slot: Int[Array, ""]
+    ) -> Float[Array, "s ..."]:
+        """The ring with `value` in one slot; a new ring if there is none."""
         if memory is None:
-            memory = jax.tree.map(
-                lambda v: jnp.full(
-                    (*v.shape[:axis], self.slots, *v.shape[axis:]), jnp.nan, v.dtype
-                ),
-                values,
-            )
-        return jax.tree.map(write, memory, values)
+            memory = jnp.full((self.slots, *value.shape), jnp.nan, value.dtype)
+        return jax.lax.dynamic_update_index_in_dim(memory, value, slot, 0)
 
     def flops(self, model: ModelConfig, stage: int, full: bool, inputs: Any) -> int:
         """With the weighted sums, 2 FLOPs a slot and value; without the guidance."""
@@ -196,19 +188,41 @@ class Forecast:
 def combine(ring: Float[Array, "slots ..."], weights: Float[Array, " slots"]) -> Array:
     """Weighted sum of the slots in float32; a slot of weight 0 is not read, not even a NaN."""
     total = jnp.zeros(ring.shape[1:], jnp.float32)
-    for slot, weight in zip(ring, weights):
-        total += jnp.where(weight != 0, slot.astype(jnp.float32), 0) * weight
+    for slot, weight, used in zip(ring, weights, weights != 0):
+        total += jnp.where(used, slot.astype(jnp.float32), 0) * weight
     return total
 
 
-def record_branches(blocks: Block, h: Float[Array, "b n d"], c: Float[Array, "b d"]):
-    """The plain trunk; besides, the raw branches of every block, each [depth, b, n, d]."""
+def record_branches(
+    slots: int,
+    memory: Any,
+    slot: Int[Array, ""],
+    blocks: Block,
+    h: Float[Array, "b n d"],
+    c: Float[Array, "b d"],
+) -> tuple[Float[Array, "b n d"], Any]:
+    """The plain trunk; besides, the rings of the raw branches of every block.
 
-    def body(h, block):
-        h, attention, mlp = block.branches(h, c)
-        return h, (attention, mlp)
+    Two rings, [depth, slots, b, n, d], with the branches in one slot; made if there are none.
+    """
+    depth = jax.tree.leaves(blocks)[0].shape[0]
+    if memory is None:
+        first = jax.tree.map(lambda p: p[0], blocks)
+        _, *values = jax.eval_shape(lambda: first.branches(h, c))
+        memory = [jnp.full((depth, slots, *v.shape), jnp.nan, v.dtype) for v in values]
 
-    return jax.lax.scan(body, h, blocks)
+    def body(carry, xs):
+        h, rings = carry
+        block, layer = xs
+        h, *values = block.branches(h, c)
+        places = (layer, slot, *[jnp.zeros_like(slot)] * 3)
+        rings = [
+            jax.lax.dynamic_update_slice(ring, value[None, None], places)
+            for ring, value in zip(rings, values)
+        ]
+        return (h, rings), None
+
+    return jax.lax.scan(body, (h, memory), (blocks, jnp.arange(depth, dtype=slot.dtype)))[0]
 
 
 def forecast_branches(
@@ -274,7 +288,7 @@ def forecasted(
         method = Forecast(config.place, config.order + 1, spans[stage])
         inputs = {
             "weights": np.float32(weight_table(config.forecast, config.order, full, config.warmup)),
-            "slot": np.int32((np.cumsum(full) - 1) % (config.order + 1)),
+            "slot": np.uint32((np.cumsum(full) - 1) % (config.order + 1)),
         }
         first = 0
         for segment in group:

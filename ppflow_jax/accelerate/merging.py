@@ -193,24 +193,22 @@ class Merged:
         c: Float[Array, "b d"],
     ) -> tuple[Float[Array, "b n d"], Any]:
         """The blocks, in full or merged; besides, the memory after them."""
-        if memory is None:
-            memory = {"counter": jnp.zeros(h.shape[:2], jnp.int32), "stored": None}
+        memory = memory or {"counter": jnp.zeros(h.shape[:2], jnp.int32), "stored": None}
 
-        def complete(h, memory):
-            h, stored = full_trunk(blocks, h, c)
-            return h, memory | {"stored": stored}
+        def store(x, _):
+            h, stored = full_trunk(blocks, x[0], c)
+            return (h, x[1]), stored
 
-        def merge(h, memory):
-            trunks = [
-                partial(way.trunk, memory["stored"], inputs.get("position"), blocks)
-                for way in self.ways
-            ]
-            h, counter = jax.lax.switch(inputs["way"], trunks, h, c, memory["counter"])
-            return h, memory | {"counter": counter}
+        def merge(x, stored):
+            trunks = [partial(w.trunk, stored, inputs.get("position"), blocks) for w in self.ways]
+            return jax.lax.switch(inputs["way"], trunks, x[0], c, x[1])
 
-        if not self.protected:
-            return merge(h, memory)
-        return either(full, complete, merge, h, memory)
+        x, stored = (h, memory["counter"]), memory["stored"]
+        if self.protected:
+            x, stored = either(full, store, merge, x, stored)
+        else:
+            x = merge(x, stored)
+        return x[0], {"counter": x[1], "stored": stored}
 
     def flops(self, model: ModelConfig, stage: int, full: bool, inputs: Any) -> int:
         way = self.ways[inputs["way"]]

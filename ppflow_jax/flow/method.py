@@ -56,14 +56,17 @@ class Method(Protocol):
 
 def either(
     full: Bool[Array, ""] | bool,
-    first: Callable[..., Any],
-    other: Callable[..., Any],
-    *values: Any,
-) -> Any:
-    """`first(*values)` in a full step, `other(*values)` in a cheap one; both of one structure.
+    record: Callable[[Any, Any], tuple[Any, Any]],
+    reuse: Callable[[Any, Any], Any],
+    x: Any,
+    memory: Any,
+) -> tuple[Any, Any]:
+    """(x, memory) after `record(x, memory)` in a full step, or with `reuse(x, memory)` as x.
 
-    Memory among the values is changed in place. A Python bool leaves the other out altogether.
+    A Python bool leaves the other out altogether.
     """
     if isinstance(full, bool):
-        return (first if full else other)(*values)
-    return jax.lax.cond(full, first, other, *values)
+        return record(x, memory) if full else (reuse(x, memory), memory)
+    # A loop of one turn or none changes its memory in place; a branch would copy it.
+    x, memory = jax.lax.fori_loop(0, full.astype(int), lambda _, both: record(*both), (x, memory))
+    return jax.lax.cond(full, lambda x, memory: x, reuse, x, memory), memory
