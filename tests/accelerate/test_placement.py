@@ -17,7 +17,7 @@ from tests.accelerate.checks import random_params
 MODEL = ModelConfig(PPFLOW2, latent_size=8, channels=2, width=16, depth=3, heads=4, num_classes=4)
 NOISE = jax.random.normal(jax.random.key(3), (8, *MODEL.shape))
 LABELS = jnp.arange(8) % 4
-CONFIG = SamplerConfig("heun", 12, cfg=(1.0, 2.0))
+CONFIG = SamplerConfig("euler", 12, cfg=(1.0, 2.0))
 MERGE = "ratio=0.4,deviation=0.2,switch=0.3,round_to=1"
 SETTINGS = [
     "interval=3",
@@ -49,17 +49,18 @@ def expected(params):
 def test_bfloat16_is_close_to_float32(text, params, expected):
     out = sampler(text, make_apply(MODEL, dtype=jnp.bfloat16))(params, NOISE, LABELS)
     assert out.dtype == jnp.float32 and np.isfinite(out).all()
-    print(text, np.sqrt(np.mean((out - expected[text]) ** 2) / np.mean(expected[text] ** 2)))
+    error = np.mean((out - expected[text]) ** 2) / np.mean(expected[text] ** 2)
+    assert 1e-4 < np.sqrt(error) < 0.02
 
 
-@pytest.mark.parametrize("axes", [dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)])
-@pytest.mark.parametrize("text", SETTINGS)
+@pytest.mark.parametrize(
+    ("text", "axes"),
+    [*((text, dict(data=1, fsdp=8)) for text in SETTINGS), (SETTINGS[0], dict(fsdp=2, tensor=2))],
+)
 def test_split_weights_give_the_images_of_one_device(text, axes, params, expected):
-    mesh = make_mesh(**({"data": 1} | axes))
+    mesh = make_mesh(**axes)
     spread = jax.device_put(params, tree_shardings(params, mesh))
     batch = jax.device_put((NOISE, LABELS), batch_sharding(mesh))
     out = sampler(text, make_apply(MODEL, layout=layout(mesh)))(spread, *batch)
-    assert len(out.sharding.device_set) == 8
-    print(
-        text, axes, np.abs(out - expected[text]).max(), np.abs(expected[text]).max(), out.sharding
-    )
+    assert out.sharding.is_equivalent_to(batch_sharding(mesh), out.ndim)
+    np.testing.assert_allclose(out, expected[text], atol=1e-4)  # of values up to 9
