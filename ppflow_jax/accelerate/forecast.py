@@ -114,8 +114,12 @@ class Forecast:
             trunk = self._branches if self.place == "branch" else self._range
             return call(trunk=partial(trunk, memory, inputs, full))
 
+        if memory is None:
+            value = call()
+            return value, self._ring(value)
+
         def record(nothing, memory):
-            return nothing, self._write(memory, call(), inputs["slot"])
+            return nothing, _write(memory, call(), inputs["slot"])
 
         # The weights of a full step name the slot it has written, except for Adams-Bashforth.
         _, memory = either(full, record, lambda nothing, memory: nothing, (), memory)
@@ -132,8 +136,12 @@ class Forecast:
     ) -> tuple[Float[Array, "b n d"], Any]:
         """The trunk with the branches of every block recorded, or forecast; and the memory."""
 
+        if memory is None:
+            branch = self._ring(h.astype(blocks.attention.dtype))
+            return h, [jnp.stack([branch] * _depth(blocks))] * 2
+
         def record(h, memory):
-            return record_branches(self.slots, memory, inputs["slot"], blocks, h, c)
+            return record_branches(memory, inputs["slot"], blocks, h, c)
 
         def forecast(h, memory):
             return forecast_branches(memory, inputs["weights"], blocks, h, c)
@@ -150,25 +158,23 @@ class Forecast:
         c: Float[Array, "b d"],
     ) -> tuple[Float[Array, "b n d"], Any]:
         """The same with what the blocks of the range add to the tokens, [b, n, d]."""
+        if memory is None:
+            return h, self._ring(h)
         first, last = self.blocks
 
         def record(h, memory):
             end = _run(blocks, h, c, first, last)
-            return end, self._write(memory, end - h, inputs["slot"])
+            return end, _write(memory, end - h, inputs["slot"])
 
         def forecast(h, memory):
             return h + combine(memory, inputs["weights"])
 
         h, memory = either(full, record, forecast, _run(blocks, h, c, 0, first), memory)
-        return _run(blocks, h, c, last, jax.tree.leaves(blocks)[0].shape[0]), memory
+        return _run(blocks, h, c, last, _depth(blocks)), memory
 
-    def _write(
-        self, memory: Float[Array, "s ..."] | None, value: Array, slot: Int[Array, ""]
-    ) -> Float[Array, "s ..."]:
-        """The ring with `value` in one slot; a new ring if there is none."""
-        if memory is None:
-            memory = jnp.full((self.slots, *value.shape), jnp.nan, value.dtype)
-        return jax.lax.dynamic_update_index_in_dim(memory, value, slot, 0)
+    def _ring(self, value: Array) -> Float[Array, "s ..."]:
+        """A new ring of such values."""
+        return jnp.stack([value] * self.slots)
 
     def flops(self, model: ModelConfig, stage: int, full: bool, inputs: Any) -> int:
         """With the weighted sums, 2 FLOPs a slot and value; without the guidance."""
@@ -193,36 +199,36 @@ def combine(ring: Float[Array, "slots ..."], weights: Float[Array, " slots"]) ->
     return total
 
 
+def _write(ring: Float[Array, "s ..."], value: Array, slot: Int[Array, ""]) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(ring, value, slot, 0)
+
+
+def _depth(blocks: Block) -> int:
+    return jax.tree.leaves(blocks)[0].shape[0]
+
+
 def record_branches(
-    slots: int,
-    memory: Any,
+    rings: list[Float[Array, "depth s b n d"]],
     slot: Int[Array, ""],
     blocks: Block,
     h: Float[Array, "b n d"],
     c: Float[Array, "b d"],
-) -> tuple[Float[Array, "b n d"], Any]:
-    """The plain trunk; besides, the rings of the raw branches of every block.
-
-    Two rings, [depth, slots, b, n, d], with the branches in one slot; made if there are none.
-    """
-    depth = jax.tree.leaves(blocks)[0].shape[0]
-    if memory is None:
-        first = jax.tree.map(lambda p: p[0], blocks)
-        _, *values = jax.eval_shape(lambda: first.branches(h, c))
-        memory = [jnp.full((depth, slots, *v.shape), jnp.nan, v.dtype) for v in values]
+) -> tuple[Float[Array, "b n d"], list[Float[Array, "depth s b n d"]]]:
+    """The plain trunk; besides, the rings with the raw branches of every block in one slot."""
 
     def body(carry, xs):
         h, rings = carry
         block, layer = xs
-        h, *values = block.branches(h, c)
-        places = (layer, slot, *[jnp.zeros_like(slot)] * 3)
+        h, *branches = block.branches(h, c)
+        place = (layer, slot, *[jnp.zeros_like(slot)] * 3)
         rings = [
-            jax.lax.dynamic_update_slice(ring, value[None, None], places)
-            for ring, value in zip(rings, values)
+            jax.lax.dynamic_update_slice(ring, branch[None, None], place)
+            for ring, branch in zip(rings, branches)
         ]
         return (h, rings), None
 
-    return jax.lax.scan(body, (h, memory), (blocks, jnp.arange(depth, dtype=slot.dtype)))[0]
+    layers = np.arange(_depth(blocks), dtype=slot.dtype)
+    return jax.lax.scan(body, (h, rings), (blocks, layers))[0]
 
 
 def forecast_branches(

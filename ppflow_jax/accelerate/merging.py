@@ -193,7 +193,10 @@ class Merged:
         c: Float[Array, "b d"],
     ) -> tuple[Float[Array, "b n d"], Any]:
         """The blocks, in full or merged; besides, the memory after them."""
-        memory = memory or {"counter": jnp.zeros(h.shape[:2], jnp.int32), "stored": None}
+        if memory is None:
+            depth = jax.tree.leaves(blocks)[0].shape[0]
+            stored = (jnp.zeros((depth, *h.shape)),) * 2 if self.protected else None
+            return h, {"counter": jnp.zeros(h.shape[:2], jnp.int32), "stored": stored}
 
         def store(x, _):
             h, stored = full_trunk(blocks, x[0], c)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from ppflow_jax.models.ppflow import ModelConfig
@@ -43,7 +44,8 @@ class Method(Protocol):
           call: computes the true value. At level `network`, `call()` is the prediction and
             `call(trunk=T)` is (prediction, what T returned besides), T a `models.ppflow.Trunk`
             that replaces the scan over the blocks; at level `velocity`, `call()` is the velocity.
-          memory: of this slot and network; None only when its shapes are asked for, with `full`.
+          memory: of this slot and network; None asks for the shapes of a new one, and the result
+            is then not used.
           inputs: of this step, without the leading axis.
           full: whether the step is full; see `either`.
         """
@@ -61,12 +63,8 @@ def either(
     x: Any,
     memory: Any,
 ) -> tuple[Any, Any]:
-    """(x, memory) after `record(x, memory)` in a full step, or with `reuse(x, memory)` as x.
-
-    A Python bool leaves the other out altogether.
-    """
-    if isinstance(full, bool):
-        return record(x, memory) if full else (reuse(x, memory), memory)
+    """(x, memory) after `record(x, memory)` in a full step, or with `reuse(x, memory)` as x."""
+    turns = jnp.asarray(full, int)
     # A loop of one turn or none changes its memory in place; a branch would copy it.
-    x, memory = jax.lax.fori_loop(0, full.astype(int), lambda _, both: record(*both), (x, memory))
-    return jax.lax.cond(full, lambda x, memory: x, reuse, x, memory), memory
+    x, memory = jax.lax.fori_loop(0, turns, lambda _, both: record(*both), (x, memory))
+    return jax.lax.cond(turns > 0, lambda x, memory: x, reuse, x, memory), memory

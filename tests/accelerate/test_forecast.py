@@ -17,7 +17,7 @@ from ppflow_jax.flow.sampler import Sampler
 from ppflow_jax.models.ppflow import ModelConfig, make_apply
 from ppflow_jax.pyramid import PPFLOW2, SIT
 from tests import forecast_parity
-from tests.accelerate.checks import random_params, within
+from tests.accelerate.checks import first_full, random_params, within
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "accelerate" / "taylorseer.npz"
 MODEL = ModelConfig(PPFLOW2, latent_size=8, channels=2, width=8, depth=3, heads=2, num_classes=4)
@@ -120,12 +120,12 @@ def test_forecast_of_the_same_point_is_the_evaluation(params, method):
     @jax.jit
     def both(x):
         call = call_of(params, x, 0.7)
-        full, memory = method.evaluate(call, None, NOW, True)
+        full, memory = first_full(method, call, NOW)
         forecast, kept = method.evaluate(call, memory, NOW, False)
-        assert kept is memory
-        return call(), full, forecast
+        return call(), full, forecast, jax.tree.map(jnp.array_equal, kept, memory)
 
-    plain, full, forecast = both(NOISE[:2])
+    plain, full, forecast, same = both(NOISE[:2])
+    assert all(jax.tree.leaves(same))
     np.testing.assert_allclose(full, plain, atol=1e-5)
     np.testing.assert_allclose(forecast, plain, atol=1e-5)
 
@@ -143,7 +143,7 @@ def test_gates_embeddings_and_final_layer_are_those_of_the_forecast_step(params)
 
     @jax.jit
     def all_three(x):
-        _, memory = method.evaluate(call_of(params, x[:2], 0.7), None, NOW, True)
+        _, memory = first_full(method, call_of(params, x[:2], 0.7), NOW)
         call = call_of(params, x[2:4], 0.9)
         forecast = method.evaluate(call, memory, NOW, False)[0]
         return forecast, call(partial(by_hand, memory))[0], call()
@@ -157,7 +157,7 @@ def test_what_ranges_of_blocks_add_is_what_all_of_them_add(params):
     @jax.jit
     def added(x):
         methods = (Forecast("blocks", 1, span) for span in ((0, 2), (2, 3), (0, 3)))
-        return [m.evaluate(call_of(params, x, 0.6), None, NOW, True)[1][0] for m in methods]
+        return [first_full(m, call_of(params, x, 0.6), NOW)[1][0] for m in methods]
 
     first, second, all_of_them = added(NOISE[:2])
     np.testing.assert_allclose(first + second, all_of_them, atol=1e-5)

@@ -18,7 +18,7 @@ from ppflow_jax.flow.sampler import Sampler
 from ppflow_jax.models.ppflow import SIZES, ModelConfig, make_apply
 from ppflow_jax.pyramid import PPFLOW3, SIT
 from tests import merge_parity
-from tests.accelerate.checks import random_params, within
+from tests.accelerate.checks import first_full, random_params, within
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "accelerate" / "sdtm.npz"
 MODEL = ModelConfig(PPFLOW3, latent_size=8, channels=2, width=8, depth=2, heads=2, num_classes=4)
@@ -121,7 +121,7 @@ def test_the_label_never_reaches_the_row_of_the_null_class(params):
         def call(trunk=None):
             return make_apply(MODEL)(params, rows, jnp.full(4, 0.8), labels, 2, trunk=trunk)
 
-        out, memory = method.evaluate(call, None, inputs, True)
+        _, memory = first_full(method, call, inputs)
         out, memory = method.evaluate(call, memory, inputs, False)
         return out, memory["counter"], *(jnp.swapaxes(b, 0, 1) for b in memory["stored"])
 
