@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from ppflow_jax.accelerate.schedule import BASES, SCHEDULES, full_steps, weight_table
 from ppflow_jax.errors import InputError
@@ -199,7 +199,7 @@ def combine(ring: Float[Array, "slots ..."], weights: Float[Array, " slots"]) ->
     return total
 
 
-def _write(ring: Float[Array, "s ..."], value: Array, slot: Int[Array, ""]) -> Array:
+def _write(ring: Float[Array, "s ..."], value: Array, slot: Integer[Array, ""]) -> Array:
     return jax.lax.dynamic_update_index_in_dim(ring, value, slot, 0)
 
 
@@ -209,7 +209,7 @@ def _depth(blocks: Block) -> int:
 
 def record_branches(
     rings: list[Float[Array, "depth s b n d"]],
-    slot: Int[Array, ""],
+    slot: Integer[Array, ""],
     blocks: Block,
     h: Float[Array, "b n d"],
     c: Float[Array, "b d"],
