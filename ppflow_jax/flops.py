@@ -40,18 +40,18 @@ def segment_flops(model: ModelConfig, segment: Segment, weak: ModelConfig | None
     A guided evaluation counts double, or with a weaker network one evaluation of each.
     """
 
-    def evaluation(model: ModelConfig, stage: int, full: bool) -> int:
-        if segment.method is None:
+    def evaluation(model: ModelConfig, stage: int, step: int) -> int:
+        if (method := segment.method) is None:
             return forward_flops(model, stage)
-        return segment.method.flops(model, stage, full)
+        inputs = {name: table[step] for name, table in segment.inputs.items()}
+        return method.flops(model, stage, segment.full[step], inputs)
 
     total = 0
-    fulls = sum(segment.full) if segment.method is not None else segment.steps
-    for full, steps in ((True, fulls), (False, segment.steps - fulls)):
+    for step in range(segment.steps):
         for stage, guided in zip(segment.stages, segment.guided):
-            total += steps * evaluation(model, stage, full)
+            total += evaluation(model, stage, step)
             if guided:
-                total += steps * evaluation(weak or model, stage, full)
+                total += evaluation(weak or model, stage, step)
     return total
 
 

@@ -146,7 +146,9 @@ class Runs:
             def call(trunk):
                 return apply(self.params, x, jnp.full(len(x), t), self.y, 0, trunk=trunk)
 
-            return method.evaluate(call, memory, inputs, full=True)[1]
+            if memory is None:
+                memory = method.evaluate(call, None, inputs, True)[1]
+            return method.evaluate(call, memory, inputs, True)[1]
 
         for k, full in enumerate(segment.full):
             inputs = {name: table[k] for name, table in segment.inputs.items()}

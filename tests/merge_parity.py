@@ -12,6 +12,7 @@ import collections
 import functools
 import itertools
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -241,8 +242,7 @@ def replays(ref: dict) -> Iterator[Row]:
                 if full[i]:
                     h, stored[layer] = full_layer(layer_of(*gate), h)
                 else:
-                    given = stored[layer] if methods[i].stores else None
-                    h, counter, groups = cheap(methods[i], *gate, h, counter, given)
+                    h, counter, groups = cheap(methods[i], *gate, h, counter, stored[layer])
                 seen.see(i, layer, methods[i], groups)
             worst = max(worst, max_abs(h, ref[f"{key}/out"][i]))
             seen.counter(i, counter)
@@ -322,7 +322,7 @@ class Network:
 
         for i in range(steps):
             method, groups = None if full[i] else methods[i], None
-            given = None if method is None or not method.stores else stored
+            given = None if method is None else stored
             counter, extra = evaluate(method, states[i], i / steps, counter, given)
             if method is None:
                 stored = extra
@@ -420,5 +420,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    # Compiling is most of the time: LLVM need not polish what runs once.
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     jax.config.update("jax_platforms", "cpu")
     sys.exit(main(sys.argv))

@@ -16,11 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from ppflow_jax.accelerate.schedule import BASES, SCHEDULES, full_steps, weight_table
 from ppflow_jax.errors import InputError
 from ppflow_jax.flops import block_flops, ends_flops
+from ppflow_jax.flow.method import either
 from ppflow_jax.flow.plan import Segment
 from ppflow_jax.models.layers import Block
 from ppflow_jax.models.ppflow import ModelConfig
@@ -95,13 +96,11 @@ class Forecast:
       place: of `ForecastConfig`.
       slots: of the ring.
       blocks: the range, for that place.
-      combine: full steps too use the weights (Adams-Bashforth).
     """
 
     place: str
     slots: int
     blocks: tuple[int, int] = (0, 0)
-    combine: bool = False
     name: str = "forecast"
 
     @property
@@ -109,45 +108,75 @@ class Forecast:
         return "velocity" if self.place == "velocity" else "network"
 
     def evaluate(
-        self, call: Callable[..., Any], memory: Any, inputs: Any, full: bool
+        self, call: Callable[..., Any], memory: Any, inputs: Any, full: Bool[Array, ""] | bool
     ) -> tuple[Array, Any]:
-        weights, slot = inputs["weights"], inputs["slot"]
-        if self.place == "velocity":
-            if full:
-                value = call()
-                memory = self._write(memory, value, slot, axis=0)
-                if not self.combine:
-                    return value, memory
-            return combine(memory, weights), memory
-        if full:
-            trunk = (
-                record_branches if self.place == "branch" else partial(record_range, self.blocks)
-            )
-            result, values = call(trunk=trunk)
-            axis = 1 if self.place == "branch" else 0
-            return result, self._write(memory, values, slot, axis=axis)
-        if self.place == "branch":
-            trunk = partial(forecast_branches, memory, weights)
-        else:
-            trunk = partial(forecast_range, self.blocks, memory, weights)
-        return call(trunk=trunk)[0], memory
-
-    def _write(self, memory: Any, values: Any, slot: Int[Array, ""], axis: int) -> Any:
-        """The ring with `values` in one slot; a new ring if there is none."""
-
-        def write(ring, value):
-            return jax.lax.dynamic_update_index_in_dim(ring, value, slot, axis)
+        if self.place != "velocity":
+            trunk = self._branches if self.place == "branch" else self._range
+            return call(trunk=partial(trunk, memory, inputs, full))
 
         if memory is None:
-            memory = jax.tree.map(
-                lambda v: jnp.full(
-                    (*v.shape[:axis], self.slots, *v.shape[axis:]), jnp.nan, v.dtype
-                ),
-                values,
-            )
-        return jax.tree.map(write, memory, values)
+            value = call()
+            return value, self._ring(value)
 
-    def flops(self, model: ModelConfig, stage: int, full: bool) -> int:
+        def record(nothing, memory):
+            return nothing, _write(memory, call(), inputs["slot"])
+
+        # The weights of a full step name the slot it has written, except for Adams-Bashforth.
+        _, memory = either(full, record, lambda nothing, memory: nothing, (), memory)
+        return combine(memory, inputs["weights"]), memory
+
+    def _branches(
+        self,
+        memory: Any,
+        inputs: Any,
+        full: Bool[Array, ""] | bool,
+        blocks: Block,
+        h: Float[Array, "b n d"],
+        c: Float[Array, "b d"],
+    ) -> tuple[Float[Array, "b n d"], Any]:
+        """The trunk with the branches of every block recorded, or forecast; and the memory."""
+
+        if memory is None:
+            branch = self._ring(h.astype(blocks.attention.dtype))
+            return h, [jnp.stack([branch] * _depth(blocks))] * 2
+
+        def record(h, memory):
+            return record_branches(memory, inputs["slot"], blocks, h, c)
+
+        def forecast(h, memory):
+            return forecast_branches(memory, inputs["weights"], blocks, h, c)
+
+        return either(full, record, forecast, h, memory)
+
+    def _range(
+        self,
+        memory: Any,
+        inputs: Any,
+        full: Bool[Array, ""] | bool,
+        blocks: Block,
+        h: Float[Array, "b n d"],
+        c: Float[Array, "b d"],
+    ) -> tuple[Float[Array, "b n d"], Any]:
+        """The same with what the blocks of the range add to the tokens, [b, n, d]."""
+        if memory is None:
+            return h, self._ring(h)
+        first, last = self.blocks
+
+        def record(h, memory):
+            end = _run(blocks, h, c, first, last)
+            return end, _write(memory, end - h, inputs["slot"])
+
+        def forecast(h, memory):
+            return h + combine(memory, inputs["weights"])
+
+        h, memory = either(full, record, forecast, _run(blocks, h, c, 0, first), memory)
+        return _run(blocks, h, c, last, _depth(blocks)), memory
+
+    def _ring(self, value: Array) -> Float[Array, "s ..."]:
+        """A new ring of such values."""
+        return jnp.stack([value] * self.slots)
+
+    def flops(self, model: ModelConfig, stage: int, full: bool, inputs: Any) -> int:
         """With the weighted sums, 2 FLOPs a slot and value; without the guidance."""
         rows, cols = model.pyramid.grid(stage, model.latent_size)
         value = rows * cols * model.width
@@ -165,19 +194,41 @@ class Forecast:
 def combine(ring: Float[Array, "slots ..."], weights: Float[Array, " slots"]) -> Array:
     """Weighted sum of the slots in float32; a slot of weight 0 is not read, not even a NaN."""
     total = jnp.zeros(ring.shape[1:], jnp.float32)
-    for slot, weight in zip(ring, weights):
-        total += jnp.where(weight != 0, slot.astype(jnp.float32), 0) * weight
+    for slot, weight, used in zip(ring, weights, weights != 0):
+        total += jnp.where(used, slot.astype(jnp.float32), 0) * weight
     return total
 
 
-def record_branches(blocks: Block, h: Float[Array, "b n d"], c: Float[Array, "b d"]):
-    """The plain trunk; besides, the raw branches of every block, each [depth, b, n, d]."""
+def _write(ring: Float[Array, "s ..."], value: Array, slot: Integer[Array, ""]) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(ring, value, slot, 0)
 
-    def body(h, block):
-        h, attention, mlp = block.branches(h, c)
-        return h, (attention, mlp)
 
-    return jax.lax.scan(body, h, blocks)
+def _depth(blocks: Block) -> int:
+    return jax.tree.leaves(blocks)[0].shape[0]
+
+
+def record_branches(
+    rings: list[Float[Array, "depth s b n d"]],
+    slot: Integer[Array, ""],
+    blocks: Block,
+    h: Float[Array, "b n d"],
+    c: Float[Array, "b d"],
+) -> tuple[Float[Array, "b n d"], list[Float[Array, "depth s b n d"]]]:
+    """The plain trunk; besides, the rings with the raw branches of every block in one slot."""
+
+    def body(carry, xs):
+        h, rings = carry
+        block, layer = xs
+        h, *branches = block.branches(h, c)
+        place = (layer, slot, *[jnp.zeros_like(slot)] * 3)
+        rings = [
+            jax.lax.dynamic_update_slice(ring, branch[None, None], place)
+            for ring, branch in zip(rings, branches)
+        ]
+        return (h, rings), None
+
+    layers = np.arange(_depth(blocks), dtype=slot.dtype)
+    return jax.lax.scan(body, (h, rings), (blocks, layers))[0]
 
 
 def forecast_branches(
@@ -193,7 +244,7 @@ def forecast_branches(
         block, rings = layer
         return block.gated(h, c, *(combine(ring, weights) for ring in rings)), None
 
-    return jax.lax.scan(body, h, (blocks, memory))
+    return jax.lax.scan(body, h, (blocks, memory))[0]
 
 
 def _run(blocks: Block, h: Float[Array, "b n d"], c: Float[Array, "b d"], first: int, last: int):
@@ -204,32 +255,6 @@ def _run(blocks: Block, h: Float[Array, "b n d"], c: Float[Array, "b d"], first:
         return block(h, c), None
 
     return jax.lax.scan(body, h, jnp.arange(first, last))[0]
-
-
-def record_range(
-    span: tuple[int, int], blocks: Block, h: Float[Array, "b n d"], c: Float[Array, "b d"]
-):
-    """The plain trunk; besides, what the blocks of `span` add to the tokens, [b, n, d]."""
-    start = _run(blocks, h, c, 0, span[0])
-    end = _run(blocks, start, c, *span)
-    return _run(blocks, end, c, span[1], _depth(blocks)), end - start
-
-
-def forecast_range(
-    span: tuple[int, int],
-    memory: Float[Array, "s b n d"],
-    weights: Float[Array, " s"],
-    blocks: Block,
-    h: Float[Array, "b n d"],
-    c: Float[Array, "b d"],
-):
-    """The trunk with forecast additions in place of the blocks of `span`."""
-    h = _run(blocks, h, c, 0, span[0]) + combine(memory, weights)
-    return _run(blocks, h, c, span[1], _depth(blocks)), None
-
-
-def _depth(blocks: Block) -> int:
-    return jax.tree.leaves(blocks)[0].shape[0]
 
 
 def forecasted(
@@ -266,10 +291,10 @@ def forecasted(
         if len(set(stages)) > 1 or (full.all() and not blends):
             out.extend(group)
             continue
-        method = Forecast(config.place, config.order + 1, spans[stage], blends)
+        method = Forecast(config.place, config.order + 1, spans[stage])
         inputs = {
             "weights": np.float32(weight_table(config.forecast, config.order, full, config.warmup)),
-            "slot": np.int32((np.cumsum(full) - 1) % (config.order + 1)),
+            "slot": np.uint32((np.cumsum(full) - 1) % (config.order + 1)),
         }
         first = 0
         for segment in group:

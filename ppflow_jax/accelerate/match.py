@@ -39,6 +39,11 @@ class Groups(NamedTuple):
     alone: Bool[Array, "b n"]
 
 
+def _along(x: Array, index: Int[Array, "b ..."], axis: int) -> Array:
+    """`jnp.take_along_axis`, without its test for indices that are out of bounds."""
+    return jnp.take_along_axis(x, index, axis, mode="promise_in_bounds")
+
+
 def grouped(
     kept: Int[Array, "b k"],
     into: Int[Array, "b g"],
@@ -50,12 +55,12 @@ def grouped(
     place = jnp.argsort(jnp.concatenate([kept, into, sources], axis=1), axis=1)
     own = jnp.broadcast_to(jnp.arange(k + g, dtype=target.dtype), (len(kept), k + g))
     rows = jnp.concatenate([own, k + target], axis=1)
-    return Groups(kept, into, sources, target, jnp.take_along_axis(rows, place, 1), place < k)
+    return Groups(kept, into, sources, target, _along(rows, place, 1), place < k)
 
 
 def take(x: Float[Array, "b n d"], tokens: Int[Array, "b m"]) -> Float[Array, "b m d"]:
     """Rows of `x`, chosen for each sample."""
-    return jnp.take_along_axis(x, tokens[:, :, None], axis=1)
+    return _along(x, tokens[:, :, None], 1)
 
 
 def sizes(groups: Groups) -> Float[Array, "b m"]:
@@ -181,7 +186,7 @@ def split(
     b, k = len(position), table.shape[1]
     tokens = jnp.broadcast_to(jnp.asarray(table), (b, *table.shape))
     order = (position[:, :, None] + jnp.arange(k)[None, None]) % k
-    tokens = jnp.take_along_axis(tokens, order, axis=2)
+    tokens = _along(tokens, order, 2)
     return tokens[:, :, 0], tokens[:, :, 1:].reshape(b, -1)
 
 
@@ -200,5 +205,5 @@ def merge_nearest(
     """The `count` sources most similar to any destination join the one most similar to them."""
     score, target = nearest(x, into, sources)
     order = best(score)
-    sources, target = (jnp.take_along_axis(v, order, axis=1) for v in (sources, target))
+    sources, target = (_along(v, order, 1) for v in (sources, target))
     return grouped(sources[:, count:], into, sources[:, :count], target[:, :count])

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from ppflow_jax.accelerate import match, tome
-from ppflow_jax.accelerate.merging import Merging
+from ppflow_jax.accelerate.merging import Merged, Merging
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.plan import Segment
 from ppflow_jax.models.ppflow import ModelConfig
@@ -46,7 +46,7 @@ class MergeConfig:
       frequency: weight of the counters in the choice of windows. Positive as in the released
         code: what was merged is merged again; negative: what was merged is spared.
       mixing: weight of the new value of a merged token, against the stored one.
-      round_to: windows and tokens are merged in multiples of this. Every count is a program of its
+      round_to: windows and tokens are merged in multiples of this. Every count is compiled on its
         own, so a larger one compiles faster.
       proportional: in attention a merged token counts as often as it has members (ToMe, arXiv
         2210.09461, Sec. 3); SDTM does without.
@@ -104,9 +104,9 @@ def schedule(config: MergeConfig, steps: int, grid: tuple[int, int]) -> list[Mer
     n, q = grid[0] * grid[1], config.round_to
     if config.merge == "tome":
         count = min(int(n * config.ratio), n - len(match.cells(grid, (2, 2))))
-        return [Merging("tome", count, grid, False, proportional=config.proportional)] * steps
+        return [Merging("tome", count, grid, proportional=config.proportional)] * steps
     quarter = len(match.windows(grid))
-    settings = (config.protect > 0, config.frequency, config.mixing, config.proportional)
+    settings = (config.frequency, config.mixing, config.proportional)
     out = []
     for i, ratio in enumerate(ratios(steps, config.ratio, config.deviation)):
         removed = int(n * ratio)
@@ -130,8 +130,9 @@ def full_steps(config: MergeConfig, steps: int) -> Bool[np.ndarray, " k"]:
 def merged(segments: Iterable[Segment], model: ModelConfig, config: MergeConfig) -> list[Segment]:
     """The plan with merging in the stages of `config`; other stages and plans stay as they are.
 
-    Steps with the same static counts are a segment. A change between guided and unguided begins
-    with a full step again, because the batch rows differ. Steps that straddle two stages stay.
+    Consecutive steps with the same counts are a segment; the segments of a stage share a program.
+    A change between guided and unguided begins with a full step again, because the batch rows
+    differ. Steps that straddle two stages stay.
 
     Raises:
       InputError: a stage that the model does not have, whose tokens 2x2 windows do not tile, or
@@ -155,9 +156,10 @@ def merged(segments: Iterable[Segment], model: ModelConfig, config: MergeConfig)
             out.extend(group)
             continue
         if group[0].method is not None:
+            without = "/".join("1" if s == stage else "4" for s in range(levels))
             raise InputError(
-                f"stage {stage} cannot have both {group[0].method.name} and merged steps: take it "
-                "out of one, e.g. interval=4/1 (no forecast in stage 1) or merge_stages=0"
+                f"stage {stage} cannot have both {group[0].method.name} and merged steps: "
+                + ("choose one" if levels == 1 else f"leave one out there, e.g. interval={without}")
             )
         grid = model.pyramid.grid(stage, model.latent_size)
         methods = schedule(config, steps[stages], grid)[first : first + n]
@@ -165,8 +167,12 @@ def merged(segments: Iterable[Segment], model: ModelConfig, config: MergeConfig)
         if all(f or m.kind == "nothing" for f, m in zip(full, methods)):
             out.extend(group)
             continue
-        inputs = {"position": tome.draws(n, grid)} if config.merge == "tome" else {}
-        out.extend(_pieces(group, _joined(methods, full), full, inputs))
+        methods = _joined(methods, full)
+        method = Merged(tuple(dict.fromkeys(methods)), bool(full.any()))
+        inputs = {"way": np.int32([method.ways.index(m) for m in methods])}
+        if config.merge == "tome":
+            inputs["position"] = tome.draws(n, grid)
+        out.extend(_pieces(group, method, full, inputs))
     return out
 
 
@@ -178,13 +184,13 @@ def _joined(methods: list[Merging], full: Bool[np.ndarray, " k"]) -> list[Mergin
 
 
 def _pieces(
-    group: list[Segment], methods: list[Merging], full: Bool[np.ndarray, " k"], inputs: Any
+    group: list[Segment], method: Merged, full: Bool[np.ndarray, " k"], inputs: dict[str, Any]
 ) -> Iterable[Segment]:
-    """Segments with one method each, cut where scale or method changes."""
+    """Segments with this method, cut where the scale or the way to merge changes."""
     owner = [(s, i) for s in group for i in range(s.steps)]
     first = 0
-    for (_, method), run in itertools.groupby(
-        range(len(owner)), key=lambda k: (id(owner[k][0]), methods[k])
+    for _, run in itertools.groupby(
+        range(len(owner)), key=lambda k: (id(owner[k][0]), inputs["way"][k])
     ):
         count = len(list(run))
         segment, start = owner[first]

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ppflow_jax.accelerate import match, tome
 from ppflow_jax.flops import block_flops, ends_flops
+from ppflow_jax.flow.method import either
 from ppflow_jax.models.layers import Block, modulate
 from ppflow_jax.models.ppflow import ModelConfig
 
@@ -50,29 +51,22 @@ def full_layer(layer: Parts, h: Float[Array, "b n d"]) -> tuple[Array, tuple[Arr
 
 @dataclass(frozen=True)
 class Merging:
-    """The method of a segment (see `flow.method.Method`): one way to merge, one static count.
-
-    A full step stores the gated branches of every block. Cheap steps read them, and carry the
-    counters of `match.count_up` from block to block and from step to step.
+    """One way to merge: a kind and a static count.
 
     Attributes:
       kind: `windows`, for attention and MLP; `tokens`, for the MLP; `tome`, for attention; or
         `nothing`, where the ratio leaves nothing to merge.
       count: windows, or tokens merged away.
       grid: rows and columns of tokens.
-      stores: whether full steps store their branches.
       frequency, mixing, proportional: of `MergeConfig`.
     """
 
     kind: str
     count: int
     grid: tuple[int, int]
-    stores: bool = True
     frequency: float = 0.05
     mixing: float = 0.1
     proportional: bool = False
-    name: str = "merged"
-    level: str = "network"
 
     def groups(
         self,
@@ -118,38 +112,25 @@ class Merging:
             h = h + back(layer.mlp(match.merge(groups, x)), 1)
         return h, match.count_up(groups, counter), groups
 
-    def evaluate(
-        self, call: Callable[..., Any], memory: Any, inputs: Any, full: bool
-    ) -> tuple[Array, Any]:
-        if full:
-            result, stored = call(trunk=full_trunk)
-            if memory is None:
-                memory = {"counter": jnp.zeros(stored[0].shape[1:3], jnp.int32)}
-            return result, {
-                "counter": memory["counter"],
-                "stored": stored if self.stores else None,
-            }
-        if self.kind == "nothing":
-            return call(), memory
-        result, counter = call(trunk=partial(self.trunk, memory, inputs))
-        return result, memory | {"counter": counter}
-
     def trunk(
         self,
-        memory: Any,
-        inputs: Any,
+        stored: tuple[Array, Array] | None,
+        position: Int[Array, " w"] | None,
         blocks: Block,
         h: Float[Array, "b n d"],
         c: Float[Array, "b d"],
+        counter: Int[Array, "b n"],
     ) -> tuple[Float[Array, "b n d"], Int[Array, "b n"]]:
         """The blocks on merged tokens; besides, the counters after them."""
+        if self.kind == "nothing":
+            return full_trunk(blocks, h, c)[0], counter
 
         def body(carry, xs):
             block, stored = xs
-            h, counter, _ = self.layer(parts(block, c), *carry, stored, inputs.get("position"))
+            h, counter, _ = self.layer(parts(block, c), *carry, stored, position)
             return (h, counter), None
 
-        return jax.lax.scan(body, (h, memory["counter"]), (blocks, memory["stored"]))[0]
+        return jax.lax.scan(body, (h, counter), (blocks, stored))[0]
 
     def tokens(self) -> tuple[int, int]:
         """Tokens that enter attention and the MLP."""
@@ -162,20 +143,77 @@ class Merging:
         }[self.kind]
         return n - removed[0], n - removed[1]
 
-    def flops(self, model: ModelConfig, stage: int, full: bool) -> int:
-        """With the cosines that decide and the sums of the merged tokens."""
-        attention, mlp = (None, None) if full else self.tokens()
-        block = block_flops(model, stage, attention, mlp)
-        if not full:
-            n, d = self.grid[0] * self.grid[1], model.width
+    def flops(self, model: ModelConfig, stage: int) -> int:
+        """Of one block and image, with the cosines that decide and the sums of merged tokens."""
+        matching, d = 0, model.width
+        if self.kind == "windows":
+            matching = 2 * 2 * self.count * 3 * self.count * d
+        elif self.kind != "nothing":
             destinations = len(match.cells(self.grid, (2, 2)))
-            if self.kind == "windows":
-                block += 2 * 2 * self.count * 3 * self.count * d
-            elif self.kind != "nothing":
-                block += 2 * (n - destinations + self.count) * destinations * d
-        return model.depth * block + ends_flops(model)
+            sources = self.grid[0] * self.grid[1] - destinations
+            matching = 2 * (sources + self.count) * destinations * d
+        return block_flops(model, stage, *self.tokens()) + matching
 
 
 def full_trunk(blocks: Block, h: Float[Array, "b n d"], c: Float[Array, "b d"]):
     """The plain trunk; besides, the gated branches of every block, each [depth, b, n, d]."""
     return jax.lax.scan(lambda h, block: full_layer(parts(block, c), h), h, blocks)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The method of a stage's segments (see `flow.method.Method`): the ways to merge in it.
+
+    A full step stores the gated branches of every block. Cheap steps read them, and carry the
+    counters of `match.count_up` from block to block and from step to step. The inputs of a step
+    name its way, and for ToMe the positions drawn for it.
+
+    Attributes:
+      ways: branches of one program; a cheap step takes one.
+      protected: whether there are full steps. Where there are none, nothing is stored.
+    """
+
+    ways: tuple[Merging, ...]
+    protected: bool = True
+    name: str = "merged"
+    level: str = "network"
+
+    def evaluate(
+        self, call: Callable[..., Any], memory: Any, inputs: Any, full: Bool[Array, ""] | bool
+    ) -> tuple[Array, Any]:
+        return call(trunk=partial(self.trunk, memory, inputs, full))
+
+    def trunk(
+        self,
+        memory: Any,
+        inputs: Any,
+        full: Bool[Array, ""] | bool,
+        blocks: Block,
+        h: Float[Array, "b n d"],
+        c: Float[Array, "b d"],
+    ) -> tuple[Float[Array, "b n d"], Any]:
+        """The blocks, in full or merged; besides, the memory after them."""
+        if memory is None:
+            depth = jax.tree.leaves(blocks)[0].shape[0]
+            stored = (jnp.zeros((depth, *h.shape)),) * 2 if self.protected else None
+            return h, {"counter": jnp.zeros(h.shape[:2], jnp.int32), "stored": stored}
+
+        def store(x, _):
+            h, stored = full_trunk(blocks, x[0], c)
+            return (h, x[1]), stored
+
+        def merge(x, stored):
+            trunks = [partial(w.trunk, stored, inputs.get("position"), blocks) for w in self.ways]
+            return jax.lax.switch(inputs["way"], trunks, x[0], c, x[1])
+
+        x, stored = (h, memory["counter"]), memory["stored"]
+        if self.protected:
+            x, stored = either(full, store, merge, x, stored)
+        else:
+            x = merge(x, stored)
+        return x[0], {"counter": x[1], "stored": stored}
+
+    def flops(self, model: ModelConfig, stage: int, full: bool, inputs: Any) -> int:
+        way = self.ways[inputs["way"]]
+        block = block_flops(model, stage) if full else way.flops(model, stage)
+        return model.depth * block + ends_flops(model)

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
 from ppflow_jax.models.ppflow import ModelConfig
 
 
@@ -13,12 +17,13 @@ class Method(Protocol):
     """How the evaluations of a segment are computed. Static: frozen, hashable, no arrays.
 
     A step of a segment is *full* or *cheap*; the plan decides which, and what the method is given
-    at each step (`Segment.inputs`, arrays with a leading axis of steps: weight tables, slots,
-    ratios, ...). Whatever passes from one evaluation to the next is the method's *memory*, a
-    pytree of arrays. The sampler keeps one for every evaluation slot of the solver and for every
-    network (guidance doubles the batch: even rows have the label, odd ones the null class), starts
-    it with NaN (integers: 0, booleans: false) where a segment does not keep the memory of the one
-    before it, and carries it through the steps in place.
+    at each step (`Segment.inputs`, arrays with a leading axis of steps: weight tables, slots, ...).
+    Both are branches of one program, so that what they share is compiled once. Whatever passes
+    from one evaluation to the next is the method's *memory*, a pytree of arrays. The sampler keeps
+    one for every evaluation slot of the solver and for every network (guidance doubles the batch:
+    even rows have the label, odd ones the null class), starts it with NaN (integers: 0, booleans:
+    false) where a segment does not keep the memory of the one before it, and carries it through
+    the steps in place.
 
     A memory never outlives a stage, a change of batch rows, or a segment without a method.
 
@@ -31,7 +36,7 @@ class Method(Protocol):
     name: str
 
     def evaluate(
-        self, call: Callable[..., Any], memory: Any, inputs: Any, full: bool
+        self, call: Callable[..., Any], memory: Any, inputs: Any, full: Bool[Array, ""] | bool
     ) -> tuple[Any, Any]:
         """One evaluation: (its result, the new memory).
 
@@ -39,12 +44,27 @@ class Method(Protocol):
           call: computes the true value. At level `network`, `call()` is the prediction and
             `call(trunk=T)` is (prediction, what T returned besides), T a `models.ppflow.Trunk`
             that replaces the scan over the blocks; at level `velocity`, `call()` is the velocity.
-          memory: of this slot and network; None only when its shapes are asked for, with `full`.
+          memory: of this slot and network; None asks for the shapes of a new one, and the result
+            is then not used.
           inputs: of this step, without the leading axis.
-          full: whether the step is full; a Python bool, so each kind is compiled on its own.
+          full: whether the step is full; see `either`.
         """
         ...
 
-    def flops(self, model: ModelConfig, stage: int, full: bool) -> int:
-        """FLOPs of one evaluation of one image, without guidance."""
+    def flops(self, model: ModelConfig, stage: int, full: bool, inputs: Any) -> int:
+        """FLOPs of one evaluation of one image in a step with these inputs, without guidance."""
         ...
+
+
+def either(
+    full: Bool[Array, ""] | bool,
+    record: Callable[[Any, Any], tuple[Any, Any]],
+    reuse: Callable[[Any, Any], Any],
+    x: Any,
+    memory: Any,
+) -> tuple[Any, Any]:
+    """(x, memory) after `record(x, memory)` in a full step, or with `reuse(x, memory)` as x."""
+    turns = jnp.asarray(full, int)
+    # A loop of one turn or none changes its memory in place; a branch would copy it.
+    x, memory = jax.lax.fori_loop(0, turns, lambda _, both: record(*both), (x, memory))
+    return jax.lax.cond(turns > 0, lambda x, memory: x, reuse, x, memory), memory

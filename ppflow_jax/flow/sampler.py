@@ -92,8 +92,7 @@ class Sampler:
         )
         self.accelerated = jax.jit(
             self._accelerated,
-            static_argnames=("stages", "guide", "method", "head", "fulls", "trajectory"),
-            donate_argnames="memory",
+            static_argnames=("stages", "guide", "method", "trajectory"),
         )
 
     def __call__(
@@ -122,14 +121,12 @@ class Sampler:
         Returns:
           Latents, float32.
         """
-        x, states, first, memory = noise, [noise[None]], 0, None
+        x, states, first = noise, [noise[None]], 0
         for run in _runs(self.segments):
             steps = sum(s.steps for s in run)
             noises = None if replay is None else replay[first : first + steps]
-            program, args, static = self._program(
-                run, params, weak, x, labels, keys, first, noises, memory
-            )
-            x, memory, passed = program(*args, **static, trajectory=trajectory)
+            program, args, static = self._program(run, params, weak, x, labels, keys, first, noises)
+            x, passed = program(*args, **static, trajectory=trajectory)
             states.append(passed[:steps] if trajectory else None)
             first += steps
         return jnp.concatenate(states) if trajectory else x
@@ -141,15 +138,14 @@ class Sampler:
         """
         lowered, first = [], 0
         for run in _runs(self.segments):
-            memory = self.memory_of(run[0], params, None, noise, labels)
             program, args, static = self._program(
-                run, params, None, noise, labels, keys, first, None, memory
+                run, params, None, noise, labels, keys, first, None
             )
             lowered.append(program.lower(*args, **static, trajectory=False))
             first += sum(s.steps for s in run)
         return lowered
 
-    def _program(self, run: list[Segment], params, weak, x, labels, keys, first, replay, memory):
+    def _program(self, run: list[Segment], params, weak, x, labels, keys, first, replay):
         """What to call for segments that share a program, with what arguments."""
         segment = run[0]
         times = np.float32([segment.times[0], *(t for s in run for t in s.times[1:])])
@@ -159,12 +155,10 @@ class Sampler:
             args = (params, weak, x, labels, times, scales, keys, first, replay)
             return self.compiled, args, static | {"kind": segment.kind}
         full = np.concatenate([s.full for s in run])
-        starts = np.flatnonzero([*full, True]).astype(np.int32)
         inputs = jax.tree.map(lambda *a: np.concatenate(a), *(s.inputs for s in run))
-        tables = jax.tree.map(_padded, (times, scales, inputs, starts))
-        args = (params, weak, x, labels, *tables, len(starts) - 1)
-        static |= {"method": segment.method, "head": bool(starts[0] > 0), "fulls": bool(full.any())}
-        return self.accelerated, (*args, memory if segment.keeps else None), static
+        tables = jax.tree.map(_padded, (times, scales, inputs, full))
+        args = (params, weak, x, labels, *tables, len(full))
+        return self.accelerated, args, static | {"method": segment.method}
 
     def memory_of(
         self, segment: Segment, params: Params, weak: Params | None, x: Any, y: Any
@@ -173,18 +167,14 @@ class Sampler:
         arguments; None without a method."""
         if segment.method is None:
             return None
-        scales = np.float32([segment.scales] * segment.steps)
-        arrays = np.float32(segment.times), scales, segment.inputs, np.zeros(2, np.int32), 1, None
-        run = partial(
-            self._accelerated,
-            stages=segment.stages,
-            guide=segment.guided,
-            method=segment.method,
-            head=False,
-            fulls=True,
-            trajectory=False,
-        )
-        return jax.eval_shape(run, params, weak, x, y, *arrays)[1]
+        tables = np.float32(segment.times), np.float32([segment.scales] * segment.steps)
+        facts = {"stages": segment.stages, "guide": segment.guided, "method": segment.method}
+
+        def run(params, weak, x, y):
+            step = self._accelerated_step(params, weak, y, *tables, segment.inputs, **facts)
+            return self._memory(step, x)
+
+        return jax.eval_shape(run, params, weak, x, y)
 
     def _predict(self, apply, weak, params, weak_params, x, t, y, scale, *, stage, guide):
         """The network's prediction, guided or not."""
@@ -200,7 +190,7 @@ class Sampler:
         self, params, weak, x, y, times, scales, keys, first, replay, *, kind, stages, guide,
         trajectory
     ):  # fmt: skip
-        """Final state of a plain segment, no memory, and if asked the states after its steps."""
+        """Final state of a plain segment, and if asked the states after its steps."""
         flow, config = self.flow, self.config
 
         def predict(scale, x, t, i):
@@ -210,13 +200,13 @@ class Sampler:
         if kind == "adaptive":
             facts = {"stage": stages[0], "guide": guide[0]}
             x = self._adaptive(params, weak, x, y, times, scales[0, 0], **facts)
-            return x, None, x[None] if trajectory else None
+            return x, x[None] if trajectory else None
         sde = (flow, config.diffusion, config.diffusion_norm)
         if kind == "last":
             size = config.last_step_size
             prediction = predict(scales[0], x, times[0], 0)
             x = sde_last_step(config.last_step, *sde, prediction, x, times[0], size)
-            return x, None, x[None] if trajectory else None
+            return x, x[None] if trajectory else None
 
         def step(x, inputs):
             t0, t1, scale, index, noise = inputs
@@ -235,19 +225,35 @@ class Sampler:
 
         indices = first + jnp.arange(times.shape[0] - 1)
         x, states = jax.lax.scan(step, x, (times[:-1], times[1:], scales, indices, replay))
-        return x, None, states
+        return x, states
 
     def _accelerated(
-        self, params, weak, x, y, times, scales, inputs, starts, periods, memory, *, stages, guide,
-        method, head, fulls, trajectory
+        self, params, weak, x, y, times, scales, inputs, full, steps, *, stages, guide, method,
+        trajectory
     ):  # fmt: skip
         """`_segment` of a fixed-grid ODE whose evaluations a method computes.
 
-        Full and cheap steps are two bodies in one loop over periods, each a full step and the
-        cheap ones that follow it, so no branch is taken on data and the memory stays in place.
-        `starts` are the `periods` full steps and the end; `head` says that cheap steps come first,
-        `fulls` that there are full ones.
+        The tables may be longer than the `steps` that are taken.
         """
+        facts = {"stages": stages, "guide": guide, "method": method}
+        step = self._accelerated_step(params, weak, y, times, scales, inputs, **facts)
+        memory = jax.tree.map(_unwritten, jax.eval_shape(partial(self._memory, step), x))
+        states = jnp.zeros((times.shape[0] - 1, *x.shape)) if trajectory else None
+
+        def body(k, carry):
+            x, memory, states = carry
+            x, memory = step(x, memory, k, full[k])
+            return x, memory, None if states is None else states.at[k].set(x)
+
+        x, _, states = jax.lax.fori_loop(0, steps, body, (x, memory, states))
+        return x, states
+
+    def _memory(self, step, x):
+        """What `step` leaves in its method's memory, which it makes."""
+        return step(x, tuple({} for _ in ODE_SOLVERS[self.config.solver].nodes), 0, True)[1]
+
+    def _accelerated_step(self, params, weak, y, times, scales, inputs, *, stages, guide, method):
+        """(state, memory, number of the step, whether it is full) -> (state, memory)."""
         flow, tableau = self.flow, ODE_SOLVERS[self.config.solver]
 
         def step(x, memory, k, full):
@@ -278,28 +284,7 @@ class Sampler:
             x = rk_step(tableau, velocity, x, times[k], times[k + 1])
             return x, tuple(slots)
 
-        if memory is None:
-            empty = tuple({} for _ in tableau.nodes)
-            shapes = jax.eval_shape(lambda x: step(x, empty, 0, True)[1], x)
-            memory = jax.tree.map(_unwritten, shapes)
-        states = jnp.zeros((times.shape[0] - 1, *x.shape)) if trajectory else None
-
-        def body(full):
-            def run(k, carry):
-                x, memory, states = carry
-                x, memory = step(x, memory, k, full)
-                return x, memory, None if states is None else states.at[k].set(x)
-
-            return run
-
-        def period(i, carry):
-            carry = body(True)(starts[i], carry)
-            return jax.lax.fori_loop(starts[i] + 1, starts[i + 1], body(False), carry)
-
-        carry = (x, memory, states)
-        if head:
-            carry = jax.lax.fori_loop(0, starts[0], body(False), carry)
-        return jax.lax.fori_loop(0, periods, period, carry) if fulls else carry
+        return step
 
     def _adaptive(self, params, weak, x, y, times, scale, *, stage, guide):
         """Dopri5 over one stage, with a step size of its own for every image."""

@@ -307,10 +307,8 @@ def make_apply(
     )
 
     def apply(params, x, t, y, stage, trunk=None):
-        rest = {name: part for name, part in params.items() if name != "blocks"}
-        params = params | layout.weights(rest, "")
-        if trunk is not None:
-            params = params | {"blocks": layout.weights(params["blocks"], "blocks/")}
+        here = {name: part for name, part in params.items() if trunk or name != "blocks"}
+        params = params | layout.weights(here, "")
         network = nnx.merge(graphdef, params)
         if isinstance(stage, tuple):
             return network.side_by_side(x, t, y, stage)

@@ -14,6 +14,12 @@ def within(rows):
     assert rows and not over, over
 
 
+def first_full(method, call, inputs):
+    """A full evaluation with a new memory: (result, memory)."""
+    memory = method.evaluate(call, None, inputs, True)[1]
+    return method.evaluate(call, memory, inputs, True)
+
+
 def random_params(model):
     """Parameters under which every part of the network shows in the output."""
     rng = np.random.default_rng(0)

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from ppflow_jax.accelerate.config import AccelerateConfig, accelerated
-from ppflow_jax.accelerate.forecast import Forecast, ForecastConfig, record_range
+from ppflow_jax.accelerate.forecast import Forecast, ForecastConfig
 from ppflow_jax.errors import InputError
 from ppflow_jax.explain import explain, memory_bytes
 from ppflow_jax.flow.path import Flow
-from ppflow_jax.flow.plan import SamplerConfig, plan
+from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.sampler import Sampler
 from ppflow_jax.models.ppflow import ModelConfig, make_apply
-from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT
+from ppflow_jax.pyramid import PPFLOW2, SIT
 from tests import forecast_parity
-from tests.accelerate.checks import random_params, within
+from tests.accelerate.checks import first_full, random_params, within
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "accelerate" / "taylorseer.npz"
 MODEL = ModelConfig(PPFLOW2, latent_size=8, channels=2, width=8, depth=3, heads=2, num_classes=4)
@@ -52,44 +52,6 @@ def params():
 def segments_of(config, model=MODEL, **forecast):
     setting = AccelerateConfig(forecast=ForecastConfig(**forecast))
     return accelerated(config, model, Flow(), setting)
-
-
-@pytest.mark.parametrize("pyramid", [SIT, PPFLOW2, PPFLOW3])
-@pytest.mark.parametrize("solver", ["euler", "heun"])
-def test_off_is_the_plain_plan(pyramid, solver):
-    model, config = replace(MODEL, pyramid=pyramid), SamplerConfig(solver, 9, cfg=(2.0,))
-    plain = plan(config, pyramid, Flow())
-    assert accelerated(config, model, Flow(), AccelerateConfig.parse("exact")) == plain
-    assert segments_of(config, model, interval=(1,)) == plain
-    assert segments_of(config, model, interval=(1,), order=0, schedule="fora") == plain
-    setting = AccelerateConfig(guidance=(0.0, 1.0))
-    assert accelerated(config, model, Flow(), setting) == plain
-
-
-@pytest.mark.parametrize(
-    ("pyramid", "solver", "devices"), [(SIT, "heun", 1), (PPFLOW2, "euler", 8)]
-)
-def test_the_engine_with_every_step_full_is_the_plain_sampler_bitwise(pyramid, solver, devices):
-    model, config = replace(MODEL, pyramid=pyramid), SamplerConfig(solver, 5, cfg=(2.0,))
-    params, noise, labels = random_params(model), NOISE, LABELS
-    if devices > 1:
-        mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-        place = jax.sharding.NamedSharding(mesh, jax.P("data"))
-        noise, labels = jax.device_put((noise, labels), place)
-    sampler = Sampler(make_apply(model), model, Flow(), config)
-    plain = sampler(params, noise, labels)
-    sampler.segments = tuple(
-        replace(
-            s,
-            method=Forecast("branch", 1),
-            full=(True,) * s.steps,
-            inputs={"weights": np.ones((s.steps, 1), np.float32), "slot": np.zeros(s.steps, int)},
-        )
-        for s in sampler.segments
-    )
-    forced = sampler(params, noise, labels)
-    assert len(forced.sharding.device_set) == devices
-    np.testing.assert_array_equal(forced, plain)
 
 
 @pytest.fixture(scope="module")
@@ -158,12 +120,12 @@ def test_forecast_of_the_same_point_is_the_evaluation(params, method):
     @jax.jit
     def both(x):
         call = call_of(params, x, 0.7)
-        full, memory = method.evaluate(call, None, NOW, True)
+        full, memory = first_full(method, call, NOW)
         forecast, kept = method.evaluate(call, memory, NOW, False)
-        assert kept is memory
-        return call(), full, forecast
+        return call(), full, forecast, jax.tree.map(jnp.array_equal, kept, memory)
 
-    plain, full, forecast = both(NOISE[:2])
+    plain, full, forecast, same = both(NOISE[:2])
+    assert all(jax.tree.leaves(same))
     np.testing.assert_allclose(full, plain, atol=1e-5)
     np.testing.assert_allclose(forecast, plain, atol=1e-5)
 
@@ -181,7 +143,7 @@ def test_gates_embeddings_and_final_layer_are_those_of_the_forecast_step(params)
 
     @jax.jit
     def all_three(x):
-        _, memory = method.evaluate(call_of(params, x[:2], 0.7), None, NOW, True)
+        _, memory = first_full(method, call_of(params, x[:2], 0.7), NOW)
         call = call_of(params, x[2:4], 0.9)
         forecast = method.evaluate(call, memory, NOW, False)[0]
         return forecast, call(partial(by_hand, memory))[0], call()
@@ -194,9 +156,8 @@ def test_gates_embeddings_and_final_layer_are_those_of_the_forecast_step(params)
 def test_what_ranges_of_blocks_add_is_what_all_of_them_add(params):
     @jax.jit
     def added(x):
-        call = call_of(params, x, 0.6)
-        spans = ((0, 2), (2, 3), (0, 3))
-        return [call(trunk=partial(record_range, s))[1] for s in spans]
+        methods = (Forecast("blocks", 1, span) for span in ((0, 2), (2, 3), (0, 3)))
+        return [first_full(m, call_of(params, x, 0.6), NOW)[1][0] for m in methods]
 
     first, second, all_of_them = added(NOISE[:2])
     np.testing.assert_allclose(first + second, all_of_them, atol=1e-5)

@@ -8,7 +8,7 @@ import pytest
 
 from ppflow_jax.accelerate.config import AccelerateConfig, accelerated
 from ppflow_jax.accelerate.merge import MergeConfig, schedule
-from ppflow_jax.accelerate.merging import Merging, full_layer, parts
+from ppflow_jax.accelerate.merging import Merged, Merging, full_layer, parts
 from ppflow_jax.errors import InputError
 from ppflow_jax.explain import explain
 from ppflow_jax.flops import sampling_flops
@@ -16,9 +16,9 @@ from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig, plan
 from ppflow_jax.flow.sampler import Sampler
 from ppflow_jax.models.ppflow import SIZES, ModelConfig, make_apply
-from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT
+from ppflow_jax.pyramid import PPFLOW3, SIT
 from tests import merge_parity
-from tests.accelerate.checks import random_params, within
+from tests.accelerate.checks import first_full, random_params, within
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "accelerate" / "sdtm.npz"
 MODEL = ModelConfig(PPFLOW3, latent_size=8, channels=2, width=8, depth=2, heads=2, num_classes=4)
@@ -68,30 +68,6 @@ def segments_of(config, model=MODEL, **merge):
     return accelerated(config, model, Flow(), setting)
 
 
-@pytest.mark.parametrize("pyramid", [SIT, PPFLOW2, PPFLOW3])
-@pytest.mark.parametrize("solver", ["euler", "heun"])
-def test_off_is_the_plain_plan(pyramid, solver):
-    model, config = replace(MODEL, pyramid=pyramid), SamplerConfig(solver, 9, cfg=(2.0,))
-    plain = plan(config, pyramid, Flow())
-    assert segments_of(config, model, ratio=0.0) == plain
-    assert segments_of(config, model, ratio=0.0, merge="tome") == plain
-    assert segments_of(config, model, protect=1) == plain
-
-
-def test_every_step_full_is_the_plain_sampler_bitwise():
-    model, config = replace(MODEL, pyramid=SIT), SamplerConfig("heun", 5, cfg=(2.0,))
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    place = jax.sharding.NamedSharding(mesh, jax.P("data"))
-    params, (noise, labels) = random_params(model), jax.device_put((NOISE, LABELS), place)
-    sampler = Sampler(make_apply(model), model, Flow(), config)
-    plain = sampler(params, noise, labels)
-    (segment,) = sampler.segments
-    method = Merging("windows", 2, (4, 4))
-    forced = replace(segment, method=method, full=(True,) * segment.steps, inputs={})
-    sampler.segments = (forced,)
-    np.testing.assert_array_equal(sampler(params, noise, labels), plain)
-
-
 CONFIG = SamplerConfig("euler", 16, cfg=(1.0, 1.0, 2.0))
 
 
@@ -103,16 +79,19 @@ def sdtm():
 
 
 def test_the_plan_cuts_where_the_count_changes(sdtm):
+    def ways(segment):
+        return {segment.method.ways[i] for i in segment.inputs["way"]}
+
     shown = [
-        (s.stages[0], s.method and (s.method.kind, s.method.count), s.full, s.keeps)
+        (s.stages[0], s.method and [(w.kind, w.count) for w in ways(s)], s.full, s.keeps)
         for s in sdtm.segments
     ]
     assert shown == [
         (0, None, (), False),
-        (1, ("windows", 1), (True, False), False),
-        (1, ("tokens", 3), (False, True), True),
-        (2, ("windows", 2), (True, False), False),
-        (2, ("tokens", 6), (False, True), True),
+        (1, [("windows", 1)], (True, False), False),
+        (1, [("tokens", 3)], (False, True), True),
+        (2, [("windows", 2)], (True, False), False),
+        (2, [("tokens", 6)], (False, True), True),
     ]
     times = [t for s in sdtm.segments for t in s.times[1:]]
     assert times == [t for s in plan(CONFIG, MODEL.pyramid, Flow()) for t in s.times[1:]]
@@ -132,7 +111,7 @@ def test_images_are_finite_and_rows_never_mix(sdtm, params):
 
 def test_the_label_never_reaches_the_row_of_the_null_class(params):
     """Counters and stored branches of the odd rows, under another label."""
-    method = Merging("tokens", 4, (4, 4))
+    method, inputs = Merged((Merging("tokens", 4, (4, 4)),)), {"way": 0}
     rows = jnp.repeat(NOISE[:2], 2, axis=0)
 
     @jax.jit
@@ -142,8 +121,8 @@ def test_the_label_never_reaches_the_row_of_the_null_class(params):
         def call(trunk=None):
             return make_apply(MODEL)(params, rows, jnp.full(4, 0.8), labels, 2, trunk=trunk)
 
-        out, memory = method.evaluate(call, None, {}, True)
-        out, memory = method.evaluate(call, memory, {}, False)
+        _, memory = first_full(method, call, inputs)
+        out, memory = method.evaluate(call, memory, inputs, False)
         return out, memory["counter"], *(jnp.swapaxes(b, 0, 1) for b in memory["stored"])
 
     for a, b in zip(memory_after(jnp.array([0, 1])), memory_after(jnp.array([2, 3]))):
@@ -177,7 +156,7 @@ def test_tokens_constant_in_a_window(params):
         full = full_layer(layer, h)[0]
 
         def merged(kind, count, proportional):
-            method = Merging(kind, count, (4, 4), False, proportional=proportional)
+            method = Merging(kind, count, (4, 4), proportional=proportional)
             return method.layer(layer, h, counter, None)[0]
 
         settings = [("tokens", 8, False), ("windows", 4, False), ("windows", 2, True)]
@@ -211,11 +190,15 @@ def test_bad_settings_are_refused(merge, words):
 
 
 def test_composition():
-    def segments(text, config=CONFIG):
-        return accelerated(config, MODEL, Flow(), AccelerateConfig.parse(text))
+    def segments(text, config=CONFIG, pyramid=PPFLOW3):
+        config = replace(config, cfg=config.cfg[-len(pyramid) :])
+        model = replace(MODEL, pyramid=pyramid)
+        return accelerated(config, model, Flow(), AccelerateConfig.parse(text))
 
-    with pytest.raises(InputError, match="stage 2 cannot have both forecast and merged"):
-        segments("balanced,merge=sdtm,round_to=1")
+    for pyramid, advice in ((PPFLOW3, "interval=4/4/1"), (SIT, "choose one")):
+        words = f"stage {len(pyramid) - 1} cannot have both forecast and merged steps: .*{advice}"
+        with pytest.raises(InputError, match=words):
+            segments("balanced,merge=sdtm", pyramid=pyramid)
     both = segments("interval=3/3/1,merge=sdtm,round_to=1,merge_stages=2")
     names = [s.method.name for s in both]
     assert names[:2] == ["forecast"] * 2 and set(names[2:]) == {"merged"}
@@ -238,5 +221,5 @@ def test_cost():
     # the middle stage's grid is not square
     model = ModelConfig(PPFLOW3, 32, 4, **SIZES["XL"], num_classes=1000)
     segments = segments_of(config, model, merge_stages=(1,))
-    assert {s.method.grid for s in segments if s.method} == {(16, 8)}
+    assert {w.grid for s in segments if s.method for w in s.method.ways} == {(16, 8)}
     assert sampling_flops(model, segments) < sampling_flops(model, plan(config, PPFLOW3, Flow()))

@@ -1,0 +1,144 @@
+"""Compares every accelerator, switched off, with the plain sampler, bit by bit.
+
+    python -m tests.off_parity
+
+prints how many values differ for every pyramid, solver, setting and number of (fake) devices; the
+bound is none, and the exit code 1 if there are any. Some settings give the plain plan itself;
+where an engine runs with nothing to save, the table says so.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppflow_jax.accelerate.config import AccelerateConfig, accelerated
+from ppflow_jax.accelerate.forecast import Forecast
+from ppflow_jax.accelerate.merging import Merged, Merging
+from ppflow_jax.accelerate.schedule import weight_table
+from ppflow_jax.flow.method import Method
+from ppflow_jax.flow.path import Flow
+from ppflow_jax.flow.plan import SamplerConfig, Segment, plan
+from ppflow_jax.flow.sampler import Sampler
+from ppflow_jax.models.ppflow import ModelConfig, make_apply
+from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT, Pyramid
+from ppflow_jax.sharding import batch_sharding, make_mesh
+from tests.accelerate.checks import random_params
+
+MODEL = ModelConfig(SIT, latent_size=8, channels=2, width=8, depth=3, heads=2, num_classes=4)
+PYRAMIDS, SOLVERS = (SIT, PPFLOW2, PPFLOW3), ("euler", "heun")
+SETTINGS = {
+    "interval 1": "interval=1",
+    "interval 1, order 0": "interval=1,order=0,schedule=fora",
+    "ratio 0": "ratio=0",
+    "ratio 0, tome": "ratio=0,merge=tome",
+    "every step protected": "protect=1",
+    "guidance in [0, 1]": "guidance=0-1",
+    "exact": "exact",
+}
+STEPS = 5
+
+
+class Case(NamedTuple):
+    """A plan that changes nothing, and the settings of the plain sampler."""
+
+    name: str
+    config: SamplerConfig
+    segments: tuple[Segment, ...]
+
+    @property
+    def plain(self) -> bool:
+        """Whether no engine is in it."""
+        return all(s.method is None for s in self.segments)
+
+
+def same_plans(pyramid: Pyramid, solver: str) -> Iterator[Case]:
+    """Settings that leave the plan as it is."""
+    model = replace(MODEL, pyramid=pyramid)
+    guided, plain = SamplerConfig(solver, STEPS, cfg=(2.0,)), SamplerConfig(solver, STEPS)
+    for name, text in SETTINGS.items():
+        setting = AccelerateConfig.parse(text)
+        yield Case(name, guided, accelerated(guided, model, Flow(), setting))
+    ones = replace(plain, cfg=(1.0, 1.0), cfg_until=(0.3, 1.0))
+    yield Case("scale 1", plain, plan(ones, pyramid, Flow()))
+
+
+def engines(pyramid: Pyramid, solver: str) -> Iterator[Case]:
+    """The engines at work, with a full step everywhere."""
+    config = SamplerConfig(solver, STEPS, cfg=(2.0,))
+
+    def forced(make) -> tuple[Segment, ...]:
+        return tuple(_full(s, *make(s)) for s in plan(config, pyramid, Flow()))
+
+    def forecast(place: str, span: tuple[int, int] = (0, 0)):
+        def make(segment):
+            weights = weight_table("taylor", 0, np.ones(segment.steps, bool), 1)
+            slot = np.zeros(segment.steps, np.int32)
+            return Forecast(place, 1, span), {"weights": np.float32(weights), "slot": slot}
+
+        return make
+
+    def merge(segment):
+        grid = pyramid.grid(segment.stages[0], MODEL.latent_size)
+        ways = (Merging("windows", 1, grid), Merging("tokens", 2, grid))
+        return Merged(ways), {"way": np.arange(segment.steps, dtype=np.int32) % 2}
+
+    yield Case("order 0, every step full", config, forced(forecast("branch")))
+    yield Case("the same for blocks 1-2", config, forced(forecast("blocks", (1, 2))))
+    yield Case("the same for velocities", config, forced(forecast("velocity")))
+    yield Case("merging, every step full", config, forced(merge))
+
+
+def _full(segment: Segment, method: Method, inputs: dict) -> Segment:
+    return replace(segment, method=method, full=(True,) * segment.steps, inputs=inputs)
+
+
+class Comparison:
+    """The plain samplers of a pyramid on so many devices; each program is compiled once."""
+
+    def __init__(self, pyramid: Pyramid, devices: int):
+        self.model = replace(MODEL, pyramid=pyramid)
+        self.apply, self.samplers = make_apply(self.model), {}
+        place = batch_sharding(make_mesh(devices=jax.devices()[:devices]))
+        noise, labels = jax.random.normal(jax.random.key(3), (8, *MODEL.shape)), jnp.arange(8) % 4
+        self.inputs = random_params(self.model), *jax.device_put((noise, labels), place)
+
+    def differing(self, case: Case) -> int:
+        """Values that are not those of the plain sampler."""
+        if case.config not in self.samplers:
+            new = Sampler(self.apply, self.model, Flow(), case.config)
+            self.samplers[case.config] = new, np.asarray(new(*self.inputs))
+        sampler, expected = self.samplers[case.config]
+        assert np.isfinite(expected).all()
+        sampler.segments = case.segments
+        out = sampler(*self.inputs)
+        assert out.sharding.device_set == self.inputs[1].sharding.device_set
+        return int(np.sum(np.asarray(out) != expected))
+
+
+def main() -> int:
+    wrong = count = 0
+    print(f"{'devices':>7} {'levels':>6}  {'solver':6}  {'setting':25} {'plan':6} differing values")
+    for devices, pyramid in itertools.product((1, 8), PYRAMIDS):
+        comparison = Comparison(pyramid, devices)
+        for solver in SOLVERS:
+            for case in (*same_plans(pyramid, solver), *engines(pyramid, solver)):
+                differing = comparison.differing(case)
+                where = f"{devices:7} {len(pyramid):6}  {solver:6}  {case.name:25}"
+                print(f"{where} {'plain' if case.plain else 'engine':6} {differing}", flush=True)
+                count, wrong = count + 1, wrong + (differing > 0)
+    print(f"{count} comparisons, {wrong} that are not bitwise equal")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    sys.exit(main())
