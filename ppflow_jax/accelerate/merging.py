@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ppflow_jax.accelerate import match, tome
@@ -123,7 +124,7 @@ class Merging:
     ) -> tuple[Float[Array, "b n d"], Int[Array, "b n"]]:
         """The blocks on merged tokens; besides, the counters after them."""
         if self.kind == "nothing":
-            return full_trunk(blocks, h, c)[0], counter
+            return jax.lax.scan(lambda h, block: (block(h, c), None), h, blocks)[0], counter
 
         def body(carry, xs):
             block, stored = xs
@@ -155,9 +156,23 @@ class Merging:
         return block_flops(model, stage, *self.tokens()) + matching
 
 
-def full_trunk(blocks: Block, h: Float[Array, "b n d"], c: Float[Array, "b d"]):
+def store_branches(
+    stored: tuple[Array, Array], blocks: Block, h: Float[Array, "b n d"], c: Float[Array, "b d"]
+) -> tuple[Float[Array, "b n d"], tuple[Array, Array]]:
     """The plain trunk; besides, the gated branches of every block, each [depth, b, n, d]."""
-    return jax.lax.scan(lambda h, block: full_layer(parts(block, c), h), h, blocks)
+
+    def body(carry, xs):
+        h, stored = carry
+        block, layer = xs
+        h, branches = full_layer(parts(block, c), h)
+        stored = tuple(
+            jax.lax.dynamic_update_index_in_dim(old, new, layer, 0)
+            for old, new in zip(stored, branches)
+        )
+        return (h, stored), None
+
+    layers = np.arange(len(stored[0]), dtype=np.uint32)
+    return jax.lax.scan(body, (h, stored), (blocks, layers))[0]
 
 
 @dataclass(frozen=True)
@@ -198,8 +213,8 @@ class Merged:
             stored = (jnp.zeros((depth, *h.shape)),) * 2 if self.protected else None
             return h, {"counter": jnp.zeros(h.shape[:2], jnp.int32), "stored": stored}
 
-        def store(x, _):
-            h, stored = full_trunk(blocks, x[0], c)
+        def store(x, stored):
+            h, stored = store_branches(stored, blocks, x[0], c)
             return (h, x[1]), stored
 
         def merge(x, stored):
