@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ppflow_jax.errors import InputError
+from ppflow_jax.models.attention import Attend, check
 from ppflow_jax.models.layers import (
     Block,
     TimestepEmbedder,
@@ -46,9 +47,9 @@ SIZES = {
 }
 
 REMAT_POLICIES = {
-    # All but the weights gathered by `Layout.weights`, the only custom derivative of a block: kept
-    # for the backward pass, they would be the whole network on every device.
-    "none": lambda operation, *_, **__: operation.name != "custom_vjp_call",
+    # All but the weights gathered by `Layout.weights`, the only custom derivative of one array in a
+    # block: kept for the backward pass, they would be the whole network on every device.
+    "none": lambda operation, *inputs, **_: operation.name != "custom_vjp_call" or len(inputs) > 1,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
@@ -126,10 +127,12 @@ class Layout:
       batch: keeps activations split over their first axis.
       weights: (tree, prefix of its paths) -> the weights as they are needed for computing. Blocks
         pass through it one at a time, so that no device ever holds all of them.
+      heads: runs attention on each device's part of batch and heads.
     """
 
     batch: Callable[[Array], Array] = _as_it_is
     weights: Callable[[Any, str], Any] = _as_it_is
+    heads: Callable[[Attend], Attend] = _as_it_is
 
 
 class PPFlow(nnx.Module):
@@ -142,6 +145,7 @@ class PPFlow(nnx.Module):
         dtype: DTypeLike,
         remat: str,
         rngs: nnx.Rngs,
+        attention: str = "xla",
         layout: Layout = Layout(),
     ):
         self.config, self.dtype, self.remat, self.layout = config, dtype, remat, layout
@@ -156,7 +160,15 @@ class PPFlow(nnx.Module):
         if len(pyramid) > 1:
             self.level = nnx.Embed(len(pyramid), width, embedding_init=_normal, rngs=rngs)
         self.blocks = nnx.vmap(
-            lambda r: Block(width, config.heads, config.mlp_ratio, dtype=dtype, rngs=r),
+            lambda r: Block(
+                width,
+                config.heads,
+                config.mlp_ratio,
+                dtype=dtype,
+                rngs=r,
+                program=attention,
+                per_device=layout.heads,
+            ),
             in_axes=0,
             out_axes=0,
         )(rngs.split(config.depth))
@@ -258,9 +270,12 @@ def _module(
     key: jax.Array,
     dtype: DTypeLike = jnp.float32,
     remat: str = "none",
+    attention: str = "xla",
     layout: Layout = Layout(),
 ) -> PPFlow:
-    return PPFlow(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(key), layout=layout)
+    return PPFlow(
+        config, dtype=dtype, remat=remat, rngs=nnx.Rngs(key), attention=attention, layout=layout
+    )
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
@@ -279,6 +294,7 @@ def make_apply(
     *,
     dtype: DTypeLike = jnp.float32,
     remat: str = "none",
+    attention: str = "xla",
     layout: Layout = Layout(),
 ) -> Apply:
     """The network as a pure function `apply(params, x, t, y, stage, trunk=None)`.
@@ -286,17 +302,19 @@ def make_apply(
     x float32 [b, h, w, c] latent; t float32 [b] in [0, 1]; y int32 [b], null label allowed;
     stage a Python int. Returns float32 [b, h, w, c]: the velocity, score or noise it was
     trained to predict. With a tuple for each of x, t, y and stage: a tuple of predictions, in one
-    pass over the blocks. `dtype` is that of the matrix products, `layout` that of the mesh.
+    pass over the blocks. `dtype` is that of the matrix products, `attention` one of
+    `attention.ATTENTIONS`, `layout` that of the mesh.
     `trunk` (see `Trunk`) replaces the scan over the blocks, whose weights are then all gathered at
     once; the result is (prediction, what the trunk returned besides).
 
     Raises:
-      InputError: unknown remat policy.
+      InputError: unknown remat policy or attention.
     """
+    check(attention, dtype)
     if remat not in REMAT_POLICIES:
         raise InputError(f"unknown remat policy {remat!r}: one of {', '.join(REMAT_POLICIES)}")
     graphdef, _ = nnx.split(
-        nnx.eval_shape(lambda: _module(config, jax.random.key(0), dtype, remat, layout))
+        nnx.eval_shape(lambda: _module(config, jax.random.key(0), dtype, remat, attention, layout))
     )
 
     def apply(params, x, t, y, stage, trunk=None):
