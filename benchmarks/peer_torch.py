@@ -184,7 +184,7 @@ def _train(name: str, model: ModelConfig) -> Case:
     for call in ways.values():
         call()  # compiles
     case = Case(f"train {name}", training_flops(model, objective.pattern, size), ways)
-    print(f"{case.name}: losses {({way: round(float(call()), 4) for way, call in ways.items()})}")
+    print(f"{case.name}: losses { ({way: round(float(call()), 4) for way, call in ways.items()}) }")
     return case
 
 

@@ -145,10 +145,10 @@ class TorchPPFlow(nn.Module):
         for block in self.blocks:
             h = block(h, c, mask)
         sizes, out = [len(part) for part in hs], []
-        for stage, (h, c) in enumerate(zip(h.split(sizes), c.split(sizes))):
+        for stage, parts in enumerate(zip(h.split(sizes), c.split(sizes))):
             pack = self.packs[stage]
-            h, c = (rearrange(part, "b (n k) d -> (b k) n d", k=pack) for part in (h, c))
-            out.append(self._prediction(h, c, stage))
+            own = [rearrange(part, "b (n k) d -> (b k) n d", k=pack) for part in parts]
+            out.append(self._prediction(*own, stage))
         return tuple(out)
 
     def _tokens(self, x: Tensor, stage: int) -> Tensor:

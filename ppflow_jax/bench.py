@@ -94,9 +94,7 @@ def _title(size: str, work: str) -> str:
 
 def _rows(size: str, work: str) -> list[Row]:
     rows, w = [], _CFG.value
-    settings = dict(
-        dtype=jnp.dtype(_DTYPE.value), attention=_ATTENTION.value, remat=_REMAT.value
-    )
+    settings = dict(dtype=jnp.dtype(_DTYPE.value), attention=_ATTENTION.value, remat=_REMAT.value)
     for name, pyramid in PYRAMIDS.items():
         model = ModelConfig(pyramid, _LATENT.value, 4, **SIZES[size], num_classes=1000)
         if work == "train":
