@@ -28,6 +28,7 @@ import torch
 from absl import app, flags
 
 from benchmarks.torch_model import TorchPPFlow
+from ppflow_jax import compiler
 from ppflow_jax.flops import forward_flops, training_flops
 from ppflow_jax.flow.loss import Objective
 from ppflow_jax.flow.path import Flow
@@ -80,6 +81,7 @@ class Case:
 
 
 def main(_) -> None:
+    compiler.configure()
     torch.set_num_threads(_THREADS.value)
     torch.set_float32_matmul_precision("high")  # TF32 where there is any, as JAX's default
     torch._dynamo.config.recompile_limit = 64  # one program a stage
@@ -184,7 +186,9 @@ def _train(name: str, model: ModelConfig) -> Case:
     for call in ways.values():
         call()  # compiles
     case = Case(f"train {name}", training_flops(model, objective.pattern, size), ways)
-    print(f"{case.name}: losses { ({way: round(float(call()), 4) for way, call in ways.items()}) }")
+    print(
+        f"{case.name}: losses { ({way: round(float(jax.device_get(call()) if way == 'jax' else call().detach()), 4) for way, call in ways.items()}) }"
+    )
     return case
 
 
