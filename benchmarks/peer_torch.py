@@ -185,11 +185,9 @@ def _train(name: str, model: ModelConfig) -> Case:
                                     packed, compiled)  # fmt: skip
     for call in ways.values():
         call()  # compiles
-    case = Case(f"train {name}", training_flops(model, objective.pattern, size), ways)
-    print(
-        f"{case.name}: losses { ({way: round(float(jax.device_get(call()) if way == 'jax' else call().detach()), 4) for way, call in ways.items()}) }"
-    )
-    return case
+    losses = ", ".join(f"{way} {float(call()):.4f}" for way, call in ways.items())
+    print(f"train {name}: losses {losses}", flush=True)
+    return Case(f"train {name}", training_flops(model, objective.pattern, size), ways)
 
 
 def _our_step(model: ModelConfig, objective: Objective, params: Params, x, y):
@@ -246,7 +244,7 @@ def _their_step(
         tx.step()
         with torch.no_grad():
             torch._foreach_lerp_(ema, weights, 1 - EMA)
-        return value
+        return value.detach()
 
     return lambda: _finished(call)
 
