@@ -24,7 +24,7 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.model.mlp_ratio = 4.0
     c.model.learn_sigma = True  # variance channels of DiT, unused; the public weights have them
     c.model.dtype = "bfloat16"  # of matrix products; parameters, norms and the last one float32
-    c.model.attention = "xla"  # xla, cudnn (GPU, bfloat16) or pallas (TPU); docs/performance.md
+    c.model.attention = "auto"  # xla, folded (CPU), cudnn (GPU), pallas (TPU): models/attention.py
     c.model.remat = "none"  # none, dots (keep matrix products) or full (keep nothing)
 
     c.flow = ConfigDict()

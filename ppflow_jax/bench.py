@@ -42,7 +42,7 @@ _STEPS = flags.DEFINE_integer("steps", 4, "Intervals of the aligned grid.")
 _CFG = flags.DEFINE_float("cfg", 1.5, "Guidance scale of every guided stage.")
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed rounds; every round times every row once.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of matrix products.")
-_ATTENTION = flags.DEFINE_enum("attention", "xla", ATTENTIONS, "As config.model.attention.")
+_ATTENTION = flags.DEFINE_enum("attention", "auto", ATTENTIONS, "As config.model.attention.")
 _REMAT = flags.DEFINE_enum("remat", "none", list(REMAT_POLICIES), "As config.model.remat.")
 _JSON = flags.DEFINE_string("json", None, "File for all figures.")
 
