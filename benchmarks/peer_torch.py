@@ -6,9 +6,10 @@
 Forward passes of every stage of 2 and 3 levels, and training steps (draws, loss, gradients, AdamW,
 EMA) of SiT and of 2 levels, of the package and of `torch_model` with the same weights. One process
 calls them in turn, one call at a time, with a rest in between, because the thread pools of both
-spin for a while when their work is done. The ratio is that of the medians over all rounds, ours
-over the fastest of PyTorch's ways: eager or compiled, each stage at its own token count or, in
-training, packed with a mask as the public code does.
+spin for a while when their work is done (OMP_WAIT_POLICY=PASSIVE keeps PyTorch's from it). The
+ratio is that of the medians over all rounds, ours over the fastest of PyTorch's ways: eager or
+compiled, each stage at its own token count or, in training, packed with a mask as the public code
+does.
 """
 
 from __future__ import annotations
@@ -32,7 +33,14 @@ from ppflow_jax import compiler
 from ppflow_jax.flops import forward_flops, training_flops
 from ppflow_jax.flow.loss import Objective
 from ppflow_jax.flow.path import Flow
-from ppflow_jax.models.ppflow import SIZES, ModelConfig, Params, abstract_params, make_apply
+from ppflow_jax.models.ppflow import (
+    SIZES,
+    ModelConfig,
+    Params,
+    abstract_params,
+    make_apply,
+    unstacked,
+)
 from ppflow_jax.optim import OptimConfig, make_optimizer
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT
 from ppflow_jax.state import state_from
@@ -61,11 +69,13 @@ class Case:
     flops: int
     ways: dict[str, Callable[[], object]]
     seconds: dict[str, list[float]] = field(default_factory=dict)
+    processor: dict[str, list[float]] = field(default_factory=dict)  # of all threads
 
     def time(self, way: str) -> None:
-        start = time.perf_counter()
+        start, processor = time.perf_counter(), time.process_time()
         self.ways[way]()
         self.seconds.setdefault(way, []).append(time.perf_counter() - start)
+        self.processor.setdefault(way, []).append(time.process_time() - processor)
 
     def medians(self) -> dict[str, float]:
         return {way: statistics.median(s) for way, s in self.seconds.items()}
@@ -145,6 +155,7 @@ def _agree(name: str, ours, theirs: torch.Tensor) -> None:
 
 def _forwards(name: str, model: ModelConfig) -> list[Case]:
     params = _params(model)
+    prepared = jax.jit(unstacked)(params) if jax.default_backend() == "cpu" else params
     apply = jax.jit(make_apply(model, dtype=jnp.dtype(_DTYPE.value)), static_argnums=4)
     network = TorchPPFlow(model).fill(params).to(_device()).eval()
     compiled = torch.compile(network, fullgraph=True, dynamic=False)
@@ -161,7 +172,7 @@ def _forwards(name: str, model: ModelConfig) -> list[Case]:
 
     cases = []
     for stage in range(len(model.pyramid)):
-        ways = {"jax": lambda stage=stage: apply(params, x, t, y, stage).block_until_ready()}
+        ways = {"jax": lambda stage=stage: apply(prepared, x, t, y, stage).block_until_ready()}
         ways["eager"] = way(network, stage)
         if _COMPILE.value:
             ways["compiled"] = way(compiled, stage)
@@ -256,20 +267,28 @@ def _report(cases: list[Case]) -> None:
         f"{kind}, {_DTYPE.value}, batch {_BATCH.value} forward and {_TRAIN_BATCH.value} in "
         f"training; medians of {_ROUNDS.value} interleaved rounds"
     )
-    print(f"{'work':30}{'way':18}{'ms':>9}{'quartiles':>18}{'GFLOP/s':>9}{'jax/this':>10}")
+    print(
+        f"{'work':30}{'way':18}{'ms':>9}{'quartiles':>18}{'GFLOP/s':>9}{'jax/this':>10}"
+        f"{'cpu ms':>9}{'jax/this':>10}"
+    )
     for case in cases:
         medians = case.medians()
+        processor = {way: statistics.median(s) for way, s in case.processor.items()}
         for way, median in medians.items():
             low, _, high = statistics.quantiles(case.seconds[way], n=4)
             print(
                 f"{case.name if way == 'jax' else '':30}{way:18}{1e3 * median:9.1f}"
                 f"{f'{1e3 * low:.1f}-{1e3 * high:.1f}':>18}{case.flops / median / 1e9:9.0f}"
-                f"{medians['jax'] / median:10.2f}{' *' if way == case.best() else ''}"
+                f"{medians['jax'] / median:10.2f}{1e3 * processor[way]:9.1f}"
+                f"{processor['jax'] / processor[way]:10.2f}{' *' if way == case.best() else ''}"
             )
-    print("*: the fastest way of PyTorch; its ratio counts")
+    print(
+        "*: the fastest way of PyTorch; its ratio counts. cpu ms: of all threads, on a busy machine"
+    )
     if _JSON.value:
         rows = [
             {"work": c.name, "flops": c.flops, "seconds": c.seconds, "ratio": c.ratio()}
+            | {"processor_seconds": c.processor}
             for c in cases
         ]
         Path(_JSON.value).write_text(json.dumps(rows, indent=1) + "\n")
