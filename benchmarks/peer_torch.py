@@ -34,6 +34,7 @@ from ppflow_jax.flops import forward_flops, training_flops
 from ppflow_jax.flow.loss import Objective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.models.ppflow import (
+    REMAT_POLICIES,
     SIZES,
     ModelConfig,
     Params,
@@ -56,6 +57,7 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of matr
 _THREADS = flags.DEFINE_integer("threads", 2, "Of PyTorch; JAX takes the cores it is given.")
 _COMPILE = flags.DEFINE_bool("compile", True, "Also torch.compile.")
 _REST = flags.DEFINE_float("rest", 0.05, "Seconds between two calls.")
+_REMAT = flags.DEFINE_enum("remat", "dots", list(REMAT_POLICIES), "As config.model.remat; ours.")
 _JSON = flags.DEFINE_string("json", "", "File for the figures.")
 
 EMA, LABEL_DROP = 0.9999, 0.1
@@ -203,7 +205,7 @@ def _train(name: str, model: ModelConfig) -> Case:
 
 def _our_step(model: ModelConfig, objective: Objective, params: Params, x, y):
     tx = make_optimizer(OptimConfig(), 1)
-    apply = make_apply(model, dtype=jnp.dtype(_DTYPE.value))
+    apply = make_apply(model, dtype=jnp.dtype(_DTYPE.value), remat=_REMAT.value)
     step = jax.jit(make_train_step(objective, apply, tx, ema=EMA), donate_argnums=0)
     state, key = state_from(jax.tree.map(jnp.copy, params), tx), jax.random.key(0)
 
