@@ -1,4 +1,4 @@
-"""A small model on latents 16x16x4 of imagenette (10 classes, 128x128 pixels), for studies on a CPU.
+"""A small model on latents 16x16x4 of imagenette (10 classes, 128x128 pixels) for studies.
 
     python -m ppflow_jax.main --config=configs/imagenette.py --workdir=DIR \\
         --config.data.path=LATENTS

@@ -1,93 +1,110 @@
-"""Sampling speed of SiT and PPFlow with random weights: python -m ppflow_jax.bench --size=B"""
+"""Speed with random weights: python -m ppflow_jax.bench --size=B --work=train,sample
+
+Measures SiT and PPFlow of 2 and 3 levels side by side: a training step, and sampling. Prints a
+table and, with --json, writes all figures. Nothing else should run on the machine; the rows are
+timed in turn, and ratios are taken within a round, so that a slow spell hits both sides.
+"""
 
 from __future__ import annotations
 
-import statistics
-import time
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
 from ppflow_jax import cli
-from ppflow_jax.flops import sampling_flops
-from ppflow_jax.flow.path import Flow
-from ppflow_jax.flow.plan import SamplerConfig, evaluations
-from ppflow_jax.flow.sampler import Sampler
-from ppflow_jax.models.ppflow import SIZES, ModelConfig, init_params, make_apply
+from ppflow_jax.bench_rows import (
+    Ceiling,
+    Row,
+    row_figures,
+    sampling_row,
+    table,
+    training_row,
+)
+from ppflow_jax.errors import InputError
+from ppflow_jax.files import atomic
+from ppflow_jax.flow.plan import SamplerConfig
+from ppflow_jax.models.attention import ATTENTIONS
+from ppflow_jax.models.ppflow import REMAT_POLICIES, SIZES, ModelConfig
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT
 
-_SIZE = flags.DEFINE_enum("size", "B", list(SIZES), "Model size.")
+_SIZE = flags.DEFINE_list("size", ["B"], f"Model sizes of {','.join(SIZES)}.")
+_WORK = flags.DEFINE_list("work", ["sample"], "train, sample or both.")
 _LATENT = flags.DEFINE_integer("latent_size", 32, "Side of the latent (4 channels).")
 _BATCH = flags.DEFINE_integer("batch", 1, "Images sampled at once.")
+_TRAIN_BATCH = flags.DEFINE_integer("train_batch", 8, "Images of a training step.")
 _SOLVER = flags.DEFINE_enum("solver", "euler", ["euler", "heun"], "Solver.")
 _STEPS = flags.DEFINE_integer("steps", 4, "Intervals of the aligned grid.")
 _CFG = flags.DEFINE_float("cfg", 1.5, "Guidance scale of every guided stage.")
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed rounds; every round times every row once.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of matrix products.")
+_ATTENTION = flags.DEFINE_enum("attention", "auto", ATTENTIONS, "As config.model.attention.")
+_REMAT = flags.DEFINE_enum("remat", "none", list(REMAT_POLICIES), "As config.model.remat.")
+_JSON = flags.DEFINE_string("json", None, "File for all figures.")
+
+PYRAMIDS = {"SiT": SIT, "2 levels": PPFLOW2, "3 levels": PPFLOW3}
 
 
 def main() -> None:
-    w, rows = _CFG.value, []
-    for name, pyramid in {"SiT": SIT, "2 levels": PPFLOW2, "3 levels": PPFLOW3}.items():
-        model = ModelConfig(
-            pyramid, _LATENT.value, 4, **SIZES[_SIZE.value], num_classes=1000, learn_sigma=True
-        )
-        apply = make_apply(model, dtype=jnp.dtype(_DTYPE.value))
-        params = init_params(model, jax.random.key(0))
+    if unknown := [s for s in _SIZE.value if s not in SIZES]:
+        raise InputError(f"--size has {unknown[0]!r}: give some of {','.join(SIZES)}")
+    if unknown := [w for w in _WORK.value if w not in ("train", "sample")]:
+        raise InputError(f"--work has {unknown[0]!r}: give train, sample or both")
+    device = jax.devices()[0]
+    print(
+        f"{device.device_kind}, {_DTYPE.value}, {_LATENT.value}x{_LATENT.value}x4 latents, random "
+        f"weights, median of {_ROUNDS.value} interleaved rounds; one device"
+    )
+    with tempfile.TemporaryDirectory() as cache:  # an empty one: the first compilation is cold
+        jax.config.update("jax_compilation_cache_dir", cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        results = _measure()
+    if _JSON.value:
+        with atomic(Path(_JSON.value)) as path:
+            path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _measure() -> list[dict[str, Any]]:
+    ceiling, results = Ceiling(jnp.dtype(_DTYPE.value)), []
+    for size in _SIZE.value:
+        for work in _WORK.value:
+            rows = _rows(size, work)
+            for row in rows:
+                row.call()  # warm up
+            for _ in range(_ROUNDS.value):
+                ceiling.time()
+                for row in rows:
+                    row.time()
+            figures = [row_figures(row, rows[0], ceiling.rate) for row in rows]
+            results += figures
+            print(f"\n{_title(size, work)}; matmul ceiling {ceiling.rate / 1e9:,.0f} GFLOP/s")
+            print(table(figures), flush=True)
+    return results
+
+
+def _title(size: str, work: str) -> str:
+    if work == "train":
+        return f"{size}, training step, batch {_TRAIN_BATCH.value}"
+    return f"{size}, {_SOLVER.value} {_STEPS.value} steps, batch {_BATCH.value}"
+
+
+def _rows(size: str, work: str) -> list[Row]:
+    rows, w = [], _CFG.value
+    settings = dict(dtype=jnp.dtype(_DTYPE.value), attention=_ATTENTION.value, remat=_REMAT.value)
+    for name, pyramid in PYRAMIDS.items():
+        model = ModelConfig(pyramid, _LATENT.value, 4, **SIZES[size], num_classes=1000)
+        if work == "train":
+            rows.append(training_row(name, size, model, _TRAIN_BATCH.value, settings))
+            continue
         levels = len(pyramid)
         for cfg in [(w,) * levels] + [(1.0,) + (w,) * (levels - 1)] * (levels > 1):
             config = SamplerConfig(_SOLVER.value, _STEPS.value, cfg=cfg)
-            rows.append(_Row(name, model, Sampler(apply, model, Flow(), config), params))
-    noise = jax.random.normal(jax.random.key(1), (_BATCH.value, *rows[0].model.shape))
-    labels = jnp.arange(_BATCH.value, dtype=jnp.int32)
-    for row in rows:
-        row.run(noise, labels)  # compile and warm up
-    for _ in range(_ROUNDS.value):
-        for row in rows:
-            row.seconds.append(row.run(noise, labels))
-    _report(rows)
-
-
-class _Row:
-    def __init__(self, name: str, model: ModelConfig, sampler: Sampler, params):
-        self.name, self.model, self.sampler, self.params = name, model, sampler, params
-        self.flops = sampling_flops(model, sampler.segments)
-        self.seconds: list[float] = []
-
-    def run(self, noise, labels) -> float:
-        start = time.perf_counter()
-        self.sampler(self.params, noise, labels).block_until_ready()
-        return time.perf_counter() - start
-
-
-def _report(rows: list[_Row]) -> None:
-    base = rows[0]
-    config = base.sampler.config
-    device = jax.devices()[0].device_kind
-    print(
-        f"{_SIZE.value}, {_LATENT.value}x{_LATENT.value}x4 latents, batch {_BATCH.value}, "
-        f"{config.solver} {config.steps} steps, {_DTYPE.value}, {device}, random weights; "
-        f"median of {_ROUNDS.value} interleaved rounds (spread: quartiles)"
-    )
-    print(
-        f"{'model':10}{'guidance':>14}{'NFE':>5}{'s/sample':>10}{'spread':>17}"
-        f"{'GFLOPs':>9}{'of SiT':>8}{'implied':>9}{'measured':>10}{'reached':>9}"
-    )
-    for row in rows:
-        cfg = row.sampler.config.scales(row.model.pyramid)
-        per_image = np.array(row.seconds) / _BATCH.value
-        low, _, high = statistics.quantiles(per_image, n=4) if len(per_image) > 1 else (0, 0, 0)
-        # The ratio is taken within each round, so that a slow spell hits both sides.
-        speedup = statistics.median(b / a for a, b in zip(row.seconds, base.seconds))
-        implied = base.flops / row.flops
-        print(
-            f"{row.name:10}{','.join(f'{s:g}' for s in cfg):>14}"
-            f"{evaluations(row.sampler.segments):5}{statistics.median(per_image):10.3f}"
-            f"{f'{low:.3f}-{high:.3f}':>17}{row.flops / 1e9:9.1f}{1 / implied:8.1%}"
-            f"{implied:8.2f}x{speedup:9.2f}x{speedup / implied:9.0%}"
-        )
+            rows.append(sampling_row(name, size, model, config, _BATCH.value, settings))
+    return rows
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 
 from ppflow_jax.errors import InputError
+from ppflow_jax.models.attention import Attend
 from ppflow_jax.models.ppflow import Layout
 
 AXES = ("data", "fsdp", "tensor")
@@ -156,7 +157,20 @@ def layout(mesh: Mesh) -> Layout:
 
         return jax.tree_util.tree_map_with_path(one, tree)
 
-    return Layout(batch, weights)
+    def heads(attention: Attend) -> Attend:
+        split = P(("data", "fsdp"), None, "tensor")
+
+        def run(q, k, v):
+            if q.shape[0] % data_shards(mesh) or q.shape[2] % mesh.shape["tensor"]:
+                return attention(q, k, v)
+            local = jax.shard_map(
+                attention, mesh=mesh, in_specs=split, out_specs=split, check_vma=False
+            )
+            return local(q, k, v)
+
+        return run
+
+    return Layout(batch, weights, heads)
 
 
 @functools.cache

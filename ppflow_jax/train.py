@@ -79,7 +79,7 @@ class Experiment:
         c = config.model
         model = ModelConfig(
             pyramid=Pyramid.parse(c.pyramid),
-            **{k: c[k] for k in c if k not in ("pyramid", "dtype", "remat")},
+            **{k: c[k] for k in c if k not in ("pyramid", "dtype", "remat", "attention")},
         )
         flow = Flow(config.flow.path, config.flow.prediction)
         objective = Objective(
@@ -133,6 +133,7 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
         model,
         dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,
+        attention=config.model.attention,
         layout=layout(mesh),
     )
     optimizer = make_optimizer(experiment.optim, config.train.steps)

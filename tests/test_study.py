@@ -49,7 +49,7 @@ def test_budgets():
     for name in ("levels2_flops", "levels3_flops"):
         assert cost[name] == pytest.approx(cost["sit"], rel=2e-3)
     assert cost["expand2"] == pytest.approx(0.1 * cost["levels2"])
-    for name, row in ROWS.items():
+    for row in ROWS.values():
         config = configured(base, row, 3)
         assert config.seed == 3 and config.model.pyramid == row.pyramid
         if not row.equal_flops and not row.expands:

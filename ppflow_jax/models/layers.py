@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+from ppflow_jax.models.attention import Attend, attend
 
 _xavier = nnx.initializers.xavier_uniform()
 _zeros = nnx.initializers.zeros
@@ -67,8 +71,17 @@ class Attention(nnx.Module):
     The kernel is kept as [width, 3, heads, head_dim], so that a mesh can split the heads.
     """
 
-    def __init__(self, width: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.dtype = dtype
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        program: str = "xla",
+        per_device: Callable[[Attend], Attend] = lambda f: f,
+    ):
+        self.dtype, self.program, self.per_device = dtype, program, per_device
         shape = (3, heads, width // heads)
         self.qkv_kernel = nnx.Param(
             _xavier(rngs.params(), (width, 3 * width), jnp.float32).reshape(width, *shape)
@@ -84,16 +97,18 @@ class Attention(nnx.Module):
         qkv = jnp.einsum("bnd,dche->bnche", x.astype(self.dtype), kernel) + bias[None, None]
         q, k, v = (qkv[:, :, i] for i in range(3))
         weight = None if members is None else jnp.log(members)[:, None, None]
-        return self.out(jax.nn.dot_product_attention(q, k, v, weight).reshape(x.shape))
+        return self.out(attend(self.program, q, k, v, weight, self.per_device).reshape(x.shape))
 
 
 class Block(nnx.Module):
     """Transformer block with adaLN-Zero: every branch is gated, and the gates start at zero."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, *, dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, width: int, heads: int, mlp_ratio: float, *, dtype, rngs: nnx.Rngs, **attention
+    ):
         hidden = int(width * mlp_ratio)
         self.adaln = linear(width, 6 * width, rngs, dtype=dtype, init=_zeros)
-        self.attention = Attention(width, heads, dtype=dtype, rngs=rngs)
+        self.attention = Attention(width, heads, dtype=dtype, rngs=rngs, **attention)
         self.fc1 = linear(width, hidden, rngs, dtype=dtype)
         self.fc2 = linear(hidden, width, rngs, dtype=dtype)
 

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ppflow_jax.errors import InputError
+from ppflow_jax.models.attention import Attend, choose
 from ppflow_jax.models.layers import (
     Block,
     TimestepEmbedder,
@@ -46,9 +47,9 @@ SIZES = {
 }
 
 REMAT_POLICIES = {
-    # All but the weights gathered by `Layout.weights`, the only custom derivative of a block: kept
-    # for the backward pass, they would be the whole network on every device.
-    "none": lambda operation, *_, **__: operation.name != "custom_vjp_call",
+    # All but the weights gathered by `Layout.weights`, the only custom derivative of one array in a
+    # block: kept for the backward pass, they would be the whole network on every device.
+    "none": lambda operation, *inputs, **_: operation.name != "custom_vjp_call" or len(inputs) > 1,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
@@ -133,10 +134,12 @@ class Layout:
       batch: keeps activations split over their first axis.
       weights: (tree, prefix of its paths) -> the weights as they are needed for computing. Blocks
         pass through it one at a time, so that no device ever holds all of them.
+      heads: runs attention on each device's part of batch and heads.
     """
 
     batch: Callable[[Array], Array] = _as_it_is
     weights: Callable[[Any, str], Any] = _as_it_is
+    heads: Callable[[Attend], Attend] = _as_it_is
 
 
 class PPFlow(nnx.Module):
@@ -149,6 +152,7 @@ class PPFlow(nnx.Module):
         dtype: DTypeLike,
         remat: str,
         rngs: nnx.Rngs,
+        attention: str = "xla",
         layout: Layout = Layout(),
     ):
         self.config, self.dtype, self.remat, self.layout = config, dtype, remat, layout
@@ -163,7 +167,15 @@ class PPFlow(nnx.Module):
         if config.has_levels:
             self.level = nnx.Embed(len(pyramid), width, embedding_init=_normal, rngs=rngs)
         self.blocks = nnx.vmap(
-            lambda r: Block(width, config.heads, config.mlp_ratio, dtype=dtype, rngs=r),
+            lambda r: Block(
+                width,
+                config.heads,
+                config.mlp_ratio,
+                dtype=dtype,
+                rngs=r,
+                program=attention,
+                per_device=layout.heads,
+            ),
             in_axes=0,
             out_axes=0,
         )(rngs.split(config.depth))
@@ -206,9 +218,14 @@ class PPFlow(nnx.Module):
         return tuple(map(self.layout.batch, cs))
 
     def trunk(
-        self, hs: tuple[Float[Array, "_ _ d"], ...], cs: tuple[Float[Array, "_ d"], ...]
+        self,
+        hs: tuple[Float[Array, "_ _ d"], ...],
+        cs: tuple[Float[Array, "_ d"], ...],
+        layers: tuple[Params, ...] = (),
     ) -> tuple[Float[Array, "_ _ d"], ...]:
         """The shared blocks, scanned over depth; each of `cs` is already SiLU(c).
+
+        With `layers` (see `unstacked`) their parameters, one after another, instead.
 
         Several stages pass a block side by side, each with its own token count, so that its
         weights are gathered, and their gradients summed over a mesh, once for all of them.
@@ -221,7 +238,12 @@ class PPFlow(nnx.Module):
             return tuple(self.layout.batch(block(h, c)) for h, c in zip(hs, cs)), None
 
         body = jax.checkpoint(body, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
-        return jax.lax.scan(body, hs, self.blocks)[0]
+        if not layers:
+            return jax.lax.scan(body, hs, self.blocks)[0]
+        block = nnx.split(self.blocks)[0]
+        for layer in layers:
+            hs, _ = body(hs, nnx.merge(block, layer))
+        return hs
 
     def final(
         self, h: Float[Array, "b n d"], c: Float[Array, "b d"], stage: int
@@ -244,10 +266,12 @@ class PPFlow(nnx.Module):
         h, extra = trunk(self.blocks, self.tokens(x, stage), c)
         return self.prediction(h, c, stage), extra
 
-    def side_by_side(self, xs, ts, ys, stages: tuple[int, ...]) -> tuple[Array, ...]:
+    def side_by_side(
+        self, xs, ts, ys, stages: tuple[int, ...], layers: tuple[Params, ...] = ()
+    ) -> tuple[Array, ...]:
         """The predictions of several stages, each as `__call__`, in one pass over the blocks."""
         cs = tuple(map(jax.nn.silu, self.conditions(ts, ys, stages)))
-        hs = self.trunk(tuple(self.tokens(*each) for each in zip(xs, stages)), cs)
+        hs = self.trunk(tuple(self.tokens(*each) for each in zip(xs, stages)), cs, layers)
         return tuple(self.prediction(*each) for each in zip(hs, cs, stages))
 
     def prediction(
@@ -265,9 +289,12 @@ def _module(
     key: jax.Array,
     dtype: DTypeLike = jnp.float32,
     remat: str = "none",
+    attention: str = "xla",
     layout: Layout = Layout(),
 ) -> PPFlow:
-    return PPFlow(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(key), layout=layout)
+    return PPFlow(
+        config, dtype=dtype, remat=remat, rngs=nnx.Rngs(key), attention=attention, layout=layout
+    )
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
@@ -281,11 +308,25 @@ def abstract_params(config: ModelConfig) -> Params:
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
+def unstacked(params: Params) -> Params:
+    """The same parameters with a tuple of blocks in the place of their stack, for `make_apply`.
+
+    A scan copies the weights of every block out of the stack, which on CPU is much of the time of
+    a pass with few tokens. Without it compiling takes longer with depth. For passes without a
+    trunk of one's own.
+    """
+    stack = params["blocks"]
+    depth = len(jax.tree.leaves(stack)[0])
+    layers = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stack) for i in range(depth))
+    return params | {"blocks": layers}
+
+
 def make_apply(
     config: ModelConfig,
     *,
     dtype: DTypeLike = jnp.float32,
     remat: str = "none",
+    attention: str = "auto",
     layout: Layout = Layout(),
 ) -> Apply:
     """The network as a pure function `apply(params, x, t, y, stage, trunk=None)`.
@@ -293,25 +334,30 @@ def make_apply(
     x float32 [b, h, w, c] latent; t float32 [b] in [0, 1]; y int32 [b], null label allowed;
     stage a Python int. Returns float32 [b, h, w, c]: the velocity, score or noise it was
     trained to predict. With a tuple for each of x, t, y and stage: a tuple of predictions, in one
-    pass over the blocks. `dtype` is that of the matrix products, `layout` that of the mesh.
+    pass over the blocks. `params` may be `unstacked`. `dtype` is that of the matrix products,
+    `attention` one of `attention.ATTENTIONS`, `layout` that of the mesh.
     `trunk` (see `Trunk`) replaces the scan over the blocks, whose weights are then all gathered at
     once; the result is (prediction, what the trunk returned besides).
 
     Raises:
-      InputError: unknown remat policy.
+      InputError: unknown remat policy or attention.
     """
+    attention = choose(attention, dtype)
     if remat not in REMAT_POLICIES:
         raise InputError(f"unknown remat policy {remat!r}: one of {', '.join(REMAT_POLICIES)}")
     graphdef, _ = nnx.split(
-        nnx.eval_shape(lambda: _module(config, jax.random.key(0), dtype, remat, layout))
+        nnx.eval_shape(lambda: _module(config, jax.random.key(0), dtype, remat, attention, layout))
     )
 
     def apply(params, x, t, y, stage, trunk=None):
         here = {name: part for name, part in params.items() if trunk or name != "blocks"}
         params = params | layout.weights(here, "")
-        network = nnx.merge(graphdef, params)
+        layers = params["blocks"] if isinstance(params["blocks"], tuple) else ()
+        network = nnx.merge(graphdef, params | {"blocks": layers[0]} if layers else params)
+        if trunk is not None:
+            return network(x, t, y, stage, trunk)
         if isinstance(stage, tuple):
-            return network.side_by_side(x, t, y, stage)
-        return network(x, t, y, stage, trunk)
+            return network.side_by_side(x, t, y, stage, layers)
+        return network.side_by_side((x,), (t,), (y,), (stage,), layers)[0]
 
     return apply

@@ -15,6 +15,7 @@ from ppflow_jax.models.ppflow import (
     abstract_params,
     init_params,
     make_apply,
+    unstacked,
 )
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT, Pyramid
 
@@ -121,6 +122,14 @@ def test_remat_changes_memory_not_numbers(remat, key):
     scale = max(float(jnp.abs(leaf).max()) for leaf in plain)
     for a, b in zip(plain, rematerialised):
         np.testing.assert_allclose(a, b, atol=1e-5 * scale, rtol=1e-4)
+
+
+def test_blocks_one_by_one_are_the_scanned_ones(key):
+    params, apply = noisy(TINY, key), apply_of(TINY)
+    x, y = jax.random.normal(key, (2, 8, 8, 3)), jnp.array([1, 5])
+    for stage in range(3):
+        args = (x, jnp.full(2, 0.3), y, stage)
+        np.testing.assert_allclose(apply(unstacked(params), *args), apply(params, *args), atol=1e-5)
 
 
 def test_bfloat16_computes_in_bfloat16_and_returns_float32(key):

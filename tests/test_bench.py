@@ -1,0 +1,69 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ppflow_jax import compiler
+from ppflow_jax.bench_rows import Row, row_figures, table, xla_forward_flops
+from ppflow_jax.flops import forward_flops
+from ppflow_jax.models.ppflow import ModelConfig, make_apply
+from ppflow_jax.pyramid import PPFLOW2
+
+MODEL = ModelConfig(PPFLOW2, 16, 4, width=128, depth=3, heads=4, num_classes=10)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_xla_counts_what_the_formula_does(stage):
+    apply = make_apply(MODEL)
+    forward = xla_forward_flops(MODEL, apply, stage, gradient=False)
+    # XLA also counts what is done element by element
+    assert 1 <= forward / forward_flops(MODEL, stage) < 1.15
+    gradient = xla_forward_flops(MODEL, apply, stage, gradient=True)
+    assert gradient / forward == pytest.approx(3, rel=0.1)
+
+
+def test_a_row_is_compared_with_sit_within_the_rounds():
+    def row(name, flops, seconds):
+        facts = dict(images=2, nfe=4, memory=10**6, compile_cold=2.0, compile_cached=0.5)
+        return Row(name, "S", "1.5", lambda: None, flops, 1.1 * flops, **facts, seconds=seconds)
+
+    sit, ours = row("SiT", 1000, [1.0, 9.0, 1.0]), row("2 levels", 500, [0.6, 5.4, 0.6])
+    figures = row_figures(ours, sit, ceiling=5000.0)
+    assert figures["speedup"] == pytest.approx(1 / 0.6)
+    assert figures["speedup_implied"] == 2
+    assert figures["seconds_per_image"] == pytest.approx(0.3)
+    assert figures["mfu"] == pytest.approx(500 / 0.6 / 5000)
+    line = table([figures]).splitlines()[1]
+    assert "2.00x" in line and "1.67x" in line and "83%" in line
+
+
+def test_the_command_measures_and_writes_json(tmp_path):
+    out = tmp_path / "figures.json"
+    flags = "--size=S --latent_size=4 --steps=4 --rounds=2 --work=train,sample --train_batch=4"
+    command = [sys.executable, "-m", "ppflow_jax.bench", *flags.split(), f"--json={out}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(out.read_text())
+    assert [f["model"] for f in figures[:3]] == ["SiT", "2 levels", "3 levels"]
+    assert len(figures) == 3 + 5 and all(f["seconds"] > 0 for f in figures)
+    assert "matmul ceiling" in done.stdout
+    bad = subprocess.run([*command[:3], "--size=Q"], capture_output=True, text=True)
+    assert bad.returncode == 1 and "'Q'" in bad.stderr
+
+
+def test_flags_of_the_user_stay(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=+reduce")
+    compiler.configure()
+    assert os.environ["XLA_FLAGS"] == "--xla_cpu_experimental_ynn_fusion_type=+reduce"
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_max_isa=AVX2")
+    monkeypatch.setattr(compiler.jaxlib.version, "__version_info__", (0, 11, 2))
+    compiler.configure()
+    assert os.environ["XLA_FLAGS"] == "--xla_cpu_max_isa=AVX2"
+    monkeypatch.setattr(compiler.jaxlib.version, "__version_info__", (0, 10, 2))
+    compiler.configure()
+    assert os.environ["XLA_FLAGS"].split() == [
+        "--xla_cpu_max_isa=AVX2",
+        "--xla_cpu_experimental_ynn_fusion_type=",
+    ]
