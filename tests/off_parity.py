@@ -127,6 +127,7 @@ def main() -> int:
     wrong = count = 0
     print(f"{'devices':>7} {'levels':>6}  {'solver':6}  {'setting':25} {'plan':6} differing values")
     for devices, pyramid in itertools.product((1, 8), PYRAMIDS):
+        jax.clear_caches()  # hundreds of programs need gigabytes
         comparison = Comparison(pyramid, devices)
         for solver in SOLVERS:
             for case in (*same_plans(pyramid, solver), *engines(pyramid, solver)):

@@ -167,14 +167,14 @@ class Sampler:
         arguments; None without a method."""
         if segment.method is None:
             return None
-        tables = np.float32(segment.times), np.float32([segment.scales] * segment.steps)
+        scales = np.float32([segment.scales] * segment.steps)
+        tables = np.float32(segment.times), scales, segment.inputs
         facts = {"stages": segment.stages, "guide": segment.guided, "method": segment.method}
 
-        def run(params, weak, x, y):
-            step = self._accelerated_step(params, weak, y, *tables, segment.inputs, **facts)
-            return self._memory(step, x)
+        def run(params, weak, x, y, *tables):
+            return self._memory(self._accelerated_step(params, weak, y, *tables, **facts), x)
 
-        return jax.eval_shape(run, params, weak, x, y)
+        return jax.eval_shape(run, params, weak, x, y, *tables)
 
     def _predict(self, apply, weak, params, weak_params, x, t, y, scale, *, stage, guide):
         """The network's prediction, guided or not."""
