@@ -374,7 +374,7 @@ def ode(case: Case, ref: dict) -> Iterator[Row]:
             t0, t1 = np.float32(ref["smooth_t0_t1"])
             stage = case.pyramid.stage_at((t0 + t1) / 2)
             scale = run.config.scales(case.pyramid)[stage]
-            final, _, _ = run.compiled(
+            final, _ = run.compiled(
                 case.params, None, z, y, np.float32([t0, t1]), np.float32([[scale]]), None, 0, None,
                 kind="adaptive", stages=(stage,), guide=(scale != 1,), trajectory=False,
             )  # fmt: skip
