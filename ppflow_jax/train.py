@@ -89,7 +89,7 @@ class Experiment:
             weighting=config.flow.weighting,
             label_drop=config.flow.label_drop,
             stage_share=tuple(config.flow.stage_share),
-            stage_times=tuple(map(tuple, config.flow.stage_times)),
+            stage_times=tuple(tuple(map(float, pair)) for pair in config.flow.stage_times),
         )
         s = config.sample
         sampler = SamplerConfig(s.solver, s.steps, cfg=tuple(s.cfg))

@@ -49,6 +49,7 @@ def test_every_config_builds(name):
         ("model.dtype", "float16", "float32 or bfloat16"),
         ("flow.path", "spline", "unknown path"),
         ("flow.stage_share", (1, 2, 3), "stage_share"),
+        ("flow.stage_times", ((0, 1),), "stage_times"),
         ("optim.lr", -1.0, "lr > 0"),
         ("optim.schedule", "step", "constant, cosine"),
         ("train.ema", 1.0, "ema"),

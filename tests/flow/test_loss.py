@@ -58,7 +58,7 @@ def test_times_lie_in_their_stage_and_labels_are_dropped_at_the_rate(key):
 
 
 def test_stages_may_be_trained_on_all_times(key):
-    objective = Objective(PPFLOW2, Flow(), 10, stage_times=((0, 1), (0.25, 1)))
+    objective = Objective(PPFLOW2, Flow(), 10, stage_times=((0.0, 1.0), (0.25, 1.0)))
     t = np.asarray(draw(objective, key, jnp.zeros((4096, 2, 2, 1)), jnp.zeros(4096, int)).t)
     for times, (low, high) in zip((t[0::2], t[1::2]), objective.stage_times):
         assert low <= times.min() < low + 0.01 and high - 0.01 < times.max() <= high
@@ -146,7 +146,7 @@ def test_a_stage_weighs_its_duration_whatever_its_share(key):
         (lambda: Objective(SIT, Flow(), 10, "velocity"), "score and noise"),
         (lambda: Objective(SIT, Flow(), 10, "snr"), "unknown weighting"),
         (lambda: Objective(PPFLOW2, Flow(), 10, stage_share=(1,)), "stage_share"),
-        (lambda: Objective(PPFLOW2, Flow(), 10, stage_times=((0, 1),)), "stage_times"),
+        (lambda: Objective(PPFLOW2, Flow(), 10, stage_times=((0.0, 1.0),)), "stage_times"),
         (lambda: Objective(SIT, Flow(), 10, stage_times=((0.5, 0.5),)), "stage_times"),
         (lambda: Objective(SIT, Flow(), 10, label_drop=2.0), "label_drop"),
         (lambda: Flow("cosine"), "unknown path"),
