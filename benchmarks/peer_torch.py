@@ -29,7 +29,6 @@ import torch
 from absl import app, flags
 
 from benchmarks.torch_model import TorchPPFlow
-from ppflow_jax import compiler
 from ppflow_jax.flops import forward_flops, training_flops
 from ppflow_jax.flow.loss import Objective
 from ppflow_jax.flow.path import Flow
@@ -93,7 +92,6 @@ class Case:
 
 
 def main(_) -> None:
-    compiler.configure()
     torch.set_num_threads(_THREADS.value)
     torch.set_float32_matmul_precision("high")  # TF32 where there is any, as JAX's default
     torch._dynamo.config.recompile_limit = 64  # one program a stage

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from ppflow_jax import compiler, distributed
+from ppflow_jax import distributed
 from ppflow_jax.errors import InputError, RunError, Stopped
 
 
@@ -26,7 +26,6 @@ def run(main: Callable[..., None], required: tuple[str, ...] = (), positional: s
     unexpected keeps its traceback. When one of several processes fails, none is left waiting: see
     `distributed.leave`.
     """
-    compiler.configure()
     program = Path(sys.argv[0])
     program = program.parent.name if program.stem == "__main__" else program.stem
     try:

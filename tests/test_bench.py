@@ -1,11 +1,9 @@
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 
-from ppflow_jax import compiler
 from ppflow_jax.bench_rows import Row, row_figures, table, xla_forward_flops
 from ppflow_jax.flops import forward_flops
 from ppflow_jax.models.ppflow import ModelConfig, make_apply
@@ -51,19 +49,3 @@ def test_the_command_measures_and_writes_json(tmp_path):
     assert "matmul ceiling" in done.stdout
     bad = subprocess.run([*command[:3], "--size=Q"], capture_output=True, text=True)
     assert bad.returncode == 1 and "'Q'" in bad.stderr
-
-
-def test_flags_of_the_user_stay(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=+reduce")
-    compiler.configure()
-    assert os.environ["XLA_FLAGS"] == "--xla_cpu_experimental_ynn_fusion_type=+reduce"
-    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_max_isa=AVX2")
-    monkeypatch.setattr(compiler.jaxlib.version, "__version_info__", (0, 11, 2))
-    compiler.configure()
-    assert os.environ["XLA_FLAGS"] == "--xla_cpu_max_isa=AVX2"
-    monkeypatch.setattr(compiler.jaxlib.version, "__version_info__", (0, 10, 2))
-    compiler.configure()
-    assert os.environ["XLA_FLAGS"].split() == [
-        "--xla_cpu_max_isa=AVX2",
-        "--xla_cpu_experimental_ynn_fusion_type=",
-    ]
