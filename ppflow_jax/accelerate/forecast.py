@@ -135,7 +135,6 @@ class Forecast:
         c: Float[Array, "b d"],
     ) -> tuple[Float[Array, "b n d"], Any]:
         """The trunk with the branches of every block recorded, or forecast; and the memory."""
-
         if memory is None:
             branch = self._ring(h.astype(blocks.attention.dtype))
             return h, [jnp.stack([branch] * _depth(blocks))] * 2
