@@ -37,6 +37,7 @@ from ppflow_jax.files import atomic
 from ppflow_jax.flops import sampling_flops
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.sampler import Sampler, image_noise
+from ppflow_jax.host_memory import keep_scratch
 from ppflow_jax.models.ppflow import make_apply
 from ppflow_jax.sharding import local_mesh
 from ppflow_jax.writers import progress
@@ -195,6 +196,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
+    keep_scratch()
     args.out.mkdir(parents=True, exist_ok=True)
     network = load_features(args.features, "tf1")
     evaluator = Evaluator(network, open_reference(args.reference, args.size), ("fid",))

@@ -22,6 +22,7 @@ from ppflow_jax.flops import sampling_flops
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig, plan
 from ppflow_jax.flow.sampler import Sampler
+from ppflow_jax.host_memory import keep_scratch
 from ppflow_jax.models.ppflow import SIZES, ModelConfig, abstract_params, make_apply
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT
 
@@ -35,6 +36,7 @@ _UNSKIPPED = 1 + 1e-12
 
 
 def main(_) -> None:
+    keep_scratch()
     rng = np.random.default_rng(0)
     for pyramid in (PPFLOW2, PPFLOW3):
         model = ModelConfig(pyramid, 32, 4, **SIZES[_SIZE.value], num_classes=1000)

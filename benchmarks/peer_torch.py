@@ -32,6 +32,7 @@ from benchmarks.torch_model import TorchPPFlow
 from ppflow_jax.flops import forward_flops, training_flops
 from ppflow_jax.flow.loss import Objective
 from ppflow_jax.flow.path import Flow
+from ppflow_jax.host_memory import keep_scratch
 from ppflow_jax.models.ppflow import (
     REMAT_POLICIES,
     SIZES,
@@ -92,6 +93,7 @@ class Case:
 
 
 def main(_) -> None:
+    keep_scratch()
     torch.set_num_threads(_THREADS.value)
     torch.set_float32_matmul_precision("high")  # TF32 where there is any, as JAX's default
     torch._dynamo.config.recompile_limit = 64  # one program a stage
@@ -203,7 +205,8 @@ def _train(name: str, model: ModelConfig) -> Case:
 
 def _our_step(model: ModelConfig, objective: Objective, params: Params, x, y):
     tx = make_optimizer(OptimConfig(), 1)
-    apply = make_apply(model, dtype=jnp.dtype(_DTYPE.value), remat=_REMAT.value)
+    dtype, unrolled = jnp.dtype(_DTYPE.value), jax.default_backend() == "cpu"  # as train.py does
+    apply = make_apply(model, dtype=dtype, remat=_REMAT.value, unrolled=unrolled)
     step = jax.jit(make_train_step(objective, apply, tx, ema=EMA), donate_argnums=0)
     state, key = state_from(jax.tree.map(jnp.copy, params), tx), jax.random.key(0)
 

@@ -38,6 +38,7 @@ from ppflow_jax.flops import sampling_flops
 from ppflow_jax.flow.plan import SamplerConfig, evaluations
 from ppflow_jax.flow.sampler import Sampler, image_noise
 from ppflow_jax.generate import Generator, choose_labels
+from ppflow_jax.host_memory import keep_scratch
 from ppflow_jax.judge import EVALUATIONS
 from ppflow_jax.models.ppflow import make_apply
 from ppflow_jax.pyramid import Pyramid
@@ -78,6 +79,7 @@ def main() -> None:
     out = Path(_OUT.value).absolute()
     reference = open_reference(_REFERENCE.value, _SIZE.value)
     evaluator = Evaluator(load_features(_FEATURES.value, "tf1"), reference, METRICS)
+    keep_scratch()
     out.mkdir(parents=True, exist_ok=True)
     _same_settings(out)
     jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))

@@ -28,6 +28,7 @@ from ppflow_jax.bench_rows import (
 from ppflow_jax.errors import InputError
 from ppflow_jax.files import atomic
 from ppflow_jax.flow.plan import SamplerConfig
+from ppflow_jax.host_memory import keep_scratch
 from ppflow_jax.models.attention import ATTENTIONS
 from ppflow_jax.models.ppflow import REMAT_POLICIES, SIZES, ModelConfig
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT
@@ -54,6 +55,7 @@ def main() -> None:
         raise InputError(f"--size has {unknown[0]!r}: give some of {','.join(SIZES)}")
     if unknown := [w for w in _WORK.value if w not in ("train", "sample")]:
         raise InputError(f"--work has {unknown[0]!r}: give train, sample or both")
+    keep_scratch()
     device = jax.devices()[0]
     print(
         f"{device.device_kind}, {_DTYPE.value}, {_LATENT.value}x{_LATENT.value}x4 latents, random "

@@ -180,7 +180,8 @@ def training_row(
     name: str, size: str, model: ModelConfig, batch: int, settings: dict[str, Any]
 ) -> Row:
     """A training step: draws, loss, gradients, AdamW and EMA."""
-    apply, tx = make_apply(model, **settings), make_optimizer(OptimConfig(), 1)
+    unrolled = jax.default_backend() == "cpu"  # as in training
+    apply, tx = make_apply(model, **settings, unrolled=unrolled), make_optimizer(OptimConfig(), 1)
     objective = Objective(model.pyramid, Flow(), model.null_label)
     objective.check_batch(batch, 1)
     step = jax.jit(make_train_step(objective, apply, tx, ema=0.9999), donate_argnums=0)

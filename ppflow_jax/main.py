@@ -11,6 +11,7 @@ from ml_collections import config_flags
 
 from ppflow_jax import cli, distributed, dryrun
 from ppflow_jax.errors import RunError
+from ppflow_jax.host_memory import keep_scratch
 from ppflow_jax.train import train
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -32,6 +33,7 @@ def main() -> None:
     if not _WORKDIR.value:
         raise flags.Error("--workdir is required")
     distributed.initialize()
+    keep_scratch()
     train(_CONFIG.value, _WORKDIR.value)
 
 

@@ -27,6 +27,7 @@ from ppflow_jax.flow.plan import GRIDS, SOLVERS, SamplerConfig, evaluations
 from ppflow_jax.flow.sampler import Sampler
 from ppflow_jax.flow.solvers import DIFFUSIONS, LAST_STEPS
 from ppflow_jax.generate import MICROBATCH, Generator, choose_labels
+from ppflow_jax.host_memory import keep_scratch
 from ppflow_jax.models.ppflow import Params, make_apply
 from ppflow_jax.sample_folder import SampleFolder
 from ppflow_jax.sharding import local_mesh
@@ -81,6 +82,7 @@ _PNGS = flags.DEFINE_bool("pngs", None, "Every image as a PNG; default: up to 1,
 
 def main() -> None:
     distributed.initialize()
+    keep_scratch()
     step_folder = find_checkpoint(_CHECKPOINT.value)
     card = read_card(step_folder)
     apply = make_apply(card.model, dtype=jnp.dtype(_DTYPE.value))

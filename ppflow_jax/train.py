@@ -135,6 +135,7 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
         remat=config.model.remat,
         attention=config.model.attention,
         layout=layout(mesh),
+        unrolled=mesh.devices.flat[0].platform == "cpu",
     )
     optimizer = make_optimizer(experiment.optim, config.train.steps)
     init = functools.partial(init_state, model, optimizer)

@@ -49,6 +49,13 @@ def linear(
     return nnx.Linear(d_in, d_out, rngs=rngs, dtype=dtype, kernel_init=init)
 
 
+def per_token(f: Callable[[Array], Array], x: Float[Array, "b n d"]) -> Array:
+    """f of all tokens as rows of one matrix: in the backward pass XLA then transposes fewer copies
+    of them on CPU."""
+    out = f(x.reshape(-1, x.shape[-1]))
+    return out.reshape(*x.shape[:-1], *out.shape[1:])
+
+
 class TimestepEmbedder(nnx.Module):
     """Sinusoidal features of t through a two-layer MLP."""
 
@@ -94,10 +101,12 @@ class Attention(nnx.Module):
     ) -> Float[Array, "b n d"]:
         """With `members`, each token counts as often in every softmax (proportional attention)."""
         kernel, bias = (p[...].astype(self.dtype) for p in (self.qkv_kernel, self.qkv_bias))
-        qkv = jnp.einsum("bnd,dche->bnche", x.astype(self.dtype), kernel) + bias[None, None]
+        x = x.astype(self.dtype)
+        qkv = per_token(lambda x: jnp.einsum("nd,dche->nche", x, kernel) + bias[None], x)
         q, k, v = (qkv[:, :, i] for i in range(3))
         weight = None if members is None else jnp.log(members)[:, None, None]
-        return self.out(attend(self.program, q, k, v, weight, self.per_device).reshape(x.shape))
+        out = attend(self.program, q, k, v, weight, self.per_device)
+        return per_token(self.out, out.reshape(x.shape))
 
 
 class Block(nnx.Module):
@@ -117,7 +126,7 @@ class Block(nnx.Module):
         return jnp.split(self.adaln(c).astype(jnp.float32), 6, axis=-1)
 
     def mlp(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=True))
+        return per_token(lambda x: self.fc2(jax.nn.gelu(self.fc1(x), approximate=True)), x)
 
     def branches(
         self, x: Float[Array, "b n d"], c: Float[Array, "b d"]

@@ -237,12 +237,16 @@ class PPFlow(nnx.Module):
             block = self.layout.weights(block, "blocks/")
             return tuple(self.layout.batch(block(h, c)) for h, c in zip(hs, cs)), None
 
-        body = jax.checkpoint(body, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
+        policy = REMAT_POLICIES[self.remat]
         if not layers:
+            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
             return jax.lax.scan(body, hs, self.blocks)[0]
+        if self.remat != "none":
+            body = jax.checkpoint(body, policy=policy)
         block = nnx.split(self.blocks)[0]
         for layer in layers:
-            hs, _ = body(hs, nnx.merge(block, layer))
+            # Without the barrier the compiler sums up all blocks anew where it needs the last.
+            hs = jax.lax.optimization_barrier(body(hs, nnx.merge(block, layer))[0])
         return hs
 
     def final(
@@ -311,14 +315,15 @@ def abstract_params(config: ModelConfig) -> Params:
 def unstacked(params: Params) -> Params:
     """The same parameters with a tuple of blocks in the place of their stack, for `make_apply`.
 
-    A scan copies the weights of every block out of the stack, which on CPU is much of the time of
-    a pass with few tokens. Without it compiling takes longer with depth. For passes without a
-    trunk of one's own.
+    A scan copies the weights of every block out of the stack and, in training, what the backward
+    pass needs into one, which on CPU is much of the time. Without it compiling takes longer with
+    depth. For passes without a trunk of one's own.
     """
-    stack = params["blocks"]
-    depth = len(jax.tree.leaves(stack)[0])
-    layers = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stack) for i in range(depth))
-    return params | {"blocks": layers}
+    stack, tree = jax.tree.flatten(params["blocks"])
+    # The gradient of a split is one concatenation; that of slices would be a sum of padded ones.
+    parts = [jax.lax.split(leaf, (1,) * len(leaf)) for leaf in stack]
+    layers = (tree.unflatten([part[0] for part in layer]) for layer in zip(*parts))
+    return params | {"blocks": tuple(layers)}
 
 
 def make_apply(
@@ -328,6 +333,7 @@ def make_apply(
     remat: str = "none",
     attention: str = "auto",
     layout: Layout = Layout(),
+    unrolled: bool = False,
 ) -> Apply:
     """The network as a pure function `apply(params, x, t, y, stage, trunk=None)`.
 
@@ -335,7 +341,8 @@ def make_apply(
     stage a Python int. Returns float32 [b, h, w, c]: the velocity, score or noise it was
     trained to predict. With a tuple for each of x, t, y and stage: a tuple of predictions, in one
     pass over the blocks. `params` may be `unstacked`. `dtype` is that of the matrix products,
-    `attention` one of `attention.ATTENTIONS`, `layout` that of the mesh.
+    `attention` one of `attention.ATTENTIONS`, `layout` that of the mesh. `unrolled` blocks are not
+    scanned (see `unstacked`).
     `trunk` (see `Trunk`) replaces the scan over the blocks, whose weights are then all gathered at
     once; the result is (prediction, what the trunk returned besides).
 
@@ -350,6 +357,8 @@ def make_apply(
     )
 
     def apply(params, x, t, y, stage, trunk=None):
+        if unrolled and trunk is None:
+            params = unstacked(params)
         here = {name: part for name, part in params.items() if trunk or name != "blocks"}
         params = params | layout.weights(here, "")
         layers = params["blocks"] if isinstance(params["blocks"], tuple) else ()
