@@ -57,7 +57,7 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of matr
 _THREADS = flags.DEFINE_integer("threads", 2, "Of PyTorch; JAX takes the cores it is given.")
 _COMPILE = flags.DEFINE_bool("compile", True, "Also torch.compile.")
 _REST = flags.DEFINE_float("rest", 0.05, "Seconds between two calls.")
-_REMAT = flags.DEFINE_enum("remat", "dots", list(REMAT_POLICIES), "As config.model.remat; ours.")
+_REMAT = flags.DEFINE_enum("remat", "none", list(REMAT_POLICIES), "As config.model.remat; ours.")
 _JSON = flags.DEFINE_string("json", "", "File for the figures.")
 
 EMA, LABEL_DROP = 0.9999, 0.1
@@ -205,7 +205,8 @@ def _train(name: str, model: ModelConfig) -> Case:
 
 def _our_step(model: ModelConfig, objective: Objective, params: Params, x, y):
     tx = make_optimizer(OptimConfig(), 1)
-    dtype, unrolled = jnp.dtype(_DTYPE.value), jax.default_backend() == "cpu"  # as train.py does
+    unrolled = jax.default_backend() == "cpu" and _REMAT.value == "none"  # as train.py does
+    dtype = jnp.dtype(_DTYPE.value)
     apply = make_apply(model, dtype=dtype, remat=_REMAT.value, unrolled=unrolled)
     step = jax.jit(make_train_step(objective, apply, tx, ema=EMA), donate_argnums=0)
     state, key = state_from(jax.tree.map(jnp.copy, params), tx), jax.random.key(0)

@@ -180,7 +180,7 @@ def training_row(
     name: str, size: str, model: ModelConfig, batch: int, settings: dict[str, Any]
 ) -> Row:
     """A training step: draws, loss, gradients, AdamW and EMA."""
-    unrolled = jax.default_backend() == "cpu"  # as in training
+    unrolled = jax.default_backend() == "cpu" and settings["remat"] == "none"  # as in training
     apply, tx = make_apply(model, **settings, unrolled=unrolled), make_optimizer(OptimConfig(), 1)
     objective = Objective(model.pyramid, Flow(), model.null_label)
     objective.check_batch(batch, 1)

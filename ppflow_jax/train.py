@@ -135,7 +135,7 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
         remat=config.model.remat,
         attention=config.model.attention,
         layout=layout(mesh),
-        unrolled=mesh.devices.flat[0].platform == "cpu",
+        unrolled=mesh.devices.flat[0].platform == "cpu" and config.model.remat == "none",
     )
     optimizer = make_optimizer(experiment.optim, config.train.steps)
     init = functools.partial(init_state, model, optimizer)

@@ -237,12 +237,10 @@ class PPFlow(nnx.Module):
             block = self.layout.weights(block, "blocks/")
             return tuple(self.layout.batch(block(h, c)) for h, c in zip(hs, cs)), None
 
-        policy = REMAT_POLICIES[self.remat]
         if not layers:
+            policy = REMAT_POLICIES[self.remat]
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
             return jax.lax.scan(body, hs, self.blocks)[0]
-        if self.remat != "none":
-            body = jax.checkpoint(body, policy=policy)
         block = nnx.split(self.blocks)[0]
         for layer in layers:
             # Without the barrier the compiler sums up all blocks anew where it needs the last.
@@ -317,7 +315,7 @@ def unstacked(params: Params) -> Params:
 
     A scan copies the weights of every block out of the stack and, in training, what the backward
     pass needs into one, which on CPU is much of the time. Without it compiling takes longer with
-    depth. For passes without a trunk of one's own.
+    depth. For passes without a trunk of one's own and without remat, which XLA undoes on CPU.
     """
     stack, tree = jax.tree.flatten(params["blocks"])
     # The gradient of a split is one concatenation; that of slices would be a sum of padded ones.
@@ -341,17 +339,19 @@ def make_apply(
     stage a Python int. Returns float32 [b, h, w, c]: the velocity, score or noise it was
     trained to predict. With a tuple for each of x, t, y and stage: a tuple of predictions, in one
     pass over the blocks. `params` may be `unstacked`. `dtype` is that of the matrix products,
-    `attention` one of `attention.ATTENTIONS`, `layout` that of the mesh. `unrolled` blocks are not
-    scanned (see `unstacked`).
+    `attention` one of `attention.ATTENTIONS`, `layout` that of the mesh. `unrolled` blocks are
+    not scanned (see `unstacked`).
     `trunk` (see `Trunk`) replaces the scan over the blocks, whose weights are then all gathered at
     once; the result is (prediction, what the trunk returned besides).
 
     Raises:
-      InputError: unknown remat policy or attention.
+      InputError: unknown remat policy or attention, or a policy for unrolled blocks.
     """
     attention = choose(attention, dtype)
     if remat not in REMAT_POLICIES:
         raise InputError(f"unknown remat policy {remat!r}: one of {', '.join(REMAT_POLICIES)}")
+    if unrolled and remat != "none":
+        raise InputError(f"remat {remat!r} is for blocks that are scanned: choose none")
     graphdef, _ = nnx.split(
         nnx.eval_shape(lambda: _module(config, jax.random.key(0), dtype, remat, attention, layout))
     )

@@ -104,23 +104,22 @@ def noisy(config, key):
     return tree.unflatten([x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
-def test_remat_changes_memory_not_numbers(remat, key):
+@pytest.mark.parametrize("remat, unrolled", [("full", False), ("dots", False), ("none", True)])
+def test_remat_and_unrolling_change_memory_not_numbers(remat, unrolled, key):
     params = noisy(TINY, key)
     x, y = jax.random.normal(key, (2, 8, 8, 3)), jnp.array([1, 5])
 
-    def grad(remat):
-        apply = make_apply(TINY, remat=remat)
+    def grad(**options):
+        apply = make_apply(TINY, **options)
         loss = lambda p: jnp.sum(apply(p, x, jnp.full(2, 0.3), y, 0) ** 2)
-        return jax.jit(jax.grad(loss))(params)
+        return jax.jit(jax.grad(loss))
 
-    text = str(
-        jax.make_jaxpr(lambda p: make_apply(TINY, remat=remat)(p, x, jnp.ones(2), y, 0))(params)
-    )
-    assert "checkpoint" in text or "remat" in text
-    plain, rematerialised = (jax.tree.leaves(grad(policy)) for policy in ("none", remat))
+    program = grad(remat=remat, unrolled=unrolled)
+    text = str(program.trace(params).jaxpr)
+    assert ("remat" in text) == ("scan" in text) == (not unrolled)
+    plain, other = (jax.tree.leaves(f(params)) for f in (grad(), program))
     scale = max(float(jnp.abs(leaf).max()) for leaf in plain)
-    for a, b in zip(plain, rematerialised):
+    for a, b in zip(plain, other):
         np.testing.assert_allclose(a, b, atol=1e-5 * scale, rtol=1e-4)
 
 
