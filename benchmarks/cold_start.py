@@ -54,18 +54,19 @@ def _first_image(started: float) -> dict[str, float]:
     import jax.numpy as jnp
     import numpy as np
 
-    from ppflow_jax import compiler
     from ppflow_jax.flow.path import Flow
     from ppflow_jax.flow.plan import SamplerConfig
     from ppflow_jax.flow.sampler import Sampler
+    from ppflow_jax.host_memory import keep_scratch
     from ppflow_jax.models.ppflow import SIZES, ModelConfig, abstract_params, make_apply
     from ppflow_jax.pyramid import PPFLOW3
 
-    compiler.configure()
-    jax.devices()
+    keep_scratch()
     times = {"imports": time.time() - started}
     model = ModelConfig(PPFLOW3, 32, 4, **SIZES[_SIZE.value], num_classes=1000)
-    params = jax.tree.map(lambda s: np.full(s.shape, 0.01, s.dtype), abstract_params(model))
+    params = jax.tree.map(
+        lambda s: np.broadcast_to(np.float32(0.01), s.shape), abstract_params(model)
+    )
     params = jax.block_until_ready(jax.device_put(params))
     times["weights"] = time.time() - started - times["imports"]
     apply = make_apply(model, dtype=jnp.dtype(_DTYPE.value))
