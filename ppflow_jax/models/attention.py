@@ -2,7 +2,8 @@
 
 * `xla` leaves it to the compiler, which writes the scores to memory.
 * `folded` is the same with the softmax's denominator as one more column of the product with v: a
-  pass over the scores less, which pays on CPU.
+  pass over the scores less, which pays on CPU. (With it, the block's other products are those for
+  CPU as well: `layers.Attention.per_token`.)
 * `cudnn` is cuDNN's flash attention (arXiv 2205.14135), for NVIDIA GPUs in bfloat16.
 * `pallas` is a kernel for TPU (elsewhere it is `xla`). The token counts of latent models are small,
   so all scores of one head fit a core's own memory: one program a head needs neither blocks nor a
