@@ -70,6 +70,8 @@ BATCH = 32  # of sampling and its latency
 def main() -> None:
     if unknown := [name for name in _ROWS.value if name not in ROWS]:
         raise InputError(f"--rows has {unknown[0]!r}: choose from {', '.join(ROWS)}")
+    if "sit" not in _ROWS.value:
+        raise InputError("--rows must have sit: costs are shares of its own")
     if _SEEDS.value < 1 or _NUM.value < 2:
         raise InputError("--seeds must be at least 1, --num at least 2")
     if len(_CONFIG.value.sample.cfg) != 1:
