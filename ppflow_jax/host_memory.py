@@ -15,8 +15,9 @@ def keep_scratch() -> None:
 
     A program takes its scratch memory anew in every call. By default the system takes back, maps
     and zeroes all of it every time, which is a third of the time of a small training step. Kept,
-    the process stays as large as its largest program made it. Only with glibc, and only for what
-    the calling thread allocates, which is why programs then run in it.
+    the process may grow by a few times that memory in its first calls, until later ones fit what is
+    there. Only with glibc, and only for what the calling thread allocates, which is why programs
+    then run in it.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
