@@ -213,6 +213,9 @@ def side_by_side(out: Path, rows: list[str]) -> np.ndarray:
     parts = []
     for name in rows:
         pictures = np.load(out / "0" / name / EVALUATIONS / "one.npy")
+        if pictures.shape[1] > 64:  # half the size, the mean of four pixels each
+            n, h, w, c = pictures.shape
+            pictures = pictures.reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4)).astype(np.uint8)
         scale = max(1, 32 // pictures.shape[1])
         pictures = pictures.repeat(scale, axis=1).repeat(scale, axis=2)
         framed = np.pad(pictures, [(0, 0), (1, 1), (1, 1), (0, 0)])
