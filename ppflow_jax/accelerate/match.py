@@ -28,7 +28,6 @@ class Groups(NamedTuple):
       sources: tokens that join a group.
       target: the group, 0 to g - 1, that each source joins.
       row: the row that each token is in.
-      alone: whether it is one of `kept`.
     """
 
     kept: Int[Array, "b k"]
@@ -36,7 +35,11 @@ class Groups(NamedTuple):
     sources: Int[Array, "b s"]
     target: Int[Array, "b s"]
     row: Int[Array, "b n"]
-    alone: Bool[Array, "b n"]
+
+    @property
+    def alone(self) -> Bool[Array, "b n"]:
+        """Whether each token is one of `kept`."""
+        return self.row < self.kept.shape[1]
 
 
 def _along(x: Array, index: Int[Array, "b ..."], axis: int) -> Array:
@@ -52,10 +55,11 @@ def grouped(
 ) -> Groups:
     """`Groups` from its first four fields, which together name every token once."""
     k, g = kept.shape[1], into.shape[1]
-    place = jnp.argsort(jnp.concatenate([kept, into, sources], axis=1), axis=1)
     own = jnp.broadcast_to(jnp.arange(k + g, dtype=target.dtype), (len(kept), k + g))
     rows = jnp.concatenate([own, k + target], axis=1)
-    return Groups(kept, into, sources, target, _along(rows, place, 1), place < k)
+    tokens = jnp.concatenate([kept, into, sources], axis=1)
+    _, row = jax.lax.sort((tokens, rows), dimension=1, num_keys=1)
+    return Groups(kept, into, sources, target, row)
 
 
 def take(x: Float[Array, "b n d"], tokens: Int[Array, "b m"]) -> Float[Array, "b m d"]:
@@ -204,6 +208,6 @@ def merge_nearest(
 ) -> Groups:
     """The `count` sources most similar to any destination join the one most similar to them."""
     score, target = nearest(x, into, sources)
-    order = best(score)
-    sources, target = (_along(v, order, 1) for v in (sources, target))
+    # In the order of `best`
+    _, sources, target = jax.lax.sort((-score, sources, target), dimension=1, num_keys=1)
     return grouped(sources[:, count:], into, sources[:, :count], target[:, :count])
