@@ -7,8 +7,9 @@ RUN are trained workdirs; the one with a single stage is SiT, against which time
 given. Every row is timed at batch 1 and 64 (all rows in turn, in every round; medians of the ratio
 to SiT of the same round), its samples are compared with those of 250 Heun steps from the same
 noise under the same guidance (relative root mean square), and judged by `evaluate`'s FID in the
-features given. A table, fast_sampling.png and rows.json; rows that are in rows.json already are not
-judged again. --docs: table and picture also there.
+features given; rows are compared by the FID of the first noise seed, which all of them have. A
+table, fast_sampling.png and rows.json; rows that are in rows.json already are not judged again.
+--docs: table and picture also there.
 """
 
 from __future__ import annotations
@@ -247,7 +248,7 @@ def rival(row: dict, table: list[dict], measure: str) -> float:
 
 
 def _value(row: dict, measure: str) -> float:
-    return statistics.mean(row["fid"]) if measure == "fid" else row[measure]
+    return row["fid"][0] if measure == "fid" else row[measure]
 
 
 def markdown(table: list[dict], base: dict, seconds: list[float], args) -> str:
@@ -263,15 +264,16 @@ def markdown(table: list[dict], base: dict, seconds: list[float], args) -> str:
         f"--num={args.num} --seeds={args.seeds}` on {jax.devices()[0].device_kind}; SiT takes "
         f"{seconds[0]:.3g} s for 1 image and {seconds[1]:.3g} s for {BATCH}. Times and FLOPs are "
         f"shares of SiT's with {args.steps} Euler steps guided everywhere; error is that against "
-        f"250 Heun steps; FID is in the features of `--features`, of {args.num} samples, the mean "
-        "(and range) over noise seeds. One training run of each model.",
+        f"250 Heun steps; FID is in the features of `--features`, of {args.num} samples from the "
+        f"same noise in all rows (in parentheses the range over {args.seeds} noise seeds). One "
+        "training run of each model.",
         "",
         "| model | setting | FLOPs | time, batch 1 | time, batch 64 | error | FID |",
         "|---|---|---|---|---|---|---|",
     ]
     for r in table:
         marks = {m: "> " if r in lost[m] else "" for m in lost}
-        fid = f"{statistics.mean(r['fid']):.3f}"
+        fid = f"{_value(r, 'fid'):.3f}"
         if len(r["fid"]) > 1:
             fid += f" ({min(r['fid']):.3f} to {max(r['fid']):.3f})"
         name = r["name"] + (f" `{r['accelerate']}`" if r["kind"] in ("forecast", "merge") else "")
@@ -327,8 +329,11 @@ def plot(table: list[dict], path: Path) -> None:
                     r["latency64"], _value(r, measure), markers[r["kind"]], color=f"C{i}",
                     ms=7 if r["kind"] != "fewer" else 4,
                 )  # fmt: skip
-        axis.set(xlabel="time of a batch of 64, SiT = 1", xscale="log", yscale="log")
-        axis.set_ylabel("FID" if measure == "fid" else "error against 250 Heun steps")
+        axis.set(xlabel="time of a batch of 64, SiT = 1", xscale="log")
+        if measure == "fid":
+            axis.set_ylabel("FID")
+        else:
+            axis.set(ylabel="error against 250 Heun steps", yscale="log")
         axis.grid(alpha=0.3, which="both")
     for i, model in enumerate(models):
         axes[0].plot([], [], "s", color=f"C{i}", label=model)
@@ -336,9 +341,9 @@ def plot(table: list[dict], path: Path) -> None:
         if any(r["kind"] == kind for r in table):
             label = "fewer steps (line: Euler, dots: Heun)" if kind == "fewer" else kind
             axes[0].plot([], [], marker, color="gray", label=label)
-    axes[0].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=5)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 if __name__ == "__main__":

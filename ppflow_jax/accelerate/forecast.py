@@ -118,11 +118,13 @@ class Forecast:
             value = call()
             return value, self._ring(value)
 
-        def record(nothing, memory):
-            return nothing, _write(memory, call(), inputs["slot"])
+        def record(memory):
+            return _write(memory, call(), inputs["slot"])
 
-        # The weights of a full step name the slot it has written, except for Adams-Bashforth.
-        _, memory = either(full, record, lambda nothing, memory: nothing, (), memory)
+        # Not `either`: its loop would change nothing that the call reads, so that the compiler
+        # moves the call out of it, into every step. The weights of a full step name the slot it has
+        # written, except for Adams-Bashforth.
+        memory = jax.lax.cond(full, record, lambda memory: memory, memory)
         return combine(memory, inputs["weights"]), memory
 
     def _branches(
