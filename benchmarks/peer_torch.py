@@ -89,15 +89,24 @@ class Side:
     def __init__(self, serve: Callable[..., None], works: list[Work]):
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
-        context.Process(target=serve, args=(works, other)).start()
+        self.process = context.Process(target=serve, args=(works, other), name=serve.__name__)
+        self.process.start()
         other.close()
 
     def ask(self, *request) -> Any:
         self.pipe.send(request)
-        return self.pipe.recv()
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            self.process.join()
+            code = self.process.exitcode
+            raise SystemExit(
+                f"{self.process.name} ended with exit code {code}, see above"
+            ) from None
 
     def close(self) -> None:
-        self.pipe.send(None)
+        if self.process.is_alive():
+            self.pipe.send(None)
 
 
 def main(_) -> None:
