@@ -73,7 +73,9 @@ def serve_ours(works: list[Work], pipe: Connection) -> None:
     def ways(work: Work) -> dict[str, Call]:
         return {"jax": _our_step(work) if work.stage is None else _our_forward(work)}
 
-    _serve(works, pipe, ways, lambda: f"JAX {jax.__version__} on {jax.devices()[0].device_kind}")
+    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
+    version = f"JAX {jax.__version__} on {jax.devices()[0].device_kind}"
+    _serve(works, pipe, ways, (device, version))
 
 
 def serve_theirs(works: list[Work], pipe: Connection) -> None:
@@ -86,22 +88,22 @@ def serve_theirs(works: list[Work], pipe: Connection) -> None:
     def ways(work: Work) -> dict[str, Call]:
         return _their_steps(work) if work.stage is None else _their_forwards(work)
 
-    _serve(works, pipe, ways, lambda: f"torch {torch.__version__} on {kind}")
+    _serve(works, pipe, ways, (_device(), f"torch {torch.__version__} on {kind}"))
 
 
 def _serve(
     works: list[Work],
     pipe: Connection,
     ways: Callable[[Work], dict[str, Call]],
-    version: Callable[[], str],
+    version: tuple[str, str],
 ) -> None:
-    """Answers (): the version; (number of a work): its ways; (number, way): wall-clock and
-    processor seconds of a call, and its result. None ends it."""
+    """Answers (): kind of device and version; (number of a work): its ways; (number, way):
+    wall-clock and processor seconds of a call, and its result. None ends it."""
     prepared: dict[int, dict[str, Call]] = {}
     while (request := pipe.recv()) is not None:
         match request:
             case ():
-                pipe.send(version())
+                pipe.send(version)
             case (number,):
                 prepared[number] = ways(works[number])
                 pipe.send(list(prepared[number]))

@@ -111,7 +111,10 @@ class Side:
 
 def main(_) -> None:
     with closing(Side(serve_ours, works())) as ours, closing(Side(serve_theirs, works())) as theirs:
-        _report(_measured(ours, theirs), ours.ask(), theirs.ask())
+        (device, version), (other, their_version) = ours.ask(), theirs.ask()
+        if device != other:
+            raise SystemExit(f"not the same device: {version}, {their_version}")
+        _report(_measured(ours, theirs), version, their_version)
 
 
 def _measured(*sides: Side) -> list[Case]:
