@@ -1,14 +1,14 @@
 """Softmax attention, softmax(q k^T / sqrt(e)) v, by one of several programs.
 
 * `xla` leaves it to the compiler, which writes the scores to memory.
-* `folded` is the same with the softmax's denominator as one more column of the product with v: a
-  pass over the scores less, which pays on CPU. (With it, the block's other products are those for
-  CPU as well: `layers.Attention.per_token`.)
+* `deferred` is the same with the softmax's division after the product with v, where there is less to
+  divide. In this form XLA on CPU makes one parallel program of it all, which writes no scores. (With
+  it, the block's other products are those for CPU as well: `layers.Attention.per_token`.)
 * `cudnn` is cuDNN's flash attention (arXiv 2205.14135), for NVIDIA GPUs in bfloat16.
 * `pallas` is a kernel for TPU (elsewhere it is `xla`). The token counts of latent models are small,
   so all scores of one head fit a core's own memory: one program a head needs neither blocks nor a
   running maximum, and its backward pass needs nothing but q, k and v.
-* `auto` is `folded` on CPU and else `xla`.
+* `auto` is `deferred` on CPU and else `xla`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 
 from ppflow_jax.errors import InputError
 
-ATTENTIONS = ("auto", "xla", "folded", "cudnn", "pallas")
+ATTENTIONS = ("auto", "xla", "deferred", "cudnn", "pallas")
 MOST_TOKENS = 1024  # of the kernel; its backward pass then holds four times 4 MB
 _VMEM_BYTES = 64 * 2**20
 
@@ -44,7 +44,7 @@ def choose(name: str, dtype: DTypeLike) -> str:
     if name == "cudnn" and jnp.dtype(dtype) != jnp.bfloat16:
         raise InputError("attention cudnn needs dtype bfloat16: choose that, or attention xla")
     if name == "auto":
-        return "folded" if jax.default_backend() == "cpu" else "xla"
+        return "deferred" if jax.default_backend() == "cpu" else "xla"
     return name
 
 
@@ -63,8 +63,8 @@ def attend(
     """
     if name == "pallas" and weight is None and q.shape[1] <= MOST_TOKENS:
         return per_device(pallas_attention)(q, k, v)
-    if name == "folded":
-        return _folded(q, k, v, weight)
+    if name == "deferred":
+        return _deferred(q, k, v, weight)
     implementation = "cudnn" if name == "cudnn" else "xla"
     return jax.nn.dot_product_attention(q, k, v, weight, implementation=implementation)
 
@@ -95,14 +95,13 @@ def _pallas_bwd(saved, gradient):
 pallas_attention.defvjp(_pallas_fwd, _pallas_bwd)
 
 
-def _folded(q, k, v, weight):
+def _deferred(q, k, v, weight):
     q, k, v = (a.swapaxes(1, 2) for a in (q * q.shape[-1] ** -0.5, k, v))
     scores = jnp.einsum("bhqe,bhke->bhqk", q, k, preferred_element_type=jnp.float32)
     scores = scores if weight is None else scores + weight
     p = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
-    v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
     out = jnp.einsum("bhqk,bhke->bhqe", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return (out[..., :-1] / out[..., -1:]).astype(q.dtype).swapaxes(1, 2)
+    return (out / jnp.sum(p, axis=-1, keepdims=True)).astype(q.dtype).swapaxes(1, 2)
 
 
 def _xla(q, k, v):

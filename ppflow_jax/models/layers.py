@@ -109,10 +109,10 @@ class Attention(nnx.Module):
     def per_token(self, f: Callable[[Array], Array], x: Float[Array, "b n d"]) -> Array:
         """f of every token.
 
-        On CPU (`folded`) they are rows of one matrix, so that XLA transposes fewer copies of them
+        On CPU (`deferred`) they are rows of one matrix, so that XLA transposes fewer copies of them
         in the backward pass; on TPU that would move up to 1.7 times the bytes.
         """
-        if self.program != "folded":
+        if self.program != "deferred":
             return f(x)
         out = f(x.reshape(-1, x.shape[-1]))
         return out.reshape(*x.shape[:-1], *out.shape[1:])

@@ -43,7 +43,7 @@ def test_a_denominator_in_the_product_changes_nothing(weighted, key):
         out, backward = jax.vjp(lambda *qkv: attention.attend(name, *qkv, weight), q, k, v)
         return out, *backward(g)
 
-    for a, b in zip(run("folded"), run("xla")):
+    for a, b in zip(run("deferred"), run("xla")):
         np.testing.assert_allclose(a, b, atol=5e-6)
 
 
@@ -81,7 +81,7 @@ def test_a_network_with_the_kernel_on_a_mesh(remat, key):
 
 
 def test_programs_that_do_not_go_together_are_refused():
-    with pytest.raises(InputError, match="auto, xla, folded"):
+    with pytest.raises(InputError, match="auto, xla, deferred"):
         make_apply(TINY, attention="flash")
     with pytest.raises(InputError, match="needs dtype bfloat16"):
         make_apply(TINY, attention="cudnn")
