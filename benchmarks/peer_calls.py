@@ -22,7 +22,7 @@ from ppflow_jax.host_memory import keep_scratch
 from ppflow_jax.models.ppflow import ModelConfig, Params, abstract_params, make_apply, unstacked
 from ppflow_jax.optim import OptimConfig, make_optimizer
 from ppflow_jax.state import state_from
-from ppflow_jax.train_step import make_train_step
+from ppflow_jax.train_step import compiled, make_train_step
 
 EMA, LABEL_DROP = 0.9999, 0.1
 
@@ -129,8 +129,7 @@ def _our_step(work: Work) -> Call:
     unrolled = jax.default_backend() == "cpu" and work.remat == "none"  # as train.py does
     dtype = jnp.dtype(work.dtype)
     apply = make_apply(work.model, dtype=dtype, remat=work.remat, unrolled=unrolled)
-    train_step = make_train_step(work.objective, apply, tx, ema=EMA)
-    step = jax.jit(train_step, donate_argnums=0)
+    step = compiled(make_train_step(work.objective, apply, tx, ema=EMA), unrolled=unrolled)
     state = state_from(jax.tree.map(jnp.asarray, work.params()), tx)
     (x, y), key = map(jnp.asarray, work.images()), jax.random.key(0)
 

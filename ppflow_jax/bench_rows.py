@@ -21,7 +21,7 @@ from ppflow_jax.flow.sampler import Sampler
 from ppflow_jax.models.ppflow import Apply, ModelConfig, abstract_params, init_params, make_apply
 from ppflow_jax.optim import OptimConfig, make_optimizer
 from ppflow_jax.state import init_state
-from ppflow_jax.train_step import make_train_step
+from ppflow_jax.train_step import compiled, make_train_step
 
 
 class Ceiling:
@@ -184,7 +184,7 @@ def training_row(
     apply, tx = make_apply(model, **settings, unrolled=unrolled), make_optimizer(OptimConfig(), 1)
     objective = Objective(model.pyramid, Flow(), model.null_label)
     objective.check_batch(batch, 1)
-    step = jax.jit(make_train_step(objective, apply, tx, ema=0.9999), donate_argnums=0)
+    step = compiled(make_train_step(objective, apply, tx, ema=0.9999), unrolled=unrolled)
     init = functools.partial(init_state, model, tx)
     key = jax.random.key(0)
     x = jax.ShapeDtypeStruct((batch, *model.shape), jnp.float32)

@@ -48,7 +48,7 @@ from ppflow_jax.sharding import (
 )
 from ppflow_jax.state import TrainState, init_state, state_from
 from ppflow_jax.stop import StopRequest
-from ppflow_jax.train_step import Metrics, make_train_step
+from ppflow_jax.train_step import Metrics, compiled, make_train_step
 from ppflow_jax.writers import (
     MetricWriter,
     progress,
@@ -134,19 +134,20 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
     config, model = experiment.config, experiment.card.model
     shards = data_shards(mesh) * config.train.accumulate
     experiment.objective.check_batch(config.data.batch_size, shards)
+    unrolled = _unrolled(mesh) and config.model.remat == "none"
     apply = make_apply(
         model,
         dtype=jnp.dtype(config.model.dtype),
         remat=config.model.remat,
         attention=config.model.attention,
         layout=layout(mesh),
-        unrolled=_unrolled(mesh) and config.model.remat == "none",
+        unrolled=unrolled,
     )
     optimizer = make_optimizer(experiment.optim, config.train.steps)
     init = functools.partial(init_state, model, optimizer)
     abstract = jax.eval_shape(init, jax.random.key(0))
     shardings = tree_shardings(abstract, mesh)
-    step = jax.jit(
+    step = compiled(
         make_train_step(
             experiment.objective,
             apply,
@@ -154,9 +155,9 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
             ema=config.train.ema,
             accumulate=config.train.accumulate,
         ),
+        unrolled=unrolled,
         in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
         out_shardings=(shardings, replicated(mesh)),
-        donate_argnums=0,
     )
     return Program(apply, optimizer, init, abstract, shardings, step)
 

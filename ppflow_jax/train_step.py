@@ -67,3 +67,16 @@ def make_train_step(
         }, metrics | {"grad_norm": optax.global_norm(grads)}
 
     return step
+
+
+def compiled(
+    step: Callable[..., tuple[TrainState, Metrics]], *, unrolled: bool, **shardings: Any
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """`step` under `jax.jit`, in place of the state it is given; `shardings` as there.
+
+    Where blocks are `unrolled` (see `models.ppflow.unstacked`), the barriers between them outlive
+    the pass of XLA on CPU that drops them before it fuses: every block would then sum up anew the
+    gradients of all blocks after it.
+    """
+    options = {"xla_disable_hlo_passes": "cse_barrier_expander"} if unrolled else None
+    return jax.jit(step, donate_argnums=0, compiler_options=options, **shardings)

@@ -1,9 +1,9 @@
 """Softmax attention, softmax(q k^T / sqrt(e)) v, by one of several programs.
 
 * `xla` leaves it to the compiler, which writes the scores to memory.
-* `deferred` is the same with the softmax's division after the product with v, where there is less to
-  divide. In this form XLA on CPU makes one parallel program of it all, which writes no scores. (With
-  it, the block's other products are those for CPU as well: `layers.Attention.per_token`.)
+* `deferred` is the same with the softmax's division after the product with v, where there is less
+  to divide. In this form XLA on CPU makes one parallel program of it all, which writes no scores.
+  (With it, the block's other products are those for CPU as well: `layers.Attention.per_token`.)
 * `cudnn` is cuDNN's flash attention (arXiv 2205.14135), for NVIDIA GPUs in bfloat16.
 * `pallas` is a kernel for TPU (elsewhere it is `xla`). The token counts of latent models are small,
   so all scores of one head fit a core's own memory: one program a head needs neither blocks nor a

@@ -35,7 +35,7 @@ def test_the_kernel_is_attention_and_its_gradient(tokens, head, key):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_a_denominator_in_the_product_changes_nothing(weighted, key):
+def test_a_deferred_division_changes_nothing(weighted, key):
     q, k, v, g = arrays(key, 4, (2, 12, 3, 8))
     weight = jnp.log(jnp.arange(1.0, 25)).reshape(2, 1, 1, 12) if weighted else None
 
