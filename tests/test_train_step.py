@@ -1,0 +1,32 @@
+"""The training step: what it is compiled to."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+
+from ppflow_jax.flow.loss import Objective
+from ppflow_jax.flow.path import Flow
+from ppflow_jax.models.ppflow import ModelConfig, make_apply
+from ppflow_jax.optim import OptimConfig, make_optimizer
+from ppflow_jax.pyramid import SIT
+from ppflow_jax.state import init_state
+from ppflow_jax.train_step import compiled, make_train_step
+
+
+def _most_operands(depth: int) -> int:
+    """Of the loops that the compiler makes of the training step on CPU, blocks one by one."""
+    model = ModelConfig(SIT, 8, 4, 32, depth, 2, num_classes=3)
+    tx = make_optimizer(OptimConfig(), 1)
+    apply = make_apply(model, unrolled=True)
+    step = make_train_step(Objective(SIT, Flow(), model.null_label), apply, tx, ema=0.9)
+    state = jax.eval_shape(lambda key: init_state(model, tx, key), jax.random.key(0))
+    x = jax.ShapeDtypeStruct((2, *model.shape), jnp.float32)
+    batch = {"x": x, "label": jax.ShapeDtypeStruct((2,), jnp.int32)}
+    text = compiled(step, unrolled=True).lower(state, batch, jax.random.key(0)).compile().as_text()
+    tokens = re.findall(r"= f32\[2,16,32\]\S* fusion\((.*?)\), kind=kLoop", text)
+    return max(len(re.findall("%", operands)) for operands in tokens)
+
+
+def test_no_block_sums_up_the_gradients_of_all_blocks_after_it():
+    assert _most_operands(depth=6) == _most_operands(depth=3)
