@@ -15,8 +15,8 @@ from ppflow_jax.train_step import compiled, make_train_step
 
 
 def _most_operands(depth: int) -> int:
-    """Of the loops that the compiler makes of the training step on CPU, blocks one by one."""
-    model = ModelConfig(SIT, 8, 4, 32, depth, 2, num_classes=3)
+    """Of a loop over tokens in the training step as compiled on CPU, blocks one by one."""
+    model = ModelConfig(SIT, 16, 4, 64, depth, 2, num_classes=3)
     tx = make_optimizer(OptimConfig(), 1)
     apply = make_apply(model, unrolled=True)
     step = make_train_step(Objective(SIT, Flow(), model.null_label), apply, tx, ema=0.9)
@@ -24,8 +24,8 @@ def _most_operands(depth: int) -> int:
     x = jax.ShapeDtypeStruct((2, *model.shape), jnp.float32)
     batch = {"x": x, "label": jax.ShapeDtypeStruct((2,), jnp.int32)}
     text = compiled(step, unrolled=True).lower(state, batch, jax.random.key(0)).compile().as_text()
-    tokens = re.findall(r"= f32\[2,16,32\]\S* fusion\((.*?)\), kind=kLoop", text)
-    return max(len(re.findall("%", operands)) for operands in tokens)
+    loops = re.findall(r"= f32\[2,64,64\]\S* fusion\((.*?)\), kind=kLoop", text)
+    return max(len(re.findall("%", operands)) for operands in loops)
 
 
 def test_no_block_sums_up_the_gradients_of_all_blocks_after_it():
