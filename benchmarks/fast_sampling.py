@@ -87,7 +87,7 @@ def settings(steps: int, levels: int, depth: int) -> list[Setting]:
     }.items():
         found.append(Setting(name, "forecast", "euler", steps, free, text))
     for name in ("SDTM", "ToMe"):
-        text = f"merge={name.lower()},round_to=1"
+        text = f"merge={name.lower()},round_to=1,plateaus=64"
         found.append(Setting(name, "merge", "euler", steps, free, text))
     for name in PRESETS:
         if name != "exact":

@@ -142,6 +142,7 @@ def member(groups: match.Groups) -> np.ndarray:
 def settings(args: dict, steps: int) -> MergeConfig:
     """A reference run's, in our terms."""
     return MergeConfig(
+        plateaus=64,  # as many as the public code has
         ratio=args["ratio"],
         deviation=args["deviation"],
         switch=args["switch_step"] / steps,

@@ -46,8 +46,9 @@ class MergeConfig:
       frequency: weight of the counters in the choice of windows. Positive as in the released
         code: what was merged is merged again; negative: what was merged is spared.
       mixing: weight of the new value of a merged token, against the stored one.
-      round_to: windows and tokens are merged in multiples of this. Every count is compiled on its
-        own, so a larger one compiles faster.
+      round_to: windows and tokens are merged in multiples of this.
+      plateaus: at most so many different counts a stage, since each is compiled on its own. Beyond
+        this a count becomes the one before or after it, where that changes fewest tokens.
       proportional: in attention a merged token counts as often as it has members (ToMe, arXiv
         2210.09461, Sec. 3); SDTM does without.
       merge_stages: the stages with merging, 0 the coarsest; by default the finest alone. The
@@ -65,6 +66,7 @@ class MergeConfig:
     frequency: float = 0.05
     mixing: float = 0.1
     round_to: int = 16
+    plateaus: int = 4
     proportional: bool = False
     merge_stages: tuple[int, ...] = ()
 
@@ -81,10 +83,10 @@ class MergeConfig:
                 raise InputError(f"merge {name} {getattr(self, name)} must be in [0, 1]")
         if not np.isfinite(self.frequency):
             raise InputError(f"merge frequency must be a finite number, got {self.frequency}")
-        if self.protect < 0 or self.round_to < 1:
+        if self.protect < 0 or self.round_to < 1 or self.plateaus < 1:
             raise InputError(
-                f"merge protect {self.protect} must be at least 0, round_to {self.round_to} at "
-                "least 1"
+                f"merge protect {self.protect} must be at least 0, round_to {self.round_to} and "
+                f"plateaus {self.plateaus} at least 1"
             )
 
 
@@ -118,6 +120,25 @@ def schedule(config: MergeConfig, steps: int, grid: tuple[int, int]) -> list[Mer
             kind, count = "tokens", min(removed, 3 * quarter) // q * q
         out.append(Merging(kind, count, grid, *settings))
     return out
+
+
+def on_plateaus(ways: list[Merging], most: int) -> list[Merging]:
+    """A stage's schedule with at most `most` different counts, see `MergeConfig.plateaus`.
+
+    Only counts of one kind are made equal: there may be more if there are more kinds.
+    """
+    while len(set(ways)) > most:
+        neighbours = list(itertools.pairwise(dict.fromkeys(ways)))
+        changed = {
+            (old, new): abs(old.tokens()[1] - new.tokens()[1]) * ways.count(old)
+            for old, new in (*neighbours, *((b, a) for a, b in neighbours))
+            if old.kind == new.kind
+        }
+        if not changed:
+            break
+        old, new = min(changed, key=changed.get)
+        ways = [new if way == old else way for way in ways]
+    return ways
 
 
 def full_steps(config: MergeConfig, steps: int) -> Bool[np.ndarray, " k"]:
@@ -162,7 +183,8 @@ def merged(segments: Iterable[Segment], model: ModelConfig, config: MergeConfig)
                 + ("choose one" if levels == 1 else f"leave one out there, e.g. interval={without}")
             )
         grid = model.pyramid.grid(stage, model.latent_size)
-        methods = schedule(config, steps[stages], grid)[first : first + n]
+        methods = on_plateaus(schedule(config, steps[stages], grid), config.plateaus)
+        methods = methods[first : first + n]
         full = full_steps(config, n)
         if all(f or m.kind == "nothing" for f, m in zip(full, methods)):
             out.extend(group)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ppflow_jax.accelerate.config import AccelerateConfig, accelerated
-from ppflow_jax.accelerate.merge import MergeConfig, schedule
+from ppflow_jax.accelerate.merge import MergeConfig, on_plateaus, schedule
 from ppflow_jax.accelerate.merging import Merged, Merging, full_layer, parts
 from ppflow_jax.errors import InputError
 from ppflow_jax.explain import explain
@@ -56,6 +56,18 @@ def test_counts_never_exceed_the_windows():
 def test_trajectories_are_those_of_the_public_code(ref):
     with jax.default_matmul_precision("highest"):
         within(merge_parity.Network(ref).rows("cfg", decisions=False))
+
+
+def test_counts_change_least_until_they_lie_on_so_many_plateaus():
+    def ways(*runs):
+        return [Merging(kind, count, (8, 8)) for kind, count, n in runs for _ in range(n)]
+
+    falling = ways(("windows", 8, 2), ("windows", 7, 1), ("tokens", 20, 2), ("tokens", 18, 4))
+    assert on_plateaus(falling, 4) == falling
+    # A window more in 1 step is 3 tokens, 2 tokens less in 2 steps are 4.
+    assert on_plateaus(falling, 3) == ways(("windows", 8, 3), ("tokens", 20, 2), ("tokens", 18, 4))
+    assert on_plateaus(falling, 2) == ways(("windows", 8, 3), ("tokens", 18, 6))
+    assert on_plateaus(falling, 1) == on_plateaus(falling, 2)
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +191,7 @@ def test_tokens_constant_in_a_window(params):
         ({"mixing": -1.0}, "merge mixing"),
         ({"frequency": float("nan")}, "finite"),
         ({"round_to": 0}, "round_to"),
+        ({"plateaus": 0}, "plateaus"),
         ({"merge_stages": (3,)}, "the model has 3 stage"),
         ({"merge_stages": (0,), "latent": 12}, "do not tile a grid of 3x3"),
     ],
@@ -216,8 +229,12 @@ def test_cost():
     model = ModelConfig(SIT, 32, 4, **SIZES["XL"], num_classes=1000)
     config = SamplerConfig("euler", 50)
     plain = sampling_flops(model, plan(config, SIT, Flow()))
-    merged = sampling_flops(model, segments_of(config, model))
-    assert plain / merged == pytest.approx(1.20, abs=0.01)
+    saved = {
+        most: plain / sampling_flops(model, segments_of(config, model, plateaus=most))
+        for most in (MergeConfig.plateaus, 64)
+    }
+    assert saved[64] == pytest.approx(1.20, abs=0.01)
+    assert saved[MergeConfig.plateaus] == pytest.approx(saved[64], rel=0.01)
     # the middle stage's grid is not square
     model = ModelConfig(PPFLOW3, 32, 4, **SIZES["XL"], num_classes=1000)
     segments = segments_of(config, model, merge_stages=(1,))
