@@ -4,7 +4,8 @@
 
 Counts processor time (all threads, so that other work on the machine weighs little) and
 wall-clock time of tracing and compiling, of a first batch less that of a second one. The plans are
-compiled in turn; times and ratios are medians over rounds.
+compiled in turn, the plain one before each of the others; times are medians over rounds, ratios
+those of a plan's median and the median of the plain ones before it.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ PLANS = {
         "interval=3",
     ),
     "merged": (dict(cfg=(1.5,)), "merge=sdtm"),
-    "merged, unguided at first": (dict(cfg=(1.0, 1.5), cfg_until=(0.25, 1.0)), "merge=sdtm"),
+    "merged, unguided at first": (
+        dict(cfg=(1.0, 1.5, 2.0, 2.5), cfg_until=(0.25, 0.625, 0.9375, 1.0)),
+        "merge=sdtm",
+    ),
 }
 
 
@@ -50,29 +54,31 @@ def main(_) -> None:
     model = ModelConfig(PPFLOW3, 32, 4, _WIDTH.value, 4, 4, num_classes=10)
     params = jax.tree.map(lambda s: jnp.zeros(s.shape), abstract_params(model))
     noise, labels = jnp.zeros((2, *model.shape)), jnp.zeros(2, jnp.int32)
-    seconds = {name: [] for name in PLANS}
-    counts = {}
+
+    def compiled(name: str) -> tuple[np.ndarray, str]:
+        """Processor and wall-clock seconds, and the plan's size."""
+        guidance, text = PLANS[name]
+        config = SamplerConfig("euler", 64, **guidance)
+        segments = accelerated(config, model, Flow(), AccelerateConfig.parse(text))
+        sampler = Sampler(make_apply(model), model, Flow(), config, segments=segments)
+        jax.clear_caches()
+        first, again = (_seconds(sampler, params, noise, labels) for _ in range(2))
+        programs = sampler.compiled._cache_size() + sampler.accelerated._cache_size()
+        return first - again, f"{len(segments):9}{programs:9}"
+
+    plain, *others = PLANS
+    seconds = {name: [] for name in others}
     for round_number in range(_ROUNDS.value + 1):
-        for name, (guidance, text) in PLANS.items():
-            config = SamplerConfig("euler", 64, **guidance)
-            segments = accelerated(config, model, Flow(), AccelerateConfig.parse(text))
-            sampler = Sampler(make_apply(model), model, Flow(), config, segments=segments)
-            jax.clear_caches()
-            first, again = (_seconds(sampler, params, noise, labels) for _ in range(2))
+        for name in others:
+            (base, _), (spent, size) = compiled(plain), compiled(name)
             if round_number:
-                seconds[name].append(first - again)
-            programs = sampler.compiled._cache_size() + sampler.accelerated._cache_size()
-            counts[name] = len(segments), programs
-    base = np.array(seconds["plain, guided"])
+                seconds[name].append((base, spent, size))
     times = f"{'cpu s':>8}{'ratio':>7}{'wall s':>8}{'ratio':>7}"
     print(f"{'plan':34}{'segments':>9}{'programs':>9}{times}")
-    for name, spent in seconds.items():
-        cpu, wall = np.median(spent, axis=0)
-        cpu_ratio, wall_ratio = np.median(spent / base, axis=0)
-        print(
-            f"{name:34}{counts[name][0]:9}{counts[name][1]:9}"
-            f"{cpu:8.2f}{cpu_ratio:7.2f}{wall:8.2f}{wall_ratio:7.2f}"
-        )
+    for name, rows in seconds.items():
+        base, spent = (np.median([row[i] for row in rows], axis=0) for i in range(2))
+        (cpu, wall), (cpu_ratio, wall_ratio) = spent, spent / base
+        print(f"{name:34}{rows[0][2]}{cpu:8.2f}{cpu_ratio:7.2f}{wall:8.2f}{wall_ratio:7.2f}")
 
 
 def _seconds(sampler, params, noise, labels) -> np.ndarray:

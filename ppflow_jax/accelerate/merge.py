@@ -66,7 +66,7 @@ class MergeConfig:
     frequency: float = 0.05
     mixing: float = 0.1
     round_to: int = 16
-    plateaus: int = 4
+    plateaus: int = 3
     proportional: bool = False
     merge_stages: tuple[int, ...] = ()
 
