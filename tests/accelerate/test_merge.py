@@ -234,7 +234,7 @@ def test_cost():
         for most in (MergeConfig.plateaus, 64)
     }
     assert saved[64] == pytest.approx(1.20, abs=0.01)
-    assert saved[MergeConfig.plateaus] == pytest.approx(saved[64], rel=0.01)
+    assert saved[MergeConfig.plateaus] == pytest.approx(saved[64], rel=0.002)
     # the middle stage's grid is not square
     model = ModelConfig(PPFLOW3, 32, 4, **SIZES["XL"], num_classes=1000)
     segments = segments_of(config, model, merge_stages=(1,))
