@@ -60,13 +60,15 @@ def sequences(ref: dict) -> Iterator[Row]:
                 for order in range(values.shape[1]):
                     table = weight_table("taylor", order, full, warmup)
                     weights, expected = by_step(table, full), values[n, order]
-                    worst["value"] = max(worst["value"], max_abs(weights @ features, expected))
-                    worst["float32"] = max(
+                    worst["value"] = np.maximum(
+                        worst["value"], max_abs(weights @ features, expected)
+                    )
+                    worst["float32"] = np.maximum(
                         worst["float32"], max_abs(_engine(table, full, features), expected)
                     )
                     if f"seq/weights{suffix}" in ref and kind == "seq":
                         given = ref[f"seq/weights{suffix}"][n, order]
-                        worst["weights"] = max(worst["weights"], max_abs(weights, given))
+                        worst["weights"] = np.maximum(worst["weights"], max_abs(weights, given))
             yield Row(f"{kind} schedule{suffix}", worst["full"], 0)
             yield Row(f"{kind} values{suffix}", worst["value"], 1e-12)
             yield Row(f"{kind} values{suffix} float32", worst["float32"], 1e-5)
@@ -77,7 +79,7 @@ def sequences(ref: dict) -> Iterator[Row]:
 def _engine(table: np.ndarray, full: np.ndarray, features: np.ndarray) -> np.ndarray:
     """Values used at every step, by the ring in float32."""
     slots, written = table.shape[1], np.cumsum(full)
-    ring = np.full((len(full), slots, features.shape[1]), np.nan, np.float32)
+    ring = np.full((len(full), slots, features.shape[1]), np.finfo(np.float32).max)
     for i in np.flatnonzero(full):
         ring[i:, (written[i] - 1) % slots] = features[i]
     return np.asarray(_COMBINE(jnp.asarray(ring), jnp.float32(table)))

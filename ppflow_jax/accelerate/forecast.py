@@ -193,11 +193,8 @@ class Forecast:
 
 
 def combine(ring: Float[Array, "slots ..."], weights: Float[Array, " slots"]) -> Array:
-    """Weighted sum of the slots in float32; a slot of weight 0 is not read, not even a NaN."""
-    total = jnp.zeros(ring.shape[1:], jnp.float32)
-    for slot, weight, used in zip(ring, weights, weights != 0):
-        total += jnp.where(used, slot.astype(jnp.float32), 0) * weight
-    return total
+    """Weighted sum of the slots in float32."""
+    return sum(slot.astype(jnp.float32) * weight for slot, weight in zip(ring, weights))
 
 
 def _write(ring: Float[Array, "s ..."], value: Array, slot: Integer[Array, ""]) -> Array:

@@ -21,9 +21,9 @@ class Method(Protocol):
     Both are branches of one program, so that what they share is compiled once. Whatever passes
     from one evaluation to the next is the method's *memory*, a pytree of arrays. The sampler keeps
     one for every evaluation slot of the solver and for every network (guidance doubles the batch:
-    even rows have the label, odd ones the null class), starts it with NaN (integers: 0, booleans:
-    false) where a segment does not keep the memory of the one before it, and carries it through
-    the steps in place.
+    even rows have the label, odd ones the null class), starts it with the largest numbers
+    (integers: 0, booleans: false) where a segment does not keep the memory of the one before it,
+    and carries it through the steps in place.
 
     A memory never outlives a stage, a change of batch rows, or a segment without a method.
 
@@ -67,4 +67,4 @@ def either(
     turns = jnp.asarray(full, int)
     # A loop of one turn or none changes its memory in place; a branch would copy it.
     x, memory = jax.lax.fori_loop(0, turns, lambda _, both: record(*both), (x, memory))
-    return jax.lax.cond(turns > 0, lambda x, memory: x, reuse, x, memory), memory
+    return jax.lax.cond(full, lambda x, memory: x, reuse, x, memory), memory

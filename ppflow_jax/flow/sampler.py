@@ -34,9 +34,15 @@ def image_noise(
 
 
 def _unwritten(shape: jax.ShapeDtypeStruct) -> Array:
-    """Memory before its first use; NaN, so that reading it can not go unseen."""
-    fill = jnp.nan if jnp.issubdtype(shape.dtype, jnp.floating) else 0
+    """Memory before its first use: numbers that show in any result, unless their weight is 0."""
+    fill = jnp.finfo(shape.dtype).max if jnp.issubdtype(shape.dtype, jnp.floating) else 0
     return jnp.full(shape.shape, fill, shape.dtype)
+
+
+def _row(tables: Any, k: Int[Array, ""] | int) -> Any:
+    """Row k of every table; that k is not negative saves code."""
+    row = partial(jax.lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False)
+    return jax.tree.map(lambda table: row(table, k), tables)
 
 
 def _padded(table: np.ndarray) -> np.ndarray:
@@ -242,7 +248,7 @@ class Sampler:
 
         def body(k, carry):
             x, memory, states = carry
-            x, memory = step(x, memory, k, full[k])
+            x, memory = step(x, memory, k, _row(full, k))
             return x, memory, None if states is None else states.at[k].set(x)
 
         x, _, states = jax.lax.fori_loop(0, steps, body, (x, memory, states))
@@ -257,7 +263,7 @@ class Sampler:
         flow, tableau = self.flow, ODE_SOLVERS[self.config.solver]
 
         def step(x, memory, k, full):
-            now = jax.tree.map(lambda a: a[k], inputs)
+            scale, now = _row((scales, inputs), k)
             slots = [dict(slot) for slot in memory]
 
             def through(level, name, i, call):
@@ -275,13 +281,13 @@ class Sampler:
                     networks = (partial(net, "model", self.apply), partial(net, "weak", self.weak))
                     prediction = self._predict(
                         networks[0], networks[1] if self.weak is not None else None, params, weak,
-                        x, t, y, scales[k, i], stage=stages[i], guide=guide[i],
+                        x, t, y, scale[i], stage=stages[i], guide=guide[i],
                     )  # fmt: skip
                     return velocity_from(flow, prediction, x, jnp.full(x.shape[:1], t))
 
                 return through("velocity", "velocity", i, guided_velocity)
 
-            x = rk_step(tableau, velocity, x, times[k], times[k + 1])
+            x = rk_step(tableau, velocity, x, _row(times, k), _row(times, k + 1))
             return x, tuple(slots)
 
         return step

@@ -95,11 +95,23 @@ def test_what_an_earlier_stage_left_behind_has_no_effect(fast, params):
     weights, slots = segment.inputs["weights"], segment.inputs["slot"]
     written = [set(slots[: i + 1][np.array(segment.full[: i + 1])]) for i in range(segment.steps)]
     assert all(set(np.flatnonzero(w)) <= seen for w, seen in zip(weights, written))
-    expected = fast(params, NOISE, LABELS)
-    with pytest.MonkeyPatch.context() as patch:  # in place of NaN, whose absence shows below
-        patch.setattr("ppflow_jax.flow.sampler._unwritten", lambda s: jnp.full(s.shape, 1e30))
-        again = Sampler(fast.apply, MODEL, Flow(), fast.config, segments=fast.segments)
-        out = again(params, NOISE, LABELS)
+    # The first stage with nothing but full steps, which read none of its poisoned memory
+    first = replace(fast.segments[0], full=(True,) * fast.segments[0].steps)
+
+    def run():
+        plan = (first, segment)
+        sampler = Sampler(fast.apply, MODEL, Flow(), fast.config, segments=plan)
+        return sampler(params, NOISE, LABELS)
+
+    def poison(shape):
+        rows, columns = MODEL.pyramid.grid(0, MODEL.latent_size)
+        of_first = shape.shape[-2] == rows * columns
+        return jnp.full(shape.shape, jnp.nan if of_first else -1e30)
+
+    expected = run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ppflow_jax.flow.sampler._unwritten", poison)
+        out = run()
     assert np.isfinite(expected).all()
     np.testing.assert_array_equal(out, expected)
 
