@@ -132,10 +132,15 @@ def under(ref: dict, prefix: str) -> dict:
     return {k.removeprefix(prefix): v for k, v in ref.items() if k.startswith(prefix)}
 
 
+def joined(groups: match.Groups) -> np.ndarray:
+    """The tokens that join a group."""
+    return np.asarray(groups.others[:, : groups.target.shape[1]])
+
+
 def member(groups: match.Groups) -> np.ndarray:
     """Whether each token is a source that joined a group."""
     out = np.zeros(groups.row.shape, bool)
-    np.put_along_axis(out, np.asarray(groups.sources), True, axis=1)
+    np.put_along_axis(out, joined(groups), True, axis=1)
     return out
 
 
@@ -245,7 +250,7 @@ def replays(ref: dict) -> Iterator[Row]:
                 else:
                     h, counter, groups = cheap(methods[i], *gate, h, counter, stored[layer])
                 seen.see(i, layer, methods[i], groups)
-            worst = max(worst, max_abs(h, ref[f"{key}/out"][i]))
+            worst = np.maximum(worst, max_abs(h, ref[f"{key}/out"][i]))
             seen.counter(i, counter)
         yield Row(f"replay {name} out", worst, 1e-5)
         yield from seen.report(f"replay {name}")
@@ -396,9 +401,9 @@ def tome_calls(ref: dict) -> Iterator[Row]:
         groups = _tome(x, position, grid, spec["r"], cell)
         into = np.sort(groups.into[0]), np.sort(case["dst_token"])
         yield Row(f"tome {name} destinations", differences(*into), 0)
-        yield Row(f"tome {name} sources", differences(groups.sources, case["merged_src"]), 0)
-        joined = np.take_along_axis(np.asarray(groups.into), np.asarray(groups.target), axis=1)
-        yield Row(f"tome {name} joined", differences(joined, case["merged_into"]), 0)
+        yield Row(f"tome {name} sources", differences(joined(groups), case["merged_src"]), 0)
+        chosen = np.take_along_axis(np.asarray(groups.into), np.asarray(groups.target), axis=1)
+        yield Row(f"tome {name} joined", differences(chosen, case["merged_into"]), 0)
         yield from tokens(f"tome {name}", groups, case, {"values": case["values"]}, 1e-6)
 
 
