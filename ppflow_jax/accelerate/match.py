@@ -46,16 +46,15 @@ def _along(x: Array, index: Int[Array, "b ..."], axis: int) -> Array:
 
 
 def grouped(
-    into: Int[Array, "b g"], others: Int[Array, "b o"], target: Int[Array, "b s"]
+    into: Int[Array, "b g"], others: Int[Array, "b o"], target: Int[Array, "b o"], count: int
 ) -> Groups:
-    """`Groups` from its first three fields, of which two together name every token once."""
-    (b, g), n = into.shape, into.shape[1] + others.shape[1]
-    rows = jnp.arange(n - target.shape[1], dtype=target.dtype)
-    rows = jnp.broadcast_to(rows, (b, len(rows)))
-    rows = jnp.concatenate([rows[:, :g], target, rows[:, g:]], axis=1)
+    """`Groups` of tokens of which the first `count` others join a group, and every token is one."""
+    g, i = into.shape[1], np.arange(others.shape[1], dtype=np.int32)
+    own = np.broadcast_to(np.arange(g, dtype=np.int32), into.shape)
+    rows = jnp.concatenate([own, jnp.where(i < count, target, g - count + i)], axis=1)
     tokens = jnp.concatenate([into, others], axis=1)
     _, row = jax.lax.sort((tokens, rows), dimension=1, num_keys=1)
-    return Groups(into, others, target, row)
+    return Groups(into, others, target[:, :count], row)
 
 
 def take(x: Float[Array, "b n d"], tokens: Int[Array, "b m"]) -> Float[Array, "b m d"]:
@@ -146,10 +145,8 @@ def window_scores(
     A counter of zeros adds nothing. A positive `frequency` prefers windows that have been merged
     before, as the released code does; a negative one those that have not.
     """
-    counter = counter.astype(jnp.float32)
-    relative = jnp.mean(counter[:, table], axis=2) / (
-        jnp.mean(counter, axis=1, keepdims=True) + 1e-6
-    )
+    mean = jnp.sum(counter, axis=1, keepdims=True) / counter.shape[1]
+    relative = jnp.sum(counter[:, table], axis=2) / table.shape[1] / (mean + 1e-6)
     return similarity(x, table) + frequency * relative
 
 
@@ -162,11 +159,10 @@ def merge_windows(scores: Float[Array, "b w"], table: Int[np.ndarray, "w k"], co
     """Groups of SDTM's structure stage: each of the `count` best windows becomes one row."""
     tokens = jnp.asarray(table)[best(scores)]
     b, merged = len(tokens), tokens[:, :count]
-    target = jnp.repeat(jnp.arange(count, dtype=tokens.dtype), table.shape[1] - 1)
-    others = jnp.concatenate(
-        [merged[:, :, 1:].reshape(b, -1), tokens[:, count:].reshape(b, -1)], axis=1
-    )
-    return grouped(merged[:, :, 0], others, jnp.broadcast_to(target, (b, *target.shape)))
+    others = [merged[:, :, 1:].reshape(b, -1), tokens[:, count:].reshape(b, -1)]
+    joined, others = others[0].shape[1], jnp.concatenate(others, axis=1)
+    target = np.arange(others.shape[1], dtype=np.int32) // (table.shape[1] - 1)
+    return grouped(merged[:, :, 0], others, jnp.broadcast_to(target, others.shape), joined)
 
 
 def oldest(
@@ -208,4 +204,4 @@ def merge_nearest(
     score, target = nearest(x, into, sources)
     # In the order of `best`
     _, sources, target = jax.lax.sort((-score, sources, target), dimension=1, num_keys=1)
-    return grouped(into, sources, target[:, :count])
+    return grouped(into, sources, target, count)
