@@ -48,7 +48,7 @@ def _along(x: Array, index: Int[Array, "b ..."], axis: int) -> Array:
 def grouped(
     into: Int[Array, "b g"], others: Int[Array, "b o"], target: Int[Array, "b o"], count: int
 ) -> Groups:
-    """`Groups` of tokens of which the first `count` others join a group, and every token is one."""
+    """`Groups` in which the first `count` of the others join their target; the rest stay alone."""
     g, i = into.shape[1], np.arange(others.shape[1], dtype=np.int32)
     own = np.broadcast_to(np.arange(g, dtype=np.int32), into.shape)
     rows = jnp.concatenate([own, jnp.where(i < count, target, g - count + i)], axis=1)
