@@ -90,13 +90,14 @@ def test_a_forecast_differs_and_a_longer_plan_does_not_compile_again(fast, param
 
 
 def test_what_an_earlier_stage_left_behind_has_no_effect(fast, params):
-    segment = fast.segments[1]
-    assert segment.full[0] and not segment.keeps
+    # With one full step at first, forecasts follow while a slot is still unwritten
+    first, segment = segments_of(fast.config, interval=(3,), order=1, warmup=1)
+    assert segment.full[0] and not segment.full[1] and not segment.keeps
     weights, slots = segment.inputs["weights"], segment.inputs["slot"]
     written = [set(slots[: i + 1][np.array(segment.full[: i + 1])]) for i in range(segment.steps)]
     assert all(set(np.flatnonzero(w)) <= seen for w, seen in zip(weights, written))
-    # The first stage with nothing but full steps, which read none of its poisoned memory
-    first = replace(fast.segments[0], full=(True,) * fast.segments[0].steps)
+    # The first stage has nothing but full steps, which read none of its poisoned memory
+    first = replace(first, full=(True,) * first.steps)
 
     def run():
         plan = (first, segment)
