@@ -57,7 +57,7 @@ def main(_) -> None:
             flops.append(sampling_flops(model, segments))
             sampler = partial(Sampler, make_apply(model), model, Flow(), config)
             coarse.append(sampler(segments=segments[:1]))
-            later = sampler(segments=segments[1:])
+            later = sampler(segments=segments[1:])  # the same of either plan
         images = [later(params, s(params, noise, labels), labels) for s in coarse]
         difference = float(jnp.abs(images[0] - images[1]).max() / jnp.abs(images[0]).max())
         times = {sampler: [] for sampler in (*coarse, later)}
