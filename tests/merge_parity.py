@@ -12,6 +12,7 @@ import collections
 import functools
 import itertools
 import json
+import operator
 import os
 import re
 import sys
@@ -46,18 +47,16 @@ def differences(ours, theirs) -> int:
 
 @functools.partial(jax.jit, static_argnames=("frequency", "grid", "count"))
 def _windows(x, counter, frequency, *, grid, count):
-    table = match.windows(grid)
-    scores = match.window_scores(x, counter, table, frequency)
-    groups = match.merge_windows(scores, table, count)
-    return match.similarity(x, table), scores, match.best(scores), groups
+    scores = match.window_scores(x, counter, grid, frequency)
+    groups = match.merge_windows(scores, grid, count)
+    return match.similarity(x, grid), scores, match.best(scores), groups
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "count"))
 def _nearest(x, counter, drawn, *, grid, count):
-    table = match.windows(grid)
-    into, sources = match.oldest(counter, table) if drawn is None else match.split(drawn, table)
-    groups = match.merge_nearest(x, into, sources, count)
-    return into, sources, *match.nearest(x, into, sources), groups
+    position = match.oldest(counter, grid) if drawn is None else drawn
+    args = match.in_windows(x, grid).reshape(x.shape), position, match.windows(grid)
+    return position, *match.nearest(*args), match.merge_nearest(*args, count)
 
 
 @jax.jit
@@ -113,14 +112,15 @@ def single_calls(ref: dict) -> Iterator[Row]:
         else:
             # the original draws destinations where it has no counter
             drawn = jnp.asarray(case["dst"]) if "drawn" in case else None
-            into, sources, score, target, groups = _nearest(
+            position, score, target, groups = _nearest(
                 x, counter, drawn, grid=grid, count=method.count
             )
-            position = np.argmax(table[None] == np.asarray(into)[:, :, None], axis=2)
             yield Row(f"{label} destinations", differences(position, case["dst"]), 0)
-            yield Row(f"{label} score", max_abs(score, case["best_score"][rows, sources]), 2e-6)
-            ours = np.asarray(into)[rows, target]
-            yield Row(f"{label} nearest", differences(ours, case["best_dst"][rows, sources]), 0)
+            into, source = np.asarray(groups.order[:, : len(table)]), np.isfinite(score)
+            theirs = (case[key][:, table.ravel()][source] for key in ("best_score", "best_dst"))
+            yield Row(f"{label} score", max_abs(score[source], next(theirs)), 2e-6)
+            ours = into[rows, target][source]
+            yield Row(f"{label} nearest", differences(ours, next(theirs)), 0)
             yield Row(f"{label} merged sources", differences(member(groups), case["merged"]), 0)
         if not spec["prune"]:
             after = match.count_up(groups, counter)
@@ -134,7 +134,7 @@ def under(ref: dict, prefix: str) -> dict:
 
 def joined(groups: match.Groups) -> np.ndarray:
     """The tokens that join a group."""
-    return np.asarray(groups.others[:, : groups.target.shape[1]])
+    return np.asarray(groups.order[:, groups.count : groups.count + groups.target.shape[1]])
 
 
 def member(groups: match.Groups) -> np.ndarray:
@@ -199,7 +199,7 @@ class Decisions:
             windows = ~np.asarray(groups.alone)[:, table].all(axis=2)
         if kind == 2:
             merged = member(groups)
-            position = np.argmax(table[None] == np.asarray(groups.into)[:, :, None], axis=2)
+            position = np.argmax(table == np.asarray(groups.order)[:, : len(table), None], axis=2)
         self._compare("windows", windows, self._at("windows", i, layer))
         self._compare("dst", position, self._at("dst", i, layer))
         self._compare("merged", merged, self._at("merged", i, layer))
@@ -335,7 +335,7 @@ class Network:
             else:
                 groups = extra
             for layer in range(depth):
-                now = groups and match.Groups(*(value[layer] for value in groups))
+                now = jax.tree.map(operator.itemgetter(layer), groups)
                 seen.see(i, layer, method, now)
             seen.counter(i, counter)
         yield from seen.report(f"run {name}")
@@ -399,10 +399,11 @@ def tome_calls(ref: dict) -> Iterator[Row]:
         grid, cell = (spec["rows"], spec["cols"]), (spec["sy"], spec["sx"])
         x, position = jnp.asarray(case["metric"]), jnp.asarray(case["drawn"].ravel())
         groups = _tome(x, position, grid, spec["r"], cell)
-        into = np.sort(groups.into[0]), np.sort(case["dst_token"])
-        yield Row(f"tome {name} destinations", differences(*into), 0)
+        into = np.asarray(groups.order[:, : groups.count])
+        both = np.sort(into[0]), np.sort(case["dst_token"])
+        yield Row(f"tome {name} destinations", differences(*both), 0)
         yield Row(f"tome {name} sources", differences(joined(groups), case["merged_src"]), 0)
-        chosen = np.take_along_axis(np.asarray(groups.into), np.asarray(groups.target), axis=1)
+        chosen = np.take_along_axis(into, np.asarray(groups.target), axis=1)
         yield Row(f"tome {name} joined", differences(chosen, case["merged_into"]), 0)
         yield from tokens(f"tome {name}", groups, case, {"values": case["values"]}, 1e-6)
 

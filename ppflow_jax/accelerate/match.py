@@ -7,37 +7,40 @@ the paper; ToMe for diffusion (arXiv 2303.17604).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ppflow_jax.errors import InputError
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-class Groups(NamedTuple):
-    """A partition of the n tokens of every row into g + k rows of a shorter sequence.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Groups:
+    """A partition of the n tokens of every sample into g groups and tokens that stay alone.
 
     Attributes:
-      into: tokens that begin a group, one row each; their rows come first.
-      others: all others, first the s tokens that join a group, then the k that stay alone.
-      target: the group, 0 to g - 1, that each joining token joins.
-      row: the row that each token is in.
+      order: the tokens: those that begin a group, those that join one, those that stay alone. Of
+        windows: those of the first window, of the second, ..., those that stay alone.
+      row: of the shorter sequence, for each token; the groups are the first rows.
+      target: the group that each joining token joins; None for windows.
+      count: g.
     """
 
-    into: Int[Array, "b g"]
-    others: Int[Array, "b o"]
-    target: Int[Array, "b s"]
+    order: Int[Array, "b n"]
     row: Int[Array, "b n"]
+    target: Int[Array, "b s"] | None
+    count: int = field(metadata={"static": True})
 
     @property
     def alone(self) -> Bool[Array, "b n"]:
         """Whether each token stays alone."""
-        return self.row >= self.into.shape[1]
+        return self.row >= self.count
 
 
 def _along(x: Array, index: Int[Array, "b ..."], axis: int) -> Array:
@@ -45,16 +48,9 @@ def _along(x: Array, index: Int[Array, "b ..."], axis: int) -> Array:
     return jnp.take_along_axis(x, index, axis, mode="promise_in_bounds")
 
 
-def grouped(
-    into: Int[Array, "b g"], others: Int[Array, "b o"], target: Int[Array, "b o"], count: int
-) -> Groups:
-    """`Groups` in which the first `count` of the others join their target; the rest stay alone."""
-    g, i = into.shape[1], np.arange(others.shape[1], dtype=np.int32)
-    own = np.broadcast_to(np.arange(g, dtype=np.int32), into.shape)
-    rows = jnp.concatenate([own, jnp.where(i < count, target, g - count + i)], axis=1)
-    tokens = jnp.concatenate([into, others], axis=1)
-    _, row = jax.lax.sort((tokens, rows), dimension=1, num_keys=1)
-    return Groups(into, others, target[:, :count], row)
+def inverse(order: Int[Array, "b n"], values: Int[Array, "b n"]) -> Int[Array, "b n"]:
+    """The value of every token, from the values in this order of tokens."""
+    return jax.lax.sort((order, values), dimension=1, num_keys=1)[1]
 
 
 def take(x: Float[Array, "b n d"], tokens: Int[Array, "b m"]) -> Float[Array, "b m d"]:
@@ -64,20 +60,27 @@ def take(x: Float[Array, "b n d"], tokens: Int[Array, "b m"]) -> Float[Array, "b
 
 def sizes(groups: Groups) -> Float[Array, "b m"]:
     """How many tokens are in each row."""
-    joined = jax.nn.one_hot(groups.target, groups.into.shape[1]).sum(axis=1)
-    alone = groups.others.shape[1] - groups.target.shape[1]
-    return jnp.concatenate([1 + joined, jnp.ones((len(joined), alone))], axis=1)
+    b, n = groups.row.shape
+    if groups.target is None:
+        size = np.ones(n - 3 * groups.count, np.float32)
+        size[: groups.count] = 4
+        return jnp.broadcast_to(size, (b, len(size)))
+    joined = jax.nn.one_hot(groups.target, groups.count).sum(axis=1)
+    alone = n - groups.count - groups.target.shape[1]
+    return jnp.concatenate([1 + joined, jnp.ones((b, alone))], axis=1)
 
 
 def merge(groups: Groups, x: Float[Array, "b n d"]) -> Float[Array, "b m d"]:
     """The shorter sequence: the mean of every group, then tokens that stay alone (float32)."""
-    g, s = groups.into.shape[1], groups.target.shape[1]
-    # One gather, which compiles faster than three
-    x = take(x, jnp.concatenate([groups.into, groups.others], axis=1))
-    into, sources, alone = jnp.split(x, (g, g + s), axis=1)
-    joins = jax.nn.one_hot(groups.target, g)
-    total = into + jnp.einsum("bsg,bsd->bgd", joins, sources, precision=_HIGHEST)
-    mean = total / (1 + joins.sum(axis=1))[:, :, None]
+    g, x = groups.count, take(x, groups.order)  # one gather compiles faster than three
+    if groups.target is None:
+        windows, alone = jnp.split(x, (4 * g,), axis=1)
+        mean = sum_of_four(windows.reshape(len(x), g, 4, x.shape[2])) / 4
+    else:
+        into, sources, alone = jnp.split(x, (g, g + groups.target.shape[1]), axis=1)
+        joins = jax.nn.one_hot(groups.target, g)
+        total = into + jnp.einsum("bsg,bsd->bgd", joins, sources, precision=_HIGHEST)
+        mean = total / (1 + joins.sum(axis=1))[:, :, None]
     return jnp.concatenate([mean, alone], axis=1)
 
 
@@ -123,22 +126,31 @@ def windows(grid: tuple[int, int]) -> Int[np.ndarray, "w 4"]:
     return cells(grid, (2, 2))
 
 
+def in_windows(x: Shaped[Array, "b n ..."], grid: tuple[int, int]) -> Shaped[Array, "b w 4 ..."]:
+    """The tokens of every window, in the order of `windows`."""
+    (rows, columns), inner = grid, x.shape[2:]
+    x = x.reshape(len(x), rows // 2, 2, columns // 2, 2, *inner)
+    return jnp.swapaxes(x, 2, 3).reshape(len(x), rows * columns // 4, 4, *inner)
+
+
+def sum_of_four(x: Shaped[Array, "b w 4 ..."]) -> Shaped[Array, "b w ..."]:
+    """Sum over the tokens of a window. Additions can be fused where a reduction may not be."""
+    return x[:, :, 0] + x[:, :, 1] + x[:, :, 2] + x[:, :, 3]
+
+
 def unit(x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
     """Vectors of length 1, in float32; zero stays zero."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
-def similarity(x: Float[Array, "b n d"], table: Int[np.ndarray, "w k"]) -> Float[Array, "b w"]:
-    """Mean of the k^2 cosines within each window, those of a token with itself included."""
-    return jnp.sum(jnp.square(jnp.mean(unit(x)[:, table], axis=2)), axis=-1)
+def similarity(x: Float[Array, "b n d"], grid: tuple[int, int]) -> Float[Array, "b w"]:
+    """Mean of the 16 cosines within each window, those of a token with itself included."""
+    return jnp.sum(jnp.square(jnp.mean(in_windows(unit(x), grid), axis=2)), axis=-1)
 
 
 def window_scores(
-    x: Float[Array, "b n d"],
-    counter: Int[Array, "b n"],
-    table: Int[np.ndarray, "w k"],
-    frequency: float,
+    x: Float[Array, "b n d"], counter: Int[Array, "b n"], grid: tuple[int, int], frequency: float
 ) -> Float[Array, "b w"]:
     """`similarity` + frequency * (mean of the counter in the window / its mean over all tokens).
 
@@ -146,8 +158,8 @@ def window_scores(
     before, as the released code does; a negative one those that have not.
     """
     mean = jnp.sum(counter, axis=1, keepdims=True) / counter.shape[1]
-    relative = jnp.sum(counter[:, table], axis=2) / table.shape[1] / (mean + 1e-6)
-    return similarity(x, table) + frequency * relative
+    relative = sum_of_four(in_windows(counter, grid)) / 4 / (mean + 1e-6)
+    return similarity(x, grid) + frequency * relative
 
 
 def best(scores: Float[Array, "b w"]) -> Int[Array, "b w"]:
@@ -155,53 +167,60 @@ def best(scores: Float[Array, "b w"]) -> Int[Array, "b w"]:
     return jnp.argsort(-scores, axis=1, stable=True)
 
 
-def merge_windows(scores: Float[Array, "b w"], table: Int[np.ndarray, "w k"], count: int) -> Groups:
+def merge_windows(scores: Float[Array, "b w"], grid: tuple[int, int], count: int) -> Groups:
     """Groups of SDTM's structure stage: each of the `count` best windows becomes one row."""
-    tokens = jnp.asarray(table)[best(scores)]
-    b, merged = len(tokens), tokens[:, :count]
-    others = [merged[:, :, 1:].reshape(b, -1), tokens[:, count:].reshape(b, -1)]
-    joined, others = others[0].shape[1], jnp.concatenate(others, axis=1)
-    target = np.arange(others.shape[1], dtype=np.int32) // (table.shape[1] - 1)
-    return grouped(merged[:, :, 0], others, jnp.broadcast_to(target, others.shape), joined)
+    order = jnp.asarray(windows(grid))[best(scores)].reshape(len(scores), -1)
+    i = inverse(order, jax.lax.broadcasted_iota(jnp.int32, order.shape, 1))
+    row = jnp.where(i < 4 * count, i // 4, i - 3 * count)
+    return Groups(order, row, None, count)
 
 
-def oldest(
-    counter: Int[Array, "b n"], table: Int[np.ndarray, "w k"]
-) -> tuple[Int[Array, "b w"], Int[Array, "b s"]]:
-    """Destinations of SDTM's detail stage, and all other tokens, which are its sources.
+def oldest(counter: Int[Array, "b n"], grid: tuple[int, int]) -> Int[Array, "b w"]:
+    """Where in every window the destination of SDTM's detail stage is; the others are sources.
 
-    The destination of a window is the token with the highest counter, the first one among equals.
+    It is the token with the highest counter, the first one among equals.
     """
-    position = jnp.argmax(counter[:, table], axis=2)
-    return split(position, table)
+    return jnp.argmax(in_windows(counter, grid), axis=2)
 
 
-def split(
-    position: Int[Array, "b w"], table: Int[np.ndarray, "w k"]
-) -> tuple[Int[Array, "b w"], Int[Array, "b s"]]:
-    """The token at a position of every cell, and the other tokens of the cells."""
-    b, k = len(position), table.shape[1]
-    tokens = jnp.broadcast_to(jnp.asarray(table), (b, *table.shape))
-    order = (position[:, :, None] + jnp.arange(k)[None, None]) % k
-    tokens = _along(tokens, order, 2)
-    return tokens[:, :, 0], tokens[:, :, 1:].reshape(b, -1)
+def by_cell(table: Int[np.ndarray, "w k"], n: int) -> Int[np.ndarray, " n"]:
+    """All n tokens, cell by cell; then those in no cell."""
+    return np.concatenate([table.ravel(), np.setdiff1d(np.arange(n), table)]).astype(np.int32)
 
 
 def nearest(
-    x: Float[Array, "b n d"], into: Int[Array, "b g"], sources: Int[Array, "b s"]
-) -> tuple[Float[Array, "b s"], Int[Array, "b s"]]:
-    """Of every source: the cosine to the most similar destination, and which one it is."""
-    x = take(unit(x), jnp.concatenate([into, sources], axis=1))
-    into, sources = jnp.split(x, (into.shape[1],), axis=1)
-    cosines = jnp.einsum("bsd,bgd->bsg", sources, into, precision=_HIGHEST)
-    return jnp.max(cosines, axis=2), jnp.argmax(cosines, axis=2)
+    x: Float[Array, "b n d"], position: Int[Array, "b w"], table: Int[np.ndarray, "w k"]
+) -> tuple[Float[Array, "b n"], Int[Array, "b n"]]:
+    """Of every token: the cosine to the most similar destination, and the cell of that one.
+
+    A destination has the score inf.
+
+    Args:
+      x: tokens in the order of `by_cell`, as are the results.
+      position: of the destination in every cell.
+      table: the cells.
+    """
+    (w, k), x = table.shape, unit(x)
+    into = _along(x[:, : w * k].reshape(-1, w, k, x.shape[2]), position[:, :, None, None], 2)
+    cosines = jnp.einsum("bnd,bgd->bng", x, into[:, :, 0], precision=_HIGHEST)
+    chosen = (position[:, :, None] == np.arange(k)[None, None]).reshape(-1, w * k)
+    chosen = jnp.pad(chosen, ((0, 0), (0, x.shape[1] - w * k)))
+    return jnp.where(chosen, jnp.inf, jnp.max(cosines, axis=2)), jnp.argmax(cosines, axis=2)
 
 
 def merge_nearest(
-    x: Float[Array, "b n d"], into: Int[Array, "b g"], sources: Int[Array, "b s"], count: int
+    x: Float[Array, "b n d"], position: Int[Array, "b w"], table: Int[np.ndarray, "w k"], count: int
 ) -> Groups:
-    """The `count` sources most similar to any destination join the one most similar to them."""
-    score, target = nearest(x, into, sources)
-    # In the order of `best`
-    _, sources, target = jax.lax.sort((-score, sources, target), dimension=1, num_keys=1)
-    return grouped(into, sources, target, count)
+    """The `count` tokens most similar to any destination join the one most similar to them.
+
+    Args:
+      x, position, table: as in `nearest`.
+      count: at most the number of tokens that are no destinations.
+    """
+    score, target = nearest(x, position, table)
+    tokens = jnp.broadcast_to(by_cell(table, x.shape[1]), score.shape)
+    # Destinations first, then in the order of `best`
+    _, order, target = jax.lax.sort((-score, tokens, target), dimension=1, num_keys=1)
+    g, i = len(table), np.arange(x.shape[1], dtype=np.int32)[None]
+    row = jnp.where(i < g, i, jnp.where(i < g + count, target, i - count))
+    return Groups(order, inverse(order, row), target[:, g : g + count], g)

@@ -79,11 +79,12 @@ class Merging:
         """What is merged in a block that `h` enters, `x` its attention."""
         if self.kind == "tome":
             return tome.match(h, position, self.grid, self.count)
-        table = match.windows(self.grid)
         if self.kind == "windows":
-            scores = match.window_scores(x, counter, table, self.frequency)
-            return match.merge_windows(scores, table, self.count)
-        return match.merge_nearest(x, *match.oldest(counter, table), self.count)
+            scores = match.window_scores(x, counter, self.grid, self.frequency)
+            return match.merge_windows(scores, self.grid, self.count)
+        oldest = match.oldest(counter, self.grid)
+        x = match.in_windows(x, self.grid).reshape(x.shape)
+        return match.merge_nearest(x, oldest, match.windows(self.grid), self.count)
 
     def layer(
         self,
@@ -146,13 +147,11 @@ class Merging:
 
     def flops(self, model: ModelConfig, stage: int) -> int:
         """Of one block and image, with the cosines that decide and the sums of merged tokens."""
-        matching, d = 0, model.width
-        if self.kind == "windows":
-            matching = 2 * 2 * self.count * 3 * self.count * d
-        elif self.kind != "nothing":
+        matching = 0
+        if self.kind in ("tokens", "tome"):
             destinations = len(match.cells(self.grid, (2, 2)))
-            sources = self.grid[0] * self.grid[1] - destinations
-            matching = 2 * (sources + self.count) * destinations * d
+            n = self.grid[0] * self.grid[1]
+            matching = 2 * (n + self.count) * destinations * model.width
         return block_flops(model, stage, *self.tokens()) + matching
 
 

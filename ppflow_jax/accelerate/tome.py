@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ppflow_jax.accelerate.match import Groups, cells, merge_nearest, split
+from ppflow_jax.accelerate.match import Groups, by_cell, cells, merge_nearest
 
 
 def draws(
@@ -35,9 +35,6 @@ def match(
       position: of the destination in every cell, one draw for the batch.
       grid: rows and columns of tokens; those left over by the cells are sources.
     """
-    table, b = cells(grid, cell), len(x)
-    into, sources = split(jnp.broadcast_to(position, (b, len(table))), table)
-    rest = np.setdiff1d(np.arange(x.shape[1]), table)
-    rest = jnp.broadcast_to(jnp.asarray(rest, sources.dtype), (b, len(rest)))
-    sources = jnp.concatenate([sources, rest], axis=1)
-    return merge_nearest(x, into, sources, min(count, sources.shape[1]))
+    table, n = cells(grid, cell), x.shape[1]
+    position = jnp.broadcast_to(position, (len(x), len(table)))
+    return merge_nearest(x[:, by_cell(table, n)], position, table, min(count, n - len(table)))

@@ -41,14 +41,19 @@ def counters():
     return jnp.int32(np.random.default_rng(1).integers(0, 9, size=(2, GRID[0] * GRID[1])))
 
 
+def nearest(x, counter, count):
+    x = match.in_windows(x, GRID).reshape(x.shape)
+    return match.merge_nearest(x, match.oldest(counter, GRID), TABLE, count)
+
+
 @jax.jit
 def ways(x):
     """Groups of every kind."""
-    scores = match.window_scores(x, counters(), TABLE, 0.05)
+    scores = match.window_scores(x, counters(), GRID, 0.05)
     return {
-        "windows": match.merge_windows(scores, TABLE, 16),
-        "all windows": match.merge_windows(scores, TABLE, len(TABLE)),
-        "tokens": match.merge_nearest(x, *match.oldest(counters(), TABLE), 48),
+        "windows": match.merge_windows(scores, GRID, 16),
+        "all windows": match.merge_windows(scores, GRID, len(TABLE)),
+        "tokens": nearest(x, counters(), 48),
         "tome": tome.match(x, jnp.zeros(len(TABLE), jnp.int32), GRID, 999),
     }
 
@@ -84,7 +89,7 @@ def test_merge_then_unmerge_is_the_identity_on_tokens_constant_in_a_window():
 
     @functools.partial(jax.jit, static_argnums=1)
     def back(x, count):
-        groups = match.merge_windows(match.window_scores(x, counters(), TABLE, 0.05), TABLE, count)
+        groups = match.merge_windows(match.window_scores(x, counters(), GRID, 0.05), GRID, count)
         return match.unmerge(groups, match.merge(groups, x))
 
     for count in (0, 5, len(TABLE)):
@@ -107,10 +112,10 @@ def test_permuted_windows_give_permuted_tokens():
 
     @jax.jit
     def both(x, counter):
-        scores = match.window_scores(x, counter, TABLE, 0.05)
-        windows = match.merge_windows(scores, TABLE, 12)
-        nearest = match.merge_nearest(x, *match.oldest(counter, TABLE), 40)
-        return [match.unmerge(g, match.merge(g, x)) for g in (windows, nearest)]
+        scores = match.window_scores(x, counter, GRID, 0.05)
+        windows = match.merge_windows(scores, GRID, 12)
+        groups = windows, nearest(x, counter, 40)
+        return [match.unmerge(g, match.merge(g, x)) for g in groups]
 
     x = jnp.asarray(np.random.default_rng(5).normal(size=x.shape), jnp.float32)
     for plain, moved in zip(both(x, counter), both(x[:, move], counter[:, move])):
@@ -121,23 +126,23 @@ def test_rows_of_a_batch_are_matched_on_their_own():
     x = tokens()
     changed = x.at[1].set(tokens(7)[1])
     for name, groups in ways(x).items():
-        for before, after in zip(groups, ways(changed)[name]):
+        for before, after in zip(*map(jax.tree.leaves, (groups, ways(changed)[name]))):
             np.testing.assert_array_equal(before[0], after[0])
 
 
 def test_zero_tokens_give_no_nan():
     x = tokens().at[:, :40].set(0)
-    assert np.isfinite(match.window_scores(x, jnp.zeros_like(counters()), TABLE, 0.05)).all()
-    into, sources = match.oldest(counters(), TABLE)
-    assert np.isfinite(match.nearest(x, into, sources)[0]).all()
-    assert np.isfinite(match.nearest(1e-30 * x, into, sources)[0]).all()
+    assert np.isfinite(match.window_scores(x, jnp.zeros_like(counters()), GRID, 0.05)).all()
+    position = match.oldest(counters(), GRID)
+    for tokens_ in (x, 1e-30 * x):
+        assert not np.isnan(match.nearest(tokens_, position, TABLE)[0]).any()
 
 
 def test_the_sign_of_the_frequency_term_prefers_or_spares_what_was_merged():
     x = jnp.ones((1, TABLE.size, 4))
     counter = jnp.zeros((1, TABLE.size), jnp.int32).at[0, TABLE[7]].set(5)
     best = [
-        int(match.best(match.window_scores(x, counter, TABLE, sign * 0.05))[0, place])
+        int(match.best(match.window_scores(x, counter, GRID, sign * 0.05))[0, place])
         for sign, place in ((1, 0), (-1, -1))
     ]
     assert best == [7, 7]
