@@ -18,7 +18,7 @@ from ppflow_jax.flow.loss import Objective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig, evaluations
 from ppflow_jax.flow.sampler import Sampler
-from ppflow_jax.models.ppflow import Apply, ModelConfig, abstract_params, init_params, make_apply
+from ppflow_jax.models.ppflow import Apply, ModelConfig, abstract_params, make_apply
 from ppflow_jax.optim import OptimConfig, make_optimizer
 from ppflow_jax.state import init_state
 from ppflow_jax.train_step import compiled, make_train_step
@@ -137,8 +137,17 @@ def _compiled(lower: Callable[[], list[Any]]) -> tuple[int, float, float]:
 
 
 @functools.cache
+def _leaf(name: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return 0.02 * jax.random.normal(jax.random.key(0), shape, dtype)
+
+
+@functools.cache
 def _params(model: ModelConfig) -> Any:
-    return jax.jit(functools.partial(init_params, model))(jax.random.key(0))
+    """Random parameters. Models of one size share what has the same shape: one trunk for all."""
+    return jax.tree.map_with_path(
+        lambda path, leaf: _leaf(jax.tree_util.keystr(path), leaf.shape, leaf.dtype),
+        abstract_params(model),
+    )
 
 
 def sampling_row(
