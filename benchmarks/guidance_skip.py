@@ -32,7 +32,7 @@ from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT
 _SIZE = flags.DEFINE_enum("size", "B", list(SIZES), "Model size.")
 _BATCH = flags.DEFINE_integer("batch", 8, "Images.")
 _STEPS = flags.DEFINE_integer("steps", 4, "Euler steps.")
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed rounds.")
+_ROUNDS = flags.DEFINE_integer("rounds", 11, "Timed rounds.")
 _SCALE = 1.5
 _TURNS = 3
 # Guides in float64 and is 1 in float32: both halves are evaluated, the null class has weight 0.
