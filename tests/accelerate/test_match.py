@@ -134,8 +134,8 @@ def test_zero_tokens_give_no_nan():
     x = tokens().at[:, :40].set(0)
     assert np.isfinite(match.window_scores(x, jnp.zeros_like(counters()), GRID, 0.05)).all()
     position = match.oldest(counters(), GRID)
-    for tokens_ in (x, 1e-30 * x):
-        assert not np.isnan(match.nearest(tokens_, position, TABLE)[0]).any()
+    for small in (x, 1e-30 * x):
+        assert not np.isnan(match.nearest(small, position, TABLE)[0]).any()
 
 
 def test_the_sign_of_the_frequency_term_prefers_or_spares_what_was_merged():
