@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from ppflow_jax.flow.loss import Draws, Objective, draw, loss_fn
-from ppflow_jax.models.ppflow import CPU_OPTIONS, Apply
+from ppflow_jax.models.ppflow import Apply
 from ppflow_jax.state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -74,9 +74,9 @@ def compiled(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """`step` under `jax.jit`, in place of the state it is given; `shardings` as there.
 
-    Where blocks are `unrolled` (see `models.ppflow.unstacked`), the program is for one CPU, and
-    the barriers between blocks outlive the pass of XLA on CPU that drops them before it fuses:
-    without them every block would sum up anew the gradients of all blocks after it.
+    Where blocks are `unrolled` (see `models.ppflow.unstacked`), the barriers between them outlive
+    the pass of XLA on CPU that drops them before it fuses: every block would then sum up anew the
+    gradients of all blocks after it.
     """
-    options = CPU_OPTIONS | {"xla_disable_hlo_passes": "cse_barrier_expander"} if unrolled else None
+    options = {"xla_disable_hlo_passes": "cse_barrier_expander"} if unrolled else None
     return jax.jit(step, donate_argnums=0, compiler_options=options, **shardings)
