@@ -19,14 +19,7 @@ from ppflow_jax.flops import forward_flops, training_flops
 from ppflow_jax.flow.loss import Objective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.host_memory import keep_scratch
-from ppflow_jax.models.ppflow import (
-    CPU_OPTIONS,
-    ModelConfig,
-    Params,
-    abstract_params,
-    make_apply,
-    unstacked,
-)
+from ppflow_jax.models.ppflow import ModelConfig, Params, abstract_params, make_apply, unstacked
 from ppflow_jax.optim import OptimConfig, make_optimizer
 from ppflow_jax.state import state_from
 from ppflow_jax.train_step import compiled, make_train_step
@@ -125,11 +118,7 @@ def _our_forward(work: Work) -> Call:
     on_cpu = jax.default_backend() == "cpu"
     params = jax.tree.map(jnp.asarray, work.params())
     params = jax.jit(unstacked)(params) if on_cpu else params
-    apply = jax.jit(
-        make_apply(work.model, dtype=jnp.dtype(work.dtype)),
-        static_argnums=4,
-        compiler_options=CPU_OPTIONS if on_cpu else None,
-    )
+    apply = jax.jit(make_apply(work.model, dtype=jnp.dtype(work.dtype)), static_argnums=4)
     x, y = map(jnp.asarray, work.images())
     t = jnp.full(len(x), 0.3)
     return lambda: np.asarray(apply(params, x, t, y, work.stage))

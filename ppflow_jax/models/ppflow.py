@@ -54,11 +54,6 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
-# For `jax.jit` of a large model's forward pass on one CPU: matrix products are Eigen's, for many
-# tokens faster than YNNPACK's, but for those with a sum beside them (attention), which YNNPACK
-# computes in one pass. Small models are slower with it.
-CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
-
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -320,8 +315,7 @@ def unstacked(params: Params) -> Params:
 
     A scan copies the weights of every block out of the stack and, in training, what the backward
     pass needs into one, which on CPU is much of the time. Without it compiling takes longer with
-    depth. For passes without a trunk of one's own and without remat, which XLA undoes on CPU; those
-    of large models are faster with `CPU_OPTIONS`.
+    depth. For passes without a trunk of one's own and without remat, which XLA undoes on CPU.
     """
     stack, tree = jax.tree.flatten(params["blocks"])
     # The gradient of a split is one concatenation; that of slices would be a sum of padded ones.
