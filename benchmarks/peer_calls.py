@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from jax.sharding import PartitionSpec as P
 
 from benchmarks.torch_model import TorchPPFlow
 from ppflow_jax.flops import forward_flops, training_flops
@@ -21,6 +22,7 @@ from ppflow_jax.flow.path import Flow
 from ppflow_jax.host_memory import keep_scratch
 from ppflow_jax.models.ppflow import ModelConfig, Params, abstract_params, make_apply, unstacked
 from ppflow_jax.optim import OptimConfig, make_optimizer
+from ppflow_jax.sharding import batch_sharding, make_mesh, replicated
 from ppflow_jax.state import state_from
 from ppflow_jax.train_step import compiled, make_train_step
 
@@ -115,13 +117,28 @@ def _serve(
 
 
 def _our_forward(work: Work) -> Call:
+    """On the devices of a CPU (`JAX_NUM_CPU_DEVICES`) each takes a part of the batch, as in
+    `generate`; of GPUs one takes it all, as PyTorch's."""
     on_cpu = jax.default_backend() == "cpu"
-    params = jax.tree.map(jnp.asarray, work.params())
+    mesh = make_mesh(devices=jax.devices() if on_cpu else jax.devices()[:1])
+    if work.batch % mesh.size:
+        raise SystemExit(f"{mesh.size} CPU devices cannot share {work.batch} images: see --batch")
+    rows = batch_sharding(mesh)
+    params = jax.device_put(work.params(), replicated(mesh))
     params = jax.jit(unstacked)(params) if on_cpu else params
-    apply = jax.jit(make_apply(work.model, dtype=jnp.dtype(work.dtype)), static_argnums=4)
-    x, y = map(jnp.asarray, work.images())
-    t = jnp.full(len(x), 0.3)
-    return lambda: np.asarray(apply(params, x, t, y, work.stage))
+    apply = make_apply(work.model, dtype=jnp.dtype(work.dtype))
+    call = jax.jit(
+        jax.shard_map(
+            lambda params, x, t, y: apply(params, x, t, y, work.stage),
+            mesh=mesh,
+            in_specs=(P(), rows.spec, rows.spec, rows.spec),
+            out_specs=rows.spec,
+            check_vma=False,
+        )
+    )
+    x, y = work.images()
+    x, t, y = jax.device_put((x, np.full(len(x), 0.3, np.float32), y), rows)
+    return lambda: np.asarray(call(params, x, t, y))
 
 
 def _our_step(work: Work) -> Call:

@@ -1,6 +1,7 @@
 """Time of JAX over time of PyTorch on equal work, in one run on one machine. Needs torch.
 
     python -m benchmarks.peer_torch                           # forward of B/2, training step of S/2
+    JAX_NUM_CPU_DEVICES=2 python -m benchmarks.peer_torch     # on CPU: forward, a device a core
     python -m benchmarks.peer_torch --forward=XL --train=XL --dtype=bfloat16 --batch=64
 
 Forward passes of every stage of 2 and 3 levels, and training steps (draws, loss, gradients, AdamW,
