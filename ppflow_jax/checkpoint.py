@@ -29,6 +29,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from ppflow_jax import checksums
+from ppflow_jax.data.classes import Classes
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.models.ppflow import ModelConfig, Params, abstract_params
@@ -76,6 +77,12 @@ class Card:
             values.get("experiment"),
             values["data"].get("latent_scale", LATENT_SCALE),
         )
+
+    @property
+    def classes(self) -> Classes:
+        """Labels and class names of what the model was trained on, as far as they are known."""
+        labels = ((self.experiment or {}).get("trained_on") or {}).get("labels")
+        return Classes.from_json(labels) if labels else Classes()
 
     def differences(self, other: Card) -> str:
         """Settings of model and flow that differ, as `name: ours -> theirs`."""

@@ -6,13 +6,16 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
+from ml_collections import ConfigDict
 
 from ppflow_jax import distributed
+from ppflow_jax.checks import check_local, check_seed
 from ppflow_jax.errors import InputError, RunError, Stopped
 
 
@@ -29,6 +32,12 @@ def run(main: Callable[..., None], required: tuple[str, ...] = (), positional: s
     program = Path(sys.argv[0])
     program = program.parent.name if program.stem == "__main__" else program.stem
     try:
+        for argument in sys.argv[1:]:
+            name, equals, value = argument.partition("=")
+            check_local(value if equals else argument, name if equals else "argument")
+    except InputError as e:
+        _fail(program, e, 1)
+    try:
         rest = flags.FLAGS(sys.argv)
         if positional and len(rest) < 2:
             raise flags.Error(f"give {positional}")
@@ -44,6 +53,7 @@ def run(main: Callable[..., None], required: tuple[str, ...] = (), positional: s
         # absl quotes the whole traceback of a config file that raised: its last line says why
         _fail(program, str(e).strip().splitlines()[-1] if "Traceback" in str(e) else e, 2)
     try:
+        _check_flags()
         main(rest[1:]) if positional else main()
     except (InputError, RunError) as e:
         _fail(program, e, 1)
@@ -65,6 +75,30 @@ def run(main: Callable[..., None], required: tuple[str, ...] = (), positional: s
             traceback.print_exc()
             distributed.leave(1)
         raise
+
+
+def _check_flags() -> None:
+    """What no command takes: remote addresses, seeds out of range.
+
+    Raises:
+      InputError: see `checks`.
+    """
+    if "seed" in flags.FLAGS and flags.FLAGS.seed is not None:
+        check_seed(flags.FLAGS.seed, "--seed")
+    config = flags.FLAGS.config if "config" in flags.FLAGS else None
+    for name, value in _leaves(config, "--config") if isinstance(config, ConfigDict) else ():
+        if name == "--config.seed":
+            check_seed(value, name)
+        elif isinstance(value, str):
+            check_local(value, name)
+
+
+def _leaves(config: ConfigDict, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _leaves(value, f"{prefix}.{name}")
+        else:
+            yield f"{prefix}.{name}", value
 
 
 def _fail(program: str, message: object, code: int) -> None:

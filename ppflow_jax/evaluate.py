@@ -98,6 +98,9 @@ def main() -> None:
     # all that can be wrong with the pictures is said before a network is loaded or trained
     samples = open_images(_SAMPLES.value, _size_of(_SAMPLES.value)) if _SAMPLES.value else None
     reference = open_reference(_REFERENCE.value, _size_of(_REFERENCE.value))
+    for images in filter(None, (samples, reference.images)):
+        for line in images.notes:
+            print(line, flush=True)
     statistics = check_new(_STATISTICS_OUT.value) if _STATISTICS_OUT.value else None
     model = _Model(_CHECKPOINT.value) if _CHECKPOINT.value else None
     out = _card_path() if samples or model else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,12 +112,30 @@ def save_statistics(path: Path, statistics: dict[str, Statistics], card: dict[st
         np.savez(file, **arrays, **{_CARD: np.array(json.dumps(card | {"count": count}))})
 
 
+def _what_is(path: Path) -> str:
+    """What a file is that should be an npz, and what to do."""
+    with path.open("rb") as file:
+        head = file.read(8)
+    if head[:1] == b"\x80":
+        return (
+            "it is a pickle, which may run code when it is read: where you trust it, load it with "
+            "the code that made it and save mu and sigma with numpy.savez"
+        )
+    if head[:6] == b"\x93NUMPY":
+        return "it is a single .npy array: save images as numpy.savez(FILE, arr_0=images)"
+    if not head:
+        return "it is empty: make or copy it anew"
+    return "give an npz with arr_0 or with mu and sigma, a folder of images, or digits"
+
+
 def read_statistics(path: Path) -> tuple[dict[str, Statistics], dict[str, Any] | None]:
     """Statistics by name, none if the npz has no `mu`, and the card if it was made here.
 
     Raises:
       InputError: not readable, or arrays of other dtypes or shapes.
     """
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"{path} is no npz: {_what_is(path)}")
     try:
         with np.load(path, allow_pickle=False) as file:
             wanted = {key for pair in _KEYS.values() for key in pair}
@@ -124,7 +143,10 @@ def read_statistics(path: Path) -> tuple[dict[str, Statistics], dict[str, Any] |
             card = json.loads(str(file[_CARD])) if _CARD in file.files else None
     # NumPy reports what is no npz with many exceptions, among them EOFError and BadZipFile
     except Exception as error:
-        raise InputError(f"cannot read {path} ({error}): expected an npz") from error
+        raise InputError(
+            f"cannot read {path} ({error}): expected an npz of plain arrays, as numpy.savez makes "
+            "them"
+        ) from error
     found = {}
     for name, (mu, sigma) in _KEYS.items():
         if not {mu, sigma} & arrays.keys():
@@ -136,10 +158,20 @@ def read_statistics(path: Path) -> tuple[dict[str, Statistics], dict[str, Any] |
             raise InputError(
                 f"{path}: {mu} is {mean.dtype} and {sigma} is {covariance.dtype}, expected float64"
             )
+        for key, array in ((mu, mean), (sigma, covariance)):
+            if not np.isfinite(array).all():
+                raise InputError(
+                    f"{path}: {key} has values that are NaN or infinite: make the statistics anew"
+                )
         if mean.ndim != 1 or covariance.shape != mean.shape * 2:
             raise InputError(
                 f"{path}: {mu} has shape {mean.shape} and {sigma} {covariance.shape}, expected "
                 "(d,) and (d, d)"
+            )
+        if not np.allclose(covariance, covariance.T) or covariance.diagonal().min() < 0:
+            raise InputError(
+                f"{path}: {sigma} is no covariance (symmetric, no negative variances): make the "
+                "statistics anew"
             )
         count = card["count"] if card else 0
         found[name] = Statistics(np.float64(mean), np.float64(covariance), count)

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int, UInt8
 
+from ppflow_jax.data.classes import Classes
 from ppflow_jax.decode import Decoder
 from ppflow_jax.errors import InputError, RunError
 from ppflow_jax.flow.sampler import Sampler, image_noise
@@ -139,33 +140,51 @@ class Generator:
             return Images(ids, latents, self.decoder.pictures(latents, chunk))
 
 
-def choose_labels(rule: str, count: int, classes: int, seed: int) -> Int[np.ndarray, " n"]:
+def choose_labels(
+    rule: str, count: int, classes: int, seed: int, known: Classes | None = None
+) -> Int[np.ndarray, " n"]:
     """Class of every image, int32.
 
-    `balanced`: image k has class k modulo `classes`, so that no class has two images more than
-    another, in any first part. `uniform`: drawn with equal probabilities, a function of (seed, k).
-    Otherwise classes as `1,2,3`, repeated in order; `classes` itself is the null class.
+    `balanced`: the trained classes in turn, so that no class has two images more than another, in
+    any first part. `uniform`: drawn from them with equal probabilities, a function of (seed, k).
+    Otherwise numbers or names of classes as `1,2,cat`, repeated in order; `classes` itself is the
+    null class.
+
+    Args:
+      classes: number of the model's classes.
+      known: what the model was trained on; None: all classes.
 
     Raises:
       InputError: none of these, or a class that the model does not have.
     """
+    known = known or Classes()
+    trained = known.trained(classes)
     if rule == "balanced":
-        return np.arange(count, dtype=np.int32) % classes
+        return np.resize(trained, count)
     if rule == "uniform":
         root = jax.random.fold_in(jax.random.key(seed), _LABELS)
-        return np.asarray(_uniform(root, np.arange(count), classes))
-    try:
-        given = [int(s) for s in rule.split(",")]
-    except ValueError as e:
-        raise InputError(
-            f"--labels={rule}: write numbers, e.g. 1,2,3, or balanced or uniform"
-        ) from e
+        return trained[np.asarray(_uniform(root, np.arange(count), len(trained)))]
+    given = [_class_number(text.strip(), known) for text in rule.split(",")]
     if wrong := [y for y in given if not 0 <= y <= classes]:
         raise InputError(
             f"--labels has {wrong[0]}: the model has classes 0 to {classes - 1} "
             f"(and {classes} for none)"
         )
     return np.resize(np.int32(given), count)
+
+
+def _class_number(text: str, known: Classes) -> int:
+    """A number counts as a number, also where classes have numbers as names."""
+    try:
+        return int(text)
+    except ValueError:
+        number = known.number(text)
+    if number is None:
+        names = f" or names such as {known.names[0]}" if known.names else ""
+        raise InputError(
+            f"--labels has {text!r}: write numbers{names}, e.g. 1,2,3, or balanced or uniform"
+        )
+    return number
 
 
 @functools.partial(jax.jit, static_argnums=2)

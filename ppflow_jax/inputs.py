@@ -75,6 +75,8 @@ def open_inputs(data: ConfigDict, card: Card) -> tuple[Source, Encoder | None, C
     elif pictures:
         check_shape(data.path, (size, size, 3), model.shape)
     source.check_fits(model.shape, model.num_classes)
+    if classes := source.classes():
+        identity |= {"labels": classes.to_json()}
     experiment = (card.experiment or {}) | {"trained_on": identity}
     return source, encoder, replace(card, experiment=experiment, latent_scale=scale)
 

@@ -14,6 +14,7 @@ from absl import flags
 
 from ppflow_jax import cli, distributed
 from ppflow_jax.data.cache import Manifest
+from ppflow_jax.data.classes import describe
 from ppflow_jax.data.sources import open_source
 from ppflow_jax.encode import Encoder
 from ppflow_jax.errors import InputError
@@ -58,6 +59,9 @@ def main() -> None:
         image=_IMAGE.value,
         label=_LABEL.value,
     )
+    if jax.process_index() == 0:
+        for line in describe(source):
+            print(line, flush=True)
     job = Job(
         source,
         encoder,

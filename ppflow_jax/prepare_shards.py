@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,14 +25,17 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ppflow_jax.data.cache import (
+    LABEL_COUNTS,
     MANIFEST,
     WRITER_OPTIONS,
     Manifest,
     Shard,
     encode_record,
+    label_counts,
     read_shard,
     sha256,
 )
+from ppflow_jax.data.classes import Classes
 from ppflow_jax.data.pictures import Pictures, UnreadablePicture
 from ppflow_jax.data.pipeline import explain, parallel
 from ppflow_jax.encode import Encoder, moments
@@ -71,7 +75,9 @@ class Job:
         first = shard * self.shard_pictures
         return range(first, min(first + self.shard_pictures, len(self.source)))
 
-    def manifest(self, shards: tuple[Shard, ...] = ()) -> Manifest:
+    def manifest(
+        self, shards: tuple[Shard, ...] = (), labels: dict[str, Any] | None = None
+    ) -> Manifest:
         return Manifest(
             dataset=self.source.identity(),
             autoencoder=self.encoder.identity(),
@@ -83,6 +89,7 @@ class Job:
             batch=self.batch,
             shard_pictures=self.shard_pictures,
             shards=shards,
+            labels=labels,
         )
 
     def done(self, shard: int) -> bool:
@@ -121,11 +128,26 @@ def finish(job: Job) -> Manifest | None:
         return None
     if not (job.out / MANIFEST).exists():
         shards = range(job.shards)
-        facts = [read_shard(json.loads(job.facts(shard).read_text())) for shard in shards]
-        job.manifest(tuple(facts)).write(job.out)
+        facts = [json.loads(job.facts(shard).read_text()) for shard in shards]
+        labels = _classes(job, facts).to_json()
+        job.manifest(tuple(map(read_shard, facts)), labels).write(job.out)
     for path in [job.out / SETTINGS, *map(job.facts, range(job.shards))]:
         path.unlink(missing_ok=True)
     return Manifest.read(job.out)
+
+
+def _classes(job: Job, facts: list[dict[str, Any]]) -> Classes:
+    """Labels of the pictures that were encoded, and their names."""
+    counts: Counter = Counter()
+    for fact in facts:
+        known = fact.get(LABEL_COUNTS)
+        if known is None:  # of a finished cache of which another file was lost
+            shape, std = job.encoder.latent_shape(job.source.size), job.encoder.stochastic
+            found = label_counts(job.out / fact["name"], shape, std)
+            known = {k: n // (2 if job.flips == "both" else 1) for k, n in found.items()}
+        counts.update({int(k): n for k, n in known.items()})
+    said = job.source.classes()
+    return Classes(dict(sorted(counts.items())), said.names if said else ())
 
 
 def _claim(job: Job) -> None:
@@ -144,7 +166,7 @@ def _claim(job: Job) -> None:
         raise InputError(
             f"{job.out} has other files ({others[0]}): give an empty --out or a new one"
         )
-    if different := [name for name in settings if settings[name] != there.get(name)]:
+    if different := [name for name in settings if not _same(settings[name], there.get(name))]:
         raise InputError(
             f"{job.out} holds a cache made with other settings ({', '.join(different)}): give "
             "another --out, or the settings it was begun with"
@@ -160,6 +182,13 @@ def _claim(job: Job) -> None:
                 _write_json(job.facts(shard), asdict(facts))
             manifest.unlink()
     _wait(job, "the settings are written")
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    """Equal, but for entries that only one of two dicts has: versions add some."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        return all(ours[k] == theirs[k] for k in ours.keys() & theirs.keys())
+    return ours == theirs
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
@@ -264,4 +293,5 @@ def _write_shard(
     facts = Shard(
         path.name, path.stat().st_size, sha256(path), records, extremes, tuple(unreadable)
     )
-    _write_json(job.facts(shard), asdict(facts))
+    counts = Classes.of(np.int32(labels)).counts
+    _write_json(job.facts(shard), asdict(facts) | {LABEL_COUNTS: counts})

@@ -38,7 +38,10 @@ _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir (its latest step)
 _OUT = flags.DEFINE_string("out", None, "Folder for the pictures; one that was begun goes on.")
 _WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Which parameters.")
 _LABELS = flags.DEFINE_string(
-    "labels", "balanced", "balanced (0, 1, ... in turn), uniform (by seed), or classes as 1,2,3."
+    "labels",
+    "balanced",
+    "balanced (the trained classes in turn), uniform (by seed), or numbers or names of classes as "
+    "1,2,3.",
 )
 _NUM = flags.DEFINE_integer("num", None, "Images; default: as many as --labels or --noise.")
 _NOISE = flags.DEFINE_string("noise", None, "float32 NHWC .npy of initial noise instead of --seed.")
@@ -270,7 +273,8 @@ def _labels_and_noise(card: Card) -> tuple[np.ndarray, np.ndarray | None]:
         count = 16 if _LABELS.value in ("balanced", "uniform") else _LABELS.value.count(",") + 1
     if count < 1 or _BATCH.value < 1:
         raise InputError(f"--num and --batch must be at least 1, got {count} and {_BATCH.value}")
-    return choose_labels(_LABELS.value, count, card.model.num_classes, _SEED.value), noise
+    classes = card.model.num_classes, _SEED.value, card.classes
+    return choose_labels(_LABELS.value, count, *classes), noise
 
 
 def _load_noise(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
@@ -278,6 +282,11 @@ def _load_noise(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
         noise = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
         raise InputError(f"cannot read --noise={path} ({e}): give a float32 NHWC .npy") from e
+    if noise.dtype.kind == "V":
+        raise InputError(
+            f"--noise={path} is {noise.dtype}, as NumPy saves bfloat16 and float8 without their "
+            "name: save float32"
+        )
     if noise.dtype != np.float32 or noise.shape[1:] != shape or not len(noise):
         raise InputError(
             f"--noise={path} is {noise.dtype} {noise.shape}, the model needs float32 (N, "

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ppflow_jax.checkpoint import Card, find_checkpoint, load_weights, read_card
+from ppflow_jax.data.classes import describe
 from ppflow_jax.data.pipeline import Source, batches
 from ppflow_jax.encode import Encoder
 from ppflow_jax.errors import InputError, RunError, Stopped
@@ -178,6 +179,9 @@ def train(config: ConfigDict, workdir: str) -> None:
     program = make_program(experiment, mesh)
     source, encoder, card = open_inputs(config.data, experiment.card)
     experiment = replace(experiment, card=card)
+    if jax.process_index() == 0:
+        for line in describe(source, experiment.card.model.num_classes):
+            print(line, flush=True)
 
     root = writable_directory(workdir)
     lock = locked(root) if jax.process_index() == 0 else contextlib.nullcontext()

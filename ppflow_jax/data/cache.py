@@ -21,11 +21,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from ppflow_jax.data.checks import check_labels, check_shape
+from ppflow_jax.data.classes import Classes
 from ppflow_jax.errors import InputError
 from ppflow_jax.files import atomic
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+LABEL_COUNTS = "label_counts"  # of a shard, until the manifest has them
 WRITER_OPTIONS = "group_size:1,uncompressed"  # random access; latents do not compress
 
 
@@ -70,6 +72,7 @@ class Manifest:
       latent_scale: what the autoencoder's latents were multiplied by.
       batch, shard_pictures: pictures encoded at once on a device, and per file.
       shards: in the order of the dataset.
+      labels: a `Classes` as JSON; None in caches of earlier versions.
     """
 
     dataset: dict[str, Any]
@@ -82,6 +85,7 @@ class Manifest:
     batch: int
     shard_pictures: int
     shards: tuple[Shard, ...]
+    labels: dict[str, Any] | None = None
 
     @property
     def records(self) -> int:
@@ -126,6 +130,7 @@ class Manifest:
         try:
             shards = tuple(read_shard(v) for v in values["shards"])
             values = values | {"shards": shards, "shape": tuple(values["shape"])}
+            values.setdefault("labels", None)
             return cls(**{name: values[name] for name in cls.__dataclass_fields__})
         except (KeyError, TypeError) as e:
             raise InputError(f"{path} is damaged ({e}): make the cache again") from e
@@ -144,9 +149,9 @@ class Manifest:
             )
 
     def settings(self) -> dict[str, Any]:
-        """All but the shards, as JSON gives it back."""
+        """What the records depend on, as JSON gives it back."""
         values = asdict(self)
-        del values["shards"]
+        del values["shards"], values["labels"]
         return json.loads(json.dumps(values))
 
     def check_files(self, folder: Path, checksums: bool = False) -> None:
@@ -164,8 +169,9 @@ class Manifest:
 
 
 def read_shard(values: dict[str, Any]) -> Shard:
-    """From JSON, where tuples are lists."""
-    lists = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    """From JSON, where tuples are lists; the label counts of an unfinished cache are left out."""
+    kept = {k: v for k, v in values.items() if k != LABEL_COUNTS}
+    lists = {k: tuple(v) if isinstance(v, list) else v for k, v in kept.items()}
     return Shard(**lists)
 
 
@@ -181,6 +187,17 @@ def count_records(path: Path) -> int:
     count = reader.num_records()
     reader.close()
     return count
+
+
+def label_counts(path: Path, shape: tuple[int, int, int], std: bool) -> dict[int, int]:
+    """Pictures by label of one file, by reading it; `shape` and `std` as in `Manifest`."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    offset = 4 * int(np.prod(shape)) * (1 + std)
+    reader = ArrayRecordReader(str(path))
+    labels = [np.frombuffer(r, "<i4", 1, offset=offset)[0] for r in reader.read_all()]
+    reader.close()
+    return Classes.of(np.int32(labels)).counts
 
 
 def encode_record(
@@ -240,6 +257,16 @@ class CacheSource:
         if not m.std:
             return {"x": latents[:, 0], "label": labels}
         return {"mean": latents[:, 0], "std": latents[:, 1], "label": labels}
+
+    def classes(self) -> Classes | None:
+        labels = self.manifest.labels
+        return None if labels is None else Classes.from_json(labels)
+
+    def notes(self) -> list[str]:
+        left = len(self.manifest.unreadable)
+        return (
+            [f"{self.name}: {left:,} pictures could not be read and are not in it"] if left else []
+        )
 
     def identity(self) -> dict[str, Any]:
         """What the latents are: dataset, autoencoder, crop and flips."""

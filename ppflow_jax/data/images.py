@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,27 +13,30 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int, UInt8
-from PIL import Image
 
+from ppflow_jax.data.image_tree import CARD, EXTENSIONS, ImageTree, open_tree
 from ppflow_jax.data.pictures import UnreadablePicture
 from ppflow_jax.data.pipeline import Source
 from ppflow_jax.data.sources import arrays, digits
-from ppflow_jax.data.transforms import center_crop, decode, to_uint8
+from ppflow_jax.data.transforms import center_crop, decode, open_picture, to_uint8
 from ppflow_jax.errors import InputError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-_GREY, _COLOUR = ("1", "L"), ("P", "LA", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+_GREY = ("1", "L")
 _THREADS = 8
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Pictures of one shape (h, w, c), read from the beginning every time `batches` is called."""
+    """Pictures of one shape (h, w, c), read from the beginning every time `batches` is called.
+
+    `notes` say what was left out.
+    """
 
     name: str
     count: int
     shape: tuple[int, int, int]
     read: Callable[[int], Iterator[UInt8[np.ndarray, "b h w c"]]]
+    notes: tuple[str, ...] = ()
 
     def batches(self, size: int) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
         """In order, `size` at a time, the last one smaller.
@@ -46,7 +51,8 @@ class ImageSet:
 
 
 def open_images(text: str, size: int | None = None) -> ImageSet:
-    """`digits`; FILE.npz with `arr_0`; a folder of pictures, or of latents.npy in [-1, 1].
+    """`digits`; FILE.npz with `arr_0`; a folder or .zip of pictures; a folder that `sample` made;
+    a folder of latents.npy in [-1, 1].
 
     With `size` every picture of a folder gets ADM's centre crop; without, all must have one size.
 
@@ -58,13 +64,33 @@ def open_images(text: str, size: int | None = None) -> ImageSet:
         raise InputError(
             f"{text} does not exist: give an npz with arr_0, a folder of images, or digits"
         )
-    if path.is_dir() and not (path / "latents.npy").exists():
-        return folder_images(path, size)
+    if path.is_dir() and is_sample_folder(path):
+        text, path = f"{text}/samples.npz", path / "samples.npz"
+    if path.suffix.lower() == ".zip" or (path.is_dir() and not (path / "latents.npy").exists()):
+        return folder_images(text, size)
     if size is not None:
         raise InputError(f"--size={size} crops folders of images, {text} is none: leave it out")
     if path.is_file():
         return npz_images(path)
     return source_images(digits() if text == "digits" else arrays(text))
+
+
+def is_sample_folder(path: Path) -> bool:
+    """Whether `sample` made it; its pictures are those of samples.npz.
+
+    Raises:
+      InputError: it is not complete.
+    """
+    try:
+        complete = json.loads((path / CARD).read_text())["complete"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # somebody else's card, or none
+    if not complete or not (path / "samples.npz").exists():
+        raise InputError(
+            f"{path} is a folder of samples that is not complete: run its sample command again, "
+            f"or give {path}/images"
+        )
+    return True
 
 
 def source_pictures(
@@ -124,7 +150,7 @@ def npz_images(path: Path) -> ImageSet:
                 )
             with archive.open("arr_0.npy") as file:
                 shape, fortran, dtype = header(file)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"cannot read {path} ({error}): expected an npz with arr_0") from error
@@ -133,7 +159,12 @@ def npz_images(path: Path) -> ImageSet:
             f"{path}: arr_0 is {dtype}, expected uint8 from 0 to 255: round samples before "
             "(ppflow_jax.data.transforms.to_uint8), the rounding changes FID"
         )
-    if len(shape) != 4 or shape[3] not in (1, 3) or not all(shape) or fortran:
+    if fortran:
+        raise InputError(
+            f"{path}: arr_0 is in Fortran order, which cannot be read in parts: save "
+            "numpy.ascontiguousarray of it"
+        )
+    if len(shape) != 4 or shape[3] not in (1, 3) or not all(shape):
         raise InputError(f"{path}: arr_0 has shape {shape}, expected (N, height, width, 1 or 3)")
 
     def read(size):
@@ -151,39 +182,42 @@ def npz_images(path: Path) -> ImageSet:
     return ImageSet(str(path), shape[0], tuple(shape[1:]), read)
 
 
-def folder_images(path: Path, size: int | None = None) -> ImageSet:
-    """All pictures below a folder, sorted by path; grey if all are, else RGB.
+def folder_images(path: str, size: int | None = None) -> ImageSet:
+    """All pictures of a folder or .zip, at any depth; grey if all are, else RGB.
 
     Raises:
-      InputError: none there, mixed sizes without `size`, an unreadable header, not 8 bits.
+      InputError: none there, mixed sizes without `size`, one that cannot be used, a folder above
+        folders of samples.
     """
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not files:
-        raise InputError(f"{path} has no images ({', '.join(SUFFIXES)})")
+    tree = open_tree(path)
+    if inner := sorted(o for o in tree.others if o.endswith(f"/{CARD}")):
+        raise InputError(
+            f"{path} has {inner[0]}, of a folder of samples: give {path}/{inner[0][: -len(CARD)]}"
+        )
+    if not tree.files:
+        raise InputError(f"{path} has no images ({', '.join(EXTENSIONS)})")
     with ThreadPoolExecutor(_THREADS) as pool:
-        headers = list(pool.map(_header, files))
+        headers = list(pool.map(functools.partial(_header, tree), tree.files))
     grey = all(mode in _GREY for _, mode in headers)
-    sizes = {found: file for file, (found, _) in zip(files[::-1], headers[::-1])}
+    sizes = {found: file for file, (found, _) in zip(tree.files[::-1], headers[::-1])}
     if size is None and len(sizes) > 1:
         (a, first), (b, second) = sorted(sizes.items(), key=lambda item: item[1])[:2]
         raise InputError(
-            f"{path} has images of {len(sizes)} sizes, such as {a[0]}x{a[1]} ({first.name}) and "
-            f"{b[0]}x{b[1]} ({second.name}): give --size=N for ADM's centre crop to NxN"
+            f"{path} has images of {len(sizes)} sizes, such as {a[0]}x{a[1]} ({first}) and "
+            f"{b[0]}x{b[1]} ({second}): give --size=N for ADM's centre crop to NxN"
         )
     width, height = (size, size) if size else headers[0][0]
 
-    def load(file: Path) -> np.ndarray:
+    def load(file: str) -> np.ndarray:
         try:
-            pixels = decode(file.read_bytes())
+            pixels = decode(tree.read(file))
+            return (center_crop(pixels, size) if size else pixels)[..., : 1 if grey else 3]
         # Pillow has many exceptions for broken files, among them SyntaxError and struct.error
         except Exception as error:
-            raise InputError(f"cannot read image {file} ({error}): mend or remove it") from error
-        if size:
-            pixels = center_crop(pixels, size)
-        return pixels[..., :1] if grey else pixels
+            raise _unusable(tree, file, error) from error
 
     def read(batch):
-        parts = [files[i : i + batch] for i in range(0, len(files), batch)]
+        parts = [tree.files[i : i + batch] for i in range(0, len(tree.files), batch)]
         with ThreadPoolExecutor(_THREADS) as pool:
             waiting = [pool.submit(load, file) for file in parts[0]]
             for following in [*parts[1:], []]:
@@ -191,18 +225,20 @@ def folder_images(path: Path, size: int | None = None) -> ImageSet:
                 yield np.stack([future.result() for future in waiting])
                 waiting = ahead
 
-    return ImageSet(str(path), len(files), (height, width, 1 if grey else 3), read)
+    shape = (height, width, 1 if grey else 3)
+    return ImageSet(path, len(tree.files), shape, read, tuple(tree.notes()))
 
 
-def _header(file: Path) -> tuple[tuple[int, int], str]:
+def _header(tree: ImageTree, file: str) -> tuple[tuple[int, int], str]:
     try:
-        with Image.open(file) as picture:
-            found, mode = picture.size, picture.mode
+        with open_picture(tree.read(file)) as picture:
+            return picture.size, picture.mode
     except Exception as error:
-        raise InputError(f"cannot read image {file} ({error}): mend or remove it") from error
-    if mode not in _GREY + _COLOUR:
-        raise InputError(f"{file} is not an 8-bit image (Pillow mode {mode}): convert it to RGB")
-    return found, mode
+        raise _unusable(tree, file, error) from error
+
+
+def _unusable(tree: ImageTree, file: str, error: Exception) -> InputError:
+    return InputError(f"cannot read image {tree.name}/{file} ({error}): mend or remove it")
 
 
 def as_channels(

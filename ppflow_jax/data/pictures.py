@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
+from ppflow_jax.data.classes import Classes, labelled
+from ppflow_jax.data.image_tree import open_tree
 from ppflow_jax.data.transforms import center_crop, decode
 from ppflow_jax.errors import InputError
-
-# What ImageFolder of the PyTorch code takes for a picture.
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
 class UnreadablePicture(Exception):
@@ -48,6 +46,14 @@ class Pictures:
     def identity(self) -> dict[str, Any]:
         """What must be equal for two runs to have read the same pictures in the same order."""
         raise NotImplementedError
+
+    def classes(self) -> Classes | None:
+        """Labels and names, as far as they are known without reading pictures."""
+        return None
+
+    def notes(self) -> list[str]:
+        """What was left out of the dataset, one line each."""
+        return []
 
     def load(self, index: int) -> tuple[UInt8[np.ndarray, "s s 3"], int]:
         """Cropped pixels and label.
@@ -103,55 +109,42 @@ class Pictures:
 
 
 class Folder(Pictures):
-    """One directory per class, numbered in the sorted order of their names, as ImageFolder does.
+    """One directory per class, or pictures with a `dataset.json`; a folder or a .zip of one.
 
-    Pictures lie at any depth below; files of other extensions are left out.
+    Directories are numbered in the sorted order of their names, as ImageFolder does. Pictures lie
+    at any depth below; see `image_tree` for what is left out, which `notes` says.
 
     Raises:
-      InputError: no folder, no class directories, or a class without pictures.
+      InputError: see `open_tree` and `labelled`.
     """
 
     def __init__(self, path: str, size: int):
-        self.root, self.size, self.name = Path(path).absolute(), size, path
-        try:
-            self.classes = sorted(e.name for e in os.scandir(self.root) if e.is_dir())
-        except OSError as e:
-            raise InputError(
-                f"cannot read {path} ({e.strerror}): give a folder with one directory per class"
-            ) from e
-        if not self.classes:
-            raise InputError(f"{path} has no directories: give a folder with one per class")
-        self.num_classes, self.files, labels = len(self.classes), [], []
-        for label, name in enumerate(self.classes):
-            files = self._pictures_below(name)
-            if not files:
-                raise InputError(
-                    f"{self.root / name} has no pictures ({', '.join(EXTENSIONS)}): every "
-                    "directory counts as a class; remove the empty ones"
-                )
-            self.files += files
-            labels += [label] * len(files)
-        self.labels = np.int32(labels)
-
-    def _pictures_below(self, name: str) -> list[str]:
-        return [
-            os.path.relpath(os.path.join(folder, file), self.root)
-            for folder, _, files in sorted(os.walk(self.root / name, followlinks=True))
-            for file in sorted(files)
-            if file.lower().endswith(EXTENSIONS)
-        ]
+        self.tree = open_tree(path)
+        self.root, self.size, self.name = self.tree.root, size, path
+        found = labelled(self.tree)
+        self.files, self.labels = list(found.files), found.labels
+        self._classes = Classes.of(self.labels, found.names)
+        self.num_classes = len(found.names) or int(self.labels.max()) + 1
 
     def __len__(self) -> int:
         return len(self.files)
 
     def fetch(self, index: int) -> tuple[bytes, int]:
-        return (self.root / self.files[index]).read_bytes(), int(self.labels[index])
+        return self.tree.read(self.files[index]), int(self.labels[index])
 
     def label_of(self, index: int) -> str:
         return self.files[index]
 
+    def classes(self) -> Classes:
+        return self._classes
+
+    def notes(self) -> list[str]:
+        return self.tree.notes()
+
     def identity(self) -> dict[str, Any]:
         names = hashlib.sha256("\0".join(self.files).encode("utf-8", "surrogateescape"))
+        if not self._classes.names:  # labels do not follow from the names
+            names.update(self.labels.tobytes())
         return {
             "source": "folder",
             "path": str(self.root),
@@ -183,6 +176,7 @@ class Tfds(Pictures):
             )
         self.full_name = builder.info.full_name
         self.num_classes = getattr(features[label], "num_classes", None)
+        self._names = tuple(getattr(features[label], "names", None) or ())
         self.source = _tfds_source(builder, split, image, label)
 
     def __len__(self) -> int:
@@ -194,6 +188,9 @@ class Tfds(Pictures):
 
     def label_of(self, index: int) -> str:
         return f"{self.name}[{index}]"
+
+    def classes(self) -> Classes:
+        return Classes({}, self._names)
 
     def identity(self) -> dict[str, Any]:
         return {

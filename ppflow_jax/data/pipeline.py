@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from ppflow_jax.data.checks import check_labels
+from ppflow_jax.data.classes import Classes
 from ppflow_jax.data.pictures import Pictures, UnreadablePicture
 from ppflow_jax.errors import InputError
 
@@ -35,6 +36,10 @@ class Source(Protocol):
     def identity(self) -> dict[str, Any]: ...
 
     def check_fits(self, shape: tuple[int, int, int], num_classes: int) -> None: ...
+
+    def classes(self) -> Classes | None: ...
+
+    def notes(self) -> list[str]: ...
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 from ppflow_jax.data.cache import CacheSource
 from ppflow_jax.data.checks import check_labels, check_shape
+from ppflow_jax.data.classes import Classes
 from ppflow_jax.data.pictures import Folder, Pictures, Tfds
 from ppflow_jax.errors import InputError
 
@@ -22,6 +23,12 @@ class ArraySource:
     """
 
     def __init__(self, name: str, x: np.ndarray, labels: np.ndarray):
+        for what, array in (("examples", x), ("labels", labels)):
+            if array.dtype.kind == "V":
+                raise InputError(
+                    f"{name}: {what} are {array.dtype}, as NumPy saves bfloat16 and float8 without "
+                    "their name: save them as float32"
+                )
         if x.ndim != 4 or x.shape[1] != x.shape[2] or not np.issubdtype(x.dtype, np.floating):
             raise InputError(
                 f"{name}: examples must be floating point of shape (N, size, size, channels), "
@@ -42,6 +49,12 @@ class ArraySource:
     ) -> dict[str, np.ndarray]:
         """{"x": float32 [b, h, w, c], "label": int32 [b]}; never mirrored."""
         return {"x": np.float32(self.x[indices]), "label": np.int32(self.labels[indices])}
+
+    def classes(self) -> Classes:
+        return Classes.of(self.labels)
+
+    def notes(self) -> list[str]:
+        return []
 
     def identity(self) -> dict[str, Any]:
         return {"source": "arrays", "name": self.name, "examples": len(self)}

@@ -3,31 +3,69 @@
 from __future__ import annotations
 
 import io
+import warnings
 
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 from PIL import Image, UnidentifiedImageError
+
+MOST_PIXELS = 2**26  # of one picture; its pixels then take 200 MB
+# Pillow's own bound is higher, and between the two it warns of what is refused here
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+MOST_ELONGATED = 50  # longer side over shorter side
+_SMALL = {"1", "L", "P", "LA", "PA", "La", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB"}
+
+
+def check_header(picture: Image.Image) -> None:
+    """Whether a picture can be used, by its header alone.
+
+    Raises:
+      ValueError: grey of more than 8 bits, whole numbers or floats, whose range no file declares;
+        too many pixels; sides too different; an animation.
+    """
+    width, height = picture.size
+    if picture.mode not in _SMALL:
+        raise ValueError(f"not an 8-bit image (Pillow mode {picture.mode}): convert it to 8 bits")
+    if width * height > MOST_PIXELS:
+        raise ValueError(
+            f"{width}x{height} pixels, more than {MOST_PIXELS:,} in all: make it smaller"
+        )
+    if max(width, height) > MOST_ELONGATED * min(width, height):
+        raise ValueError(
+            f"{width}x{height} pixels, sides that differ by more than {MOST_ELONGATED} times: "
+            "cut it"
+        )
+    # The second frame of an MPO, which cameras write as JPEG, is a preview
+    if getattr(picture, "is_animated", False) and picture.format != "MPO":
+        raise ValueError("more than one frame: save the one that is meant")
+
+
+def open_picture(data: bytes) -> Image.Image:
+    """A picture of which only the header is read.
+
+    Raises:
+      ValueError: of no known format, or see `check_header`.
+    """
+    try:
+        picture = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as e:  # whose own message has an address in it
+        raise ValueError("no picture of a known format") from e
+    check_header(picture)
+    return picture
 
 
 def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
     """8-bit RGB pixels of an encoded picture of any kind that Pillow reads.
 
     As the ImageFolder loader of the PyTorch code does: grayscale and palettes become RGB, CMYK is
-    converted, alpha is dropped, and the EXIF orientation is *not* applied (the reference
-    statistics of ImageNet are those of unrotated pictures). Unlike there, 16-bit grayscale keeps
-    its high byte instead of saturating.
+    converted, alpha is dropped, 16-bit colours keep their high byte, and the EXIF orientation is
+    *not* applied (the reference statistics of ImageNet are those of unrotated pictures). Unlike
+    there, what is not of 8 bits is refused instead of saturating: see `check_header`.
 
     Raises:
       Exception: of many types, by Pillow, for what is damaged, truncated or no picture.
     """
-    try:
-        picture = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError as e:  # whose own message has an address in it
-        raise ValueError("no picture of a known format") from e
-    with picture:
-        if picture.mode == "I" or picture.mode.startswith("I;16"):
-            high = np.asarray(picture) >> 8
-            return np.repeat(np.clip(high, 0, 255).astype(np.uint8)[..., None], 3, axis=-1)
+    with open_picture(data) as picture:
         if "transparency" in picture.info:
             picture = picture.convert("RGBA")
         return np.asarray(picture.convert("RGB"))
