@@ -23,7 +23,9 @@ _TITLE = flags.DEFINE_string("title", "", "Of the page; default: the names of th
 _DECODE = flags.DEFINE_string(
     "decode", "none", "vae:DIR or taesd:DIR, a converted autoencoder; none: false colours."
 )
-_LABEL = flags.DEFINE_integer("label", 0, "Class of the sample that is shown in all stages.")
+_LABEL = flags.DEFINE_integer(
+    "label", None, "Class of the sample shown in all stages; default: the first that was trained."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Its noise.")
 _STEPS = flags.DEFINE_integer("steps", 20, "Its Euler steps.")
 
@@ -33,15 +35,18 @@ def main(folders: list[str]) -> None:
     out = Path(_OUT.value).absolute()
     if out.is_dir():
         raise InputError(f"--out={out} is a folder: name a file")
+    labels = []
     for run in runs:
         classes = run.card.model.num_classes
-        if not 0 <= _LABEL.value < classes:
-            raise InputError(f"--label={_LABEL.value}: {run.name} has classes 0 to {classes - 1}")
+        trained = run.card.classes.trained(classes)
+        labels.append(int(trained[0]) if _LABEL.value is None else _LABEL.value)
+        if not 0 <= labels[-1] < classes:
+            raise InputError(f"--label={labels[-1]}: {run.name} has classes 0 to {classes - 1}")
     decoders = [Decoder.parse(_DECODE.value, run.card) for run in runs]
     writable_directory(out.parent)
     strips = [
-        make_strip(run, decoder, label=_LABEL.value, seed=_SEED.value, steps=_STEPS.value)
-        for run, decoder in zip(runs, decoders)
+        make_strip(run, decoder, label=label, seed=_SEED.value, steps=_STEPS.value)
+        for run, decoder, label in zip(runs, decoders, labels)
     ]
     text = page(_TITLE.value or ", ".join(run.name for run in runs), runs, strips)
     with atomic(out) as temporary:
