@@ -55,6 +55,9 @@ def main() -> None:
         raise InputError(f"--size has {unknown[0]!r}: give some of {','.join(SIZES)}")
     if unknown := [w for w in _WORK.value if w not in ("train", "sample")]:
         raise InputError(f"--work has {unknown[0]!r}: give train, sample or both")
+    for name in ("latent_size", "batch", "train_batch", "steps", "rounds"):
+        if flags.FLAGS[name].value < 1:
+            raise InputError(f"--{name} must be at least 1, got {flags.FLAGS[name].value}")
     keep_scratch()
     device = jax.devices()[0]
     print(

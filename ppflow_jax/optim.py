@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import optax
@@ -37,11 +38,22 @@ class OptimConfig:
     def __post_init__(self):
         if self.schedule not in SCHEDULES:
             raise InputError(f"unknown schedule {self.schedule!r}: one of {', '.join(SCHEDULES)}")
-        if self.lr <= 0 or self.warmup_steps < 0 or self.clip < 0:
-            raise InputError(
-                f"optim needs lr > 0, warmup_steps >= 0 and clip >= 0, got lr {self.lr}, "
-                f"warmup_steps {self.warmup_steps}, clip {self.clip}"
+        # written so that NaN fails too
+        wrong = [
+            f"{name} {value} (expected {text})"
+            for name, value, good, text in (
+                ("lr", self.lr, 0 < self.lr < math.inf, "> 0"),
+                ("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, ">= 0"),
+                ("b1", self.b1, 0 <= self.b1 < 1, "in [0, 1)"),
+                ("b2", self.b2, 0 <= self.b2 < 1, "in [0, 1)"),
+                ("eps", self.eps, 0 < self.eps < math.inf, "> 0"),
+                ("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, ">= 0"),
+                ("clip", self.clip, 0 <= self.clip < math.inf, ">= 0"),
             )
+            if not good
+        ]
+        if wrong:
+            raise InputError(f"config.optim: {', '.join(wrong)}")
 
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:

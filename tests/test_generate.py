@@ -6,6 +6,7 @@ import pytest
 
 from ppflow_jax import generate
 from ppflow_jax.checkpoint import Card
+from ppflow_jax.data.classes import Classes
 from ppflow_jax.decode import Decoder
 from ppflow_jax.errors import InputError, RunError
 from ppflow_jax.flow.path import Flow
@@ -136,3 +137,18 @@ def test_given_labels():
     for rule, words in {"6": "has 6", "-1": "has -1", "one": "write numbers", "": "write"}.items():
         with pytest.raises(InputError, match=words):
             choose_labels(rule, 5, 5, seed=0)
+
+
+def test_labels_of_what_the_model_was_trained_on():
+    known = Classes({2: 5, 7: 1}, ())
+    assert choose_labels("balanced", 5, 10, 0, known).tolist() == [2, 7, 2, 7, 2]
+    uniform = choose_labels("uniform", 500, 10, 0, known)
+    assert set(uniform.tolist()) == {2, 7} and abs((uniform == 2).mean() - 0.5) < 0.1
+    every = choose_labels("uniform", 500, 10, 0, Classes({k: 1 for k in range(10)}))
+    np.testing.assert_array_equal(every, choose_labels("uniform", 500, 10, 0))
+    named = Classes({0: 1, 1: 1, 2: 1}, ("cat", "dog", "10"))
+    assert choose_labels("dog, 0,cat", 3, 3, 0, named).tolist() == [1, 0, 0]
+    with pytest.raises(InputError, match="has 'cow': write numbers or names such as cat"):
+        choose_labels("cow", 3, 3, 0, named)
+    with pytest.raises(InputError, match="has 10: the model has classes 0 to 2"):
+        choose_labels("10", 3, 3, 0, named)

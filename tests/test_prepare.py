@@ -213,3 +213,29 @@ def test_a_folder_with_other_files_is_refused(made, tmp_path):
 def test_two_on_one_folder_are_refused(made, tmp_path):
     with locked(tmp_path):
         one_line(prepare(made[0], tmp_path), "is in use by process")
+
+
+def test_the_manifest_has_the_classes_and_training_and_sampling_use_them(made):
+    root, _, _ = made
+    source = CacheSource(str(root / "cache"))
+    counts = {"counts": {"0": 4, "1": 3, "2": 4}, "names": ["class0", "class1", "class2"]}
+    assert source.manifest.labels == counts
+    assert source.classes().trained(5).tolist() == [0, 1, 2]
+    assert "left out 1 pictures that could not be read" in source.notes()[0]
+
+
+def test_a_cache_of_an_earlier_version_is_read_and_gone_on_with(made, tmp_path):
+    root, _, _ = made
+    old = tmp_path / "cache"
+    shutil.copytree(root / "cache", old)
+    values = json.loads((old / "manifest.json").read_text())
+    labels = values.pop("labels")
+    (old / "manifest.json").write_text(json.dumps(values))
+    assert CacheSource(str(old)).classes() is None
+    lost = next(old.glob("shard-00001*"))
+    whole = lost.read_bytes()
+    lost.unlink()
+    code, _, err = prepare(root, old)
+    assert code == 0, err
+    assert lost.read_bytes() == whole
+    assert json.loads((old / "manifest.json").read_text())["labels"] == labels

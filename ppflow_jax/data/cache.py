@@ -264,9 +264,7 @@ class CacheSource:
 
     def notes(self) -> list[str]:
         left = len(self.manifest.unreadable)
-        return (
-            [f"{self.name}: {left:,} pictures could not be read and are not in it"] if left else []
-        )
+        return [f"{self.name}: left out {left:,} pictures that could not be read"] if left else []
 
     def identity(self) -> dict[str, Any]:
         """What the latents are: dataset, autoencoder, crop and flips."""

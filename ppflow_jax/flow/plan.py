@@ -88,6 +88,11 @@ class SamplerConfig:
             raise InputError(
                 f"guidance interval {self.cfg_interval} must be two times 0 <= low <= high <= 1"
             )
+        if self.cfg_channels < 0:
+            raise InputError(f"cfg_channels must be at least 0, got {self.cfg_channels}")
+        for name in ("rtol", "atol", "diffusion_norm"):
+            if not 0 < getattr(self, name) < np.inf:
+                raise InputError(f"{name} must be a number above 0, got {getattr(self, name)}")
         if not 0 < self.last_step_size < 1:
             raise InputError(f"last_step_size must be in (0, 1), got {self.last_step_size}")
 

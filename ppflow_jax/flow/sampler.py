@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from ppflow_jax.errors import InputError
 from ppflow_jax.flow.guidance import autoguided, guided
 from ppflow_jax.flow.path import Flow, velocity_from
 from ppflow_jax.flow.plan import SamplerConfig, Segment, plan
@@ -90,6 +91,11 @@ class Sampler:
         segments: tuple[Segment, ...] | None = None,
         weak: Apply | None = None,
     ):
+        if config.cfg_channels > model.channels:
+            raise InputError(
+                f"cfg_channels is {config.cfg_channels}, the model has {model.channels} channels: "
+                "give at most as many, or all"
+            )
         self.apply, self.flow, self.config, self.null_label = apply, flow, config, model.null_label
         self.weak = weak
         self.segments = plan(config, model.pyramid, flow) if segments is None else segments

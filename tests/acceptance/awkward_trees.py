@@ -74,11 +74,6 @@ def packed(labels: object, **others: object) -> Files:
 PAIRS = [[f"0000{k // 2}/img0000000{k}.png", label] for k, label in enumerate((3, 0, 3, 1))]
 
 
-def link(path: Path, target: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.symlink_to(target)
-
-
 def frames(kind: str) -> bytes:
     first, second = (Image.fromarray(pixels(k, 20, 24)) for k in (1, 2))
     return saved(first, kind, save_all=True, append_images=[second])
@@ -184,19 +179,29 @@ def cases(root: Path) -> list[Case]:
     save_autoencoder(root / "taesd", "taesd", autoencoder.config, params, "float32")
     made = []
     for k, (name, (files, links, code, says, labels)) in enumerate(TREES.items()):
-        folder = root / f"tree{k:02d}" / "data"
-        write(folder, files)
-        write(folder.parent / "outside", {"x.png": png(99)})
-        for path, target in links.items():
-            link(folder / path, target)
+        folder = make_tree(root / f"tree{k:02d}", files, links)
         made.append(prepared(name, folder, root, code, says, labels))
     for k, (name, (files, code, says, labels)) in enumerate(ZIPS.items()):
-        path = root / f"tree{k}.zip"
-        with zipfile.ZipFile(path, "w") as archive:
-            for member, content in files.items():
-                archive.writestr(member, content)
+        path = make_zip(root / f"tree{k}.zip", files)
         made.append(prepared(name, path, root, code, says, labels))
     return made + evaluated(root) + trained(root)
+
+
+def make_tree(root: Path, files: Files, links: dict[str, str]) -> Path:
+    """ROOT/data with these files and links, beside ROOT/outside."""
+    write(root / "data", files)
+    write(root / "outside", {"x.png": png(99)})
+    for path, target in links.items():
+        (root / "data" / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / "data" / path).symlink_to(target)
+    return root / "data"
+
+
+def make_zip(path: Path, files: Files) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for member, content in files.items():
+            archive.writestr(member, content)
+    return path
 
 
 def write(folder: Path, files: Files) -> None:

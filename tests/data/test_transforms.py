@@ -1,3 +1,7 @@
+import struct
+import tracemalloc
+import zlib
+
 import jax
 import numpy as np
 import pytest
@@ -75,3 +79,38 @@ def test_rounding_is_one_on_the_host_and_on_the_device():
     np.testing.assert_array_equal(to_uint8(jax.numpy.asarray(x)), host)
     some = np.float32([-2, -1, -1 + 1 / 127.5, 0, 0.5 / 127.5, 1, 3])
     assert to_uint8(some).tolist() == [0, 0, 1, 128, 128, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("picture", "words"),
+    [
+        (Image.fromarray(np.zeros((4, 4), np.uint16)), "not an 8-bit image .Pillow mode I;16"),
+        (Image.fromarray(np.zeros((4, 4), np.int32)), "mode I"),
+        (Image.fromarray(np.zeros((4, 4), np.float32)), "mode F"),
+        (Image.fromarray(np.zeros((3000, 1), np.uint8)), "1x3000 pixels"),
+        (Image.fromarray(np.zeros((1, 51), np.uint8)), "51x1 pixels"),
+    ],
+)
+def test_pictures_that_no_rule_makes_8_bit_squares_of_are_refused(picture, words):
+    with pytest.raises(ValueError, match=words):
+        decode(encoded(picture, "tiff"))
+
+
+def test_the_most_elongated_picture_costs_little():
+    data = encoded(Image.fromarray(pixels(0, 50, 1)), "png")
+    tracemalloc.start()
+    assert center_crop(decode(data), 256).shape == (256, 256, 3)
+    assert tracemalloc.get_traced_memory()[1] < 2e7
+    tracemalloc.stop()
+
+
+def test_16_bit_colours_keep_their_high_byte():
+    """Pillow does so on opening; the depth of a colour PNG is declared."""
+    size, depth = (2, 2), 16
+    rows = b"".join(b"\0" + struct.pack(">6H", *([0x1234, 0xFF00, 0x00FF] * 2)) for _ in range(2))
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", *size, depth, 2, 0, 0, 0))]
+    parts += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts
+    )
+    assert decode(png)[0, 0].tolist() == [0x12, 0xFF, 0x00]
