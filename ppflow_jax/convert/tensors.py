@@ -141,9 +141,9 @@ class TensorRef:
         ) as mapped:
             raw = np.frombuffer(mapped, np.uint8, extent, offset=first - page)
             # A bool byte other than 0 and 1 is undefined in NumPy: any that is not 0 is true.
-            flat = raw != 0 if self.dtype == np.bool_ else raw.view(self.dtype)
+            flat = raw != 0 if self.dtype == np.bool_ else raw
             strides = tuple(step * itemsize for step in self.stride)
-            view = np.lib.stride_tricks.as_strided(flat, self.shape, strides, writeable=False)
+            view = np.ndarray(self.shape, self.dtype, flat, strides=strides)
             np.copyto(out, view)
             del raw, flat, view  # a map with views on it cannot be closed
 
