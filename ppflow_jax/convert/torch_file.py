@@ -178,6 +178,8 @@ class _Storages:
         Tensors on what has no bytes or an unknown type of them cannot be read: a placeholder.
         """
         match persistent_id if type(persistent_id) is tuple else None:
+            case ("module", Placeholder() as kind, *_):
+                return kind  # of a whole module, which the legacy format saves with its source code
             case ("storage", Placeholder(what=what), str(), *_):
                 return unreadable(f"a tensor whose storage is {what}")
             case ("storage", StorageType(), str(), "meta", int(), *_):
