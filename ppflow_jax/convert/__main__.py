@@ -151,7 +151,7 @@ def import_model(source: Source, kind: str, target: Path) -> None:
             "rounding in a trainer's EMA makes them: the exact ones are used"
         )
     _report(source, kind, params, target)
-    if ADD_ONS & source.left_out.keys():
+    if ADD_ONS & {name.split(".")[-1] for name in source.left_out}:
         print(
             "REPA and SRA train SiT with time running from data to noise, the other way round: the "
             "weights are a start for training here, and samples of them are noise"
@@ -278,7 +278,7 @@ def _report(source: Source, kind: str, params, target: Path) -> None:
 
 
 def _counted(name: str, count: int) -> str:
-    if count == 0 or (count == 1 and name in BOOKKEEPING):
+    if count == 0 or (count == 1 and name.split(".")[-1] in BOOKKEEPING):
         return name
     return f"{name} ({count} tensor{'s' if count > 1 else ''})"
 

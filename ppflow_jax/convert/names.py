@@ -29,6 +29,10 @@ _MOST_SHOWN = 6
 Path = tuple[str, ...]
 
 
+class NoModel(InputError):
+    """What is asked for is not among the tensors."""
+
+
 @dataclass(frozen=True)
 class Wanted:
     """What the user asks for; None where nothing is said.
@@ -47,7 +51,8 @@ class Wanted:
 
     @property
     def path(self) -> Path:
-        return tuple(part for text in (self.entry, self.prefix) if text for part in text.split("."))
+        text = f"{self.entry or ''}.{self.prefix or ''}"
+        return tuple(part for part in text.split(".") if part)
 
 
 @dataclass(frozen=True)
@@ -94,13 +99,14 @@ def choose(names: Sequence[str], wanted: Wanted) -> Choice:
     """The model among the names of a file.
 
     Raises:
-      InputError: there is none, or several that are equally good.
+      NoModel: there is none.
+      InputError: there are several that are equally good.
     """
     paths = [tuple(name.split(".")) for name in names]
     base = wanted.path
     asked = [path[: len(base)] == base for path in paths]
     if not any(asked):
-        raise InputError(
+        raise NoModel(
             f"no tensor's name begins with {shown('.'.join(base))!r}: change --entry or --prefix; "
             f"the file has {_listed(path[0] for path in paths)}"
         )
@@ -156,7 +162,7 @@ def _best(groups: list[_Group], wanted: Wanted, names: list[str]) -> _Group:
     groups = sorted(groups, key=lambda group: group.prefix)
     fitting = [g for g in groups if wanted.family in (None, g.known.family)]
     if not groups:
-        raise InputError(
+        raise NoModel(
             "is none of SiT, PPFlow, AutoencoderKL, TAESD, Inception; its first names: "
             f"{', '.join(map(shown, names[:4]))}"
         )
@@ -167,7 +173,7 @@ def _best(groups: list[_Group], wanted: Wanted, names: list[str]) -> _Group:
     if wanted.weights:
         chosen = [g for g in whole if g.ema == (wanted.weights == "ema")]
         if not chosen:
-            raise InputError(
+            raise NoModel(
                 f"has no {wanted.weights!r} weights, it has {_described(whole)}: change --weights"
             )
         whole = chosen

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ppflow_jax.convert.known import is_ema
-from ppflow_jax.convert.names import Choice, Wanted, choose
+from ppflow_jax.convert.known import NO_WEIGHTS, OWNERS, WRAPPERS, is_ema
+from ppflow_jax.convert.names import Choice, NoModel, Wanted, choose
 from ppflow_jax.convert.placeholder import Placeholder
 from ppflow_jax.convert.tensors import FLOAT8, TensorRef, shown
 from ppflow_jax.convert.weights_file import Tensor, read_weights
@@ -20,6 +20,7 @@ from ppflow_jax.errors import InputError
 _SCALES = re.compile(
     r"(.*\.)?(scale_weight|weight_scale(_inv)?|scale_input|input_scale|scaled_fp8)"
 )
+_ENTRIES = OWNERS | WRAPPERS | {"state_dict", "model_state_dict", "params"}
 _EXTRA = "_extra_state"  # what modules keep for themselves, as objects
 
 
@@ -83,8 +84,9 @@ def open_source(path: str, wanted: Wanted | None = None) -> Source:
     tensors = weights.tensors
     try:
         choice = choose([name for name, _ in tensors], wanted)
+    except NoModel as error:
+        raise InputError(f"{path}: {_hiding(tensors, wanted) or error}") from error
     except InputError as error:
-        _explain(path, tensors, wanted)
         raise InputError(f"{path}: {error}") from error
     try:
         state = _state(tensors, choice)
@@ -103,14 +105,23 @@ def open_source(path: str, wanted: Wanted | None = None) -> Source:
     )
 
 
-def _explain(path: str, tensors: list[tuple[str, Tensor]], wanted: Wanted) -> None:
-    """InputError if what is asked for may be in an object that is not read."""
-    for name, tensor in tensors:
-        parts = tuple(name.split("."))
-        base = wanted.path[: len(parts)]
-        asked = is_ema(parts) if wanted.weights == "ema" else parts[: len(base)] == base
-        if isinstance(tensor, Placeholder) and asked and len(parts) <= len(base) + 2:
-            raise InputError(f"{path}: {tensor.error(name)}")
+def _hiding(tensors: list[tuple[str, Tensor]], wanted: Wanted) -> InputError | None:
+    """What to say where the model that is not found may be in an object that is not read."""
+    path = wanted.path
+    objects = {
+        tuple(name.split(".")): tensor
+        for name, tensor in tensors
+        if isinstance(tensor, Placeholder) and not tensor.tensor
+    }
+    if wanted.weights == "ema":
+        found = [parts for parts in objects if is_ema(parts)]
+    elif path:
+        found = [parts for parts in objects if path[: len(parts)] == parts or parts[:-1] == path]
+    elif any(isinstance(t, TensorRef) and n.split(".")[0] not in NO_WEIGHTS for n, t in tensors):
+        found = []
+    else:  # no weights at all: whole modules were saved
+        found = sorted(objects, key=lambda parts: not (is_ema(parts) or parts[-1] in _ENTRIES))
+    return objects[found[0]].error(".".join(found[0])) if found else None
 
 
 def _state(tensors: list[tuple[str, Tensor]], choice: Choice) -> dict[str, TensorRef | Float32]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ppflow_jax.convert.tensors import contiguous
 from ppflow_jax.convert.weights_file import read_weights
 from ppflow_jax.errors import InputError
 
@@ -71,6 +72,28 @@ def tensor(shape=(2, 3), stride=(3, 1), offset=0, store=None, more=()) -> Op:
 
 def program(value) -> bytes:
     return b"\x80\x02" + op(value) + b"."
+
+
+def state_of(arrays, kinds=None) -> tuple[dict[str, Op], dict[str, bytes]]:
+    """The opcodes of tensors and the storages they need, for `write_zip`.
+
+    Args:
+      arrays: by name, in C order.
+      kinds: names of storages by dtype, beside those of torch.save; None for float32 only.
+    """
+    kinds = {"float32": "FloatStorage", **(kinds or {})}
+    tree, storages = {}, {}
+    for number, (key, array) in enumerate(arrays.items()):
+        storages[str(number)] = array.tobytes()
+        if array.dtype.itemsize == 1:  # 8-bit floats have no typed storage
+            raw = ("storage", name("torch.storage", "UntypedStorage"), str(number), "cpu")
+            parts = (Op(op((*raw, array.size)) + b"Q"), 0, array.shape, contiguous(array.shape))
+            more = (False, call("collections", "OrderedDict"), name("torch", str(array.dtype)))
+            tree[key] = call("torch._utils", "_rebuild_tensor_v3", *parts, *more)
+        else:
+            store = storage(kinds[str(array.dtype)], str(number), array.size)
+            tree[key] = tensor(array.shape, contiguous(array.shape), 0, store)
+    return tree, storages
 
 
 # --- files --------------------------------------------------------------------------------------
