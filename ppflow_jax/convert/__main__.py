@@ -22,7 +22,11 @@ from absl import flags
 
 from ppflow_jax import cli
 from ppflow_jax.checkpoint import Card, check_new, find_checkpoint, read_card, save_weights
-from ppflow_jax.convert.autoencoder_keys import autoencoder_config, autoencoder_params
+from ppflow_jax.convert.autoencoder_keys import (
+    autoencoder_config,
+    autoencoder_params,
+    dropped_keys,
+)
 from ppflow_jax.convert.expand import expand, expanded_config
 from ppflow_jax.convert.export import export, stored_weights
 from ppflow_jax.convert.inception_keys import dropped, inception_params
@@ -203,7 +207,12 @@ def import_autoencoder(sources: list[Source], kind: str, target: Path) -> None:
                 raise InputError(f"the {' and '.join(again)} is in both files")
             params |= part
         save_autoencoder(target, kind, config, params, dtype)
-    _report(sources[0], kind, params, target)
+    left_out = Counter(
+        name.split(".")[0] for source in sources for name in dropped_keys(source.state)
+    )
+    for source in sources:
+        left_out.update(source.left_out)
+    _report(replace(sources[0], left_out=left_out), kind, params, target)
     print(f"{', '.join(params)}; {config}")
 
 

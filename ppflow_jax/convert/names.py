@@ -7,7 +7,7 @@ like the name of a known model is one, and what stands before it is its prefix.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ppflow_jax.convert.known import (
@@ -25,6 +25,7 @@ from ppflow_jax.errors import InputError
 
 _REMOVED = WRAPPERS | OWNERS
 _MOST_SHOWN = 6
+_MOST_PARTS = 64  # of a name that is looked at
 
 Path = tuple[str, ...]
 
@@ -117,16 +118,17 @@ def choose(names: Sequence[str], wanted: Wanted) -> Choice:
         if start >= len(base)
         and (wanted.prefix is None or not set(paths[i][len(base) : start]) - WRAPPERS)
     }
-    groups = _groups(paths, found, WRAPPERS.__contains__)
-    if not any(group.complete for group in groups.values()):
-        groups = _groups(paths, found, lambda part: part in _REMOVED and not is_ema((part,)))
+    # Prefixes that differ in wrappers only are one; where no model is whole then, in owners too.
+    owned = frozenset(part for part in _REMOVED if not is_ema((part,)))
+    ways = [_groups(paths, found, removed) for removed in (WRAPPERS, owned, _REMOVED)]
+    groups = next((way for way in ways if any(g.complete for g in way.values())), ways[0])
     group = _best(list(set(groups.values())), wanted, [n for n, a in zip(names, asked) if a])
     return _choice(paths, asked, group, groups)
 
 
 def _begin(path: Path) -> tuple[int, Known] | None:
     """Where the name of a known model begins in a path, and of which."""
-    for start in range(len(path)):
+    for start in range(len(path) if len(path) <= _MOST_PARTS else 0):
         if path[start] in NO_WEIGHTS:
             return None
         if path[start] in _REMOVED:
@@ -143,13 +145,13 @@ def _without(path: Path) -> str:
 
 
 def _groups(
-    paths: list[Path], found: dict[int, tuple[int, Known]], removed: Callable[[str], bool]
+    paths: list[Path], found: dict[int, tuple[int, Known]], removed: frozenset[str]
 ) -> dict[int, _Group]:
     """The group of every name in `found`: those whose prefixes are the same but for `removed`."""
     by_key: dict[tuple, _Group] = {}
     groups = {}
     for i, (start, known) in found.items():
-        key = tuple(part for part in paths[i][:start] if not removed(part))
+        key = tuple(part for part in paths[i][:start] if part not in removed)
         group = by_key.setdefault((known, key), _Group(known))
         group.prefixes.add(paths[i][:start])
         group.names.add(_without(paths[i][start:]))

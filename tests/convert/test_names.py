@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import pytest
 
@@ -106,6 +107,21 @@ def test_only_some_names_wrapped():
     assert list(named(theirs)[1].values()) == SIT
     theirs = [f"{'model.net' if k % 3 else 'net.model'}.{name}" for k, name in enumerate(SIT)]
     assert list(named(theirs)[1].values()) == SIT
+
+
+def test_every_name_wrapped_in_its_own_way():
+    rng = random.Random(0)
+    theirs = []
+    for name in SIT:
+        parts = [rng.choices(WRAPPERS, k=rng.randrange(4))]
+        parts += [[part, *rng.choices(WRAPPERS, k=rng.randrange(2))] for part in name.split(".")]
+        theirs.append(".".join(p for group in parts for p in group))
+    assert list(named(theirs)[1].values()) == SIT
+
+
+def test_absurdly_long_names_are_left_out_at_once():
+    names = [*prefixed("model"), ".".join("a" * 10**6)]
+    assert list(named(names)[1].values()) == SIT
 
 
 @pytest.mark.parametrize(
