@@ -21,7 +21,8 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from ppflow_jax.checkpoint import find_checkpoint, load_weights, read_card
-from ppflow_jax.convert.infer import open_source
+from ppflow_jax.convert.names import Wanted
+from ppflow_jax.convert.source import open_source
 from ppflow_jax.convert.torch_writer import save_torch_file
 from ppflow_jax.sharding import make_mesh
 from tests.parity import Case, Row, forward, guidance, max_abs, nhwc, ode
@@ -100,7 +101,8 @@ def real_checkpoint(reference: Path, level: int, folder: Path) -> Iterator[Row]:
         target = convert(source, folder / entry, "--heads=4", f"--weights={entry}")
         back = folder / f"{entry}.pt"
         command("convert", f"--source={target}", f"--target={back}", "--to=torch")
-        theirs = {k: v.read() for k, v in open_source(str(source), entry).state.items()}
+        state = open_source(str(source), Wanted(weights=entry)).state
+        theirs = {k: v.read() for k, v in state.items()}
         ours = {k: v.read() for k, v in open_source(str(back)).state.items()}
         different = sum(
             name not in ours or value.tobytes() != ours[name].tobytes()

@@ -5,8 +5,8 @@
     python -m ppflow_jax.convert --source=DIR --target=FILE --to=torch
 
 The first makes a checkpoint of a SiT, PPFlow, AutoencoderKL, TAESD or FID Inception file (.pt,
-.pth, .bin, .safetensors); nothing in the file is run. The second expands a SiT that was trained or
-converted here, the third goes back to PyTorch.
+.pth, .bin, .safetensors, an index of several, or a folder with one); nothing in it is run. The
+second expands a SiT that was trained or converted here, the third goes back to PyTorch.
 """
 
 from __future__ import annotations
@@ -19,48 +19,46 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import flags
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from ppflow_jax import cli
-from ppflow_jax.checkpoint import (
-    Card,
-    check_new,
-    find_checkpoint,
-    load_stored,
-    read_card,
-    read_json,
-    save_weights,
-    stored_tree,
-)
+from ppflow_jax.checkpoint import Card, check_new, find_checkpoint, read_card, save_weights
 from ppflow_jax.convert.autoencoder_keys import (
     autoencoder_config,
     autoencoder_params,
-    autoencoder_state,
+    dropped_keys,
 )
 from ppflow_jax.convert.expand import expand, expanded_config
-from ppflow_jax.convert.inception_keys import dropped, inception_params, inception_state
-from ppflow_jax.convert.infer import KINDS, Source, find_config, find_kind, open_source
-from ppflow_jax.convert.keys import position_names, position_values, torch_tensors
+from ppflow_jax.convert.export import export, stored_weights
+from ppflow_jax.convert.inception_keys import dropped, inception_params
+from ppflow_jax.convert.infer import KINDS, find_config, find_kind
+from ppflow_jax.convert.known import ADD_ONS, BOOKKEEPING
 from ppflow_jax.convert.load import DTYPES, EXACT, load_state
-from ppflow_jax.convert.torch_writer import save_torch_file
-from ppflow_jax.decode import load_autoencoder, save_autoencoder
+from ppflow_jax.convert.names import Wanted
+from ppflow_jax.convert.shards import find_weights
+from ppflow_jax.convert.source import Source, open_source
+from ppflow_jax.decode import save_autoencoder
 from ppflow_jax.errors import InputError
-from ppflow_jax.features import load_inception, save_inception
-from ppflow_jax.files import atomic
+from ppflow_jax.features import save_inception
 from ppflow_jax.flow.path import Flow
-from ppflow_jax.models.ppflow import Params, abstract_params
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, Pyramid
 from ppflow_jax.writers import progress
 
 _PYRAMIDS = {"ppflow2": PPFLOW2, "ppflow3": PPFLOW3}
 
-_SOURCE = flags.DEFINE_list("source", None, "File; encoder,decoder of TAESD; with --to: folder.")
+_SOURCE = flags.DEFINE_list(
+    "source", None, "File, index or folder of weights; encoder,decoder of TAESD; checkpoint folder."
+)
 _TARGET = flags.DEFINE_string("target", None, "New folder; with --to: new file.")
 _TO = flags.DEFINE_enum("to", "orbax", ["orbax", "torch", "safetensors"], "What to make.")
 _KIND = flags.DEFINE_enum("kind", None, KINDS, "Of the file; default: found from its names.")
 _WEIGHTS = flags.DEFINE_enum(
     "weights", None, ["ema", "model", "params"], "Entry of a checkpoint; default: ema if there."
+)
+_ENTRY = flags.DEFINE_string(
+    "entry", None, "Where in the file the model is, as ema or ema_model.module; default: found."
+)
+_PREFIX = flags.DEFINE_string(
+    "prefix", None, "What the model's names begin with, below --entry; default: found."
 )
 _PYRAMID = flags.DEFINE_string(
     "pyramid", None, "Expand a one-stage model: ppflow2, ppflow3, or as 4x4@0.5,4x2@0.75,2x2@1."
@@ -84,19 +82,19 @@ def main() -> None:
     if _TO.value != "orbax":
         if len(_SOURCE.value) > 1:
             raise InputError(f"--to={_TO.value} takes one checkpoint folder as --source")
-        export(_SOURCE.value[0], target)
+        export(_SOURCE.value[0], target, _TO.value, _WEIGHTS.value)
         return
-    if Path(_SOURCE.value[0]).is_dir():
-        if not _PYRAMID.value or len(_SOURCE.value) > 1:
+    paths = [_weights_path(source) for source in _SOURCE.value]
+    if None in paths:
+        if not _PYRAMID.value or len(paths) > 1:
             raise InputError(
-                f"--source={_SOURCE.value[0]} is a folder: give a file of weights, or add "
-                "--pyramid=ppflow2 to expand a one-stage checkpoint, or --to=torch to make a file "
-                "of one"
+                f"--source={_SOURCE.value[paths.index(None)]} is a folder without a file of "
+                "weights: give one, or add --pyramid=ppflow2 to expand a one-stage checkpoint, or "
+                "--to=torch to make a file of one"
             )
         expand_checkpoint(_SOURCE.value[0], target)
         return
-    weights = "model" if _WEIGHTS.value == "params" else _WEIGHTS.value
-    sources = [open_source(path, weights) for path in _SOURCE.value]
+    sources = [open_source(path, _wanted()) for path in paths]
     try:
         kinds = {_KIND.value or find_kind(source.state) for source in sources}
         if kinds <= {"sit", "ppflow"} and len(sources) == 1:
@@ -109,6 +107,20 @@ def main() -> None:
             raise InputError("only the encoder and the decoder of a TAESD may be given together")
     except InputError as error:
         raise InputError(f"{','.join(_SOURCE.value)}: {error}") from error
+
+
+def _weights_path(source: str) -> str | None:
+    """The file or index of weights; None for a folder without one, such as a checkpoint."""
+    if not Path(source).is_dir():
+        return source
+    found = find_weights(source)
+    return str(found) if found else None
+
+
+def _wanted() -> Wanted:
+    kind = "sit" if _KIND.value == "ppflow" else _KIND.value
+    weights = "model" if _WEIGHTS.value == "params" else _WEIGHTS.value
+    return Wanted(kind, weights, _ENTRY.value, _PREFIX.value)
 
 
 def import_model(source: Source, kind: str, target: Path) -> None:
@@ -125,10 +137,9 @@ def import_model(source: Source, kind: str, target: Path) -> None:
     expanding = pyramid is not None and pyramid != config.pyramid
     if expanding:
         expanded_config(config, pyramid)  # before anything is read
-    flow = Flow(
-        _PATH.value or str(source.arguments.get("path_type") or "linear").lower(),
-        _PREDICTION.value or str(source.arguments.get("prediction") or "velocity").lower(),
-    )
+    path = _PATH.value or source.argument("path_type")
+    prediction = _PREDICTION.value or source.argument("prediction")
+    flow = Flow(path or "linear", prediction or "velocity")
     with progress(len(state), 0, "tensor", "convert") as bar:
         dtype = np.dtype(_DTYPE.value) if _DTYPE.value else None
         loaded = load_state(config, state, dtype=dtype, on_tensor=bar.update)
@@ -144,6 +155,13 @@ def import_model(source: Source, kind: str, target: Path) -> None:
             "rounding in a trainer's EMA makes them: the exact ones are used"
         )
     _report(source, kind, params, target)
+    if ADD_ONS & {name.split(".")[-1] for name in source.left_out}:
+        print(
+            "REPA and SRA train SiT with time running from data to noise, the other way round: the "
+            "weights are a start for training here, and samples of them are noise"
+        )
+    if source.arguments and not (path and prediction):
+        print(f"not said by the file's arguments: taken as a {flow.path} path, {flow.prediction}")
     print(
         f"stages {config.pyramid}; latent {'x'.join(map(str, config.shape))}, {config.num_classes} "
         f"classes, width {config.width}, depth {config.depth}, heads {config.heads}; "
@@ -165,16 +183,11 @@ def expand_checkpoint(source: str, target: Path) -> None:
     folder = find_checkpoint(source)
     card, pyramid = read_card(folder), _pyramid()
     expanded_config(card.model, pyramid)  # before anything is read
-    config, params = expand(card.model, _stored_weights(folder, card), pyramid, _SEED.value)
+    config, params = expand(
+        card.model, stored_weights(folder, card, _WEIGHTS.value), pyramid, _SEED.value
+    )
     save_weights(target, replace(card, model=config, experiment=None), params)
     print(f"stages {config.pyramid}, from {folder}, in {target}")
-
-
-def _stored_weights(folder: Path, card: Card) -> Params:
-    which = "ema" if _WEIGHTS.value in (None, "ema") else "params"
-    if which not in stored_tree(folder):
-        raise InputError(f"{folder} has no {which!r} weights: change --weights")
-    return load_stored(folder, {which: abstract_params(card.model)})[which]
 
 
 def import_autoencoder(sources: list[Source], kind: str, target: Path) -> None:
@@ -194,7 +207,12 @@ def import_autoencoder(sources: list[Source], kind: str, target: Path) -> None:
                 raise InputError(f"the {' and '.join(again)} is in both files")
             params |= part
         save_autoencoder(target, kind, config, params, dtype)
-    _report(sources[0], kind, params, target)
+    left_out = Counter(
+        name.split(".")[0] for source in sources for name in dropped_keys(source.state)
+    )
+    for source in sources:
+        left_out.update(source.left_out)
+    _report(replace(sources[0], left_out=left_out), kind, params, target)
     print(f"{', '.join(params)}; {config}")
 
 
@@ -209,7 +227,7 @@ def import_inception(source: Source, target: Path) -> None:
     with progress(len(source.state), 0, "tensor", "convert") as bar:
         config, params = inception_params(_read(source, bar))
         save_inception(target, config, params, dtype)
-    _report(replace(source, dropped={**source.dropped, **left_out}), "inception", params, target)
+    _report(replace(source, left_out={**source.left_out, **left_out}), "inception", params, target)
     layer = "with" if config.logits else "without"
     print(f"{layer} the last layer, which only the Inception Score needs")
 
@@ -255,66 +273,23 @@ def _vae_config(path: str, kind: str) -> dict | None:
 
 
 def _report(source: Source, kind: str, params, target: Path) -> None:
+    """Says what was made of what, and what was renamed, widened and left out."""
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    dropped = ", ".join(f"{name} ({n} tensors)" for name, n in source.dropped.items())
+    left_out = ", ".join(_counted(*item) for item in source.left_out.items())
     print(
         f"{kind}{f' from {source.entry!r}' if source.entry else ''}: {count:,} parameters in "
-        f"{target}{f'; left out: {dropped}' if dropped else ''}"
+        f"{target}{f'; left out: {left_out}' if left_out else ''}"
     )
+    if source.removed:
+        print(f"removed from names: {', '.join(source.removed)}")
+    if source.widened:
+        print(f"{source.widened} tensors of float8 are kept as float32, which holds them exactly")
 
 
-def export(source: str, target: Path) -> None:
-    """Checkpoint of a model or autoencoder -> file with the names of the PyTorch code.
-
-    Raises:
-      InputError: not a checkpoint, or a pyramid without a PyTorch layout.
-    """
-    folder = find_checkpoint(source)
-    values = read_json(folder)
-    if values.keys() & {"autoencoder", "inception"}:
-        if "inception" in values:
-            _, params, dtype = load_inception(source)
-            state = inception_state(params)
-        else:
-            kind, _, params, dtype = load_autoencoder(source)
-            state = autoencoder_state(kind, params)
-        tensors = {k: (lambda v=v: v.astype(_named(dtype))) for k, v in state.items()}
-    else:
-        card = read_card(folder)
-        tensors = dict(torch_tensors(card.model, _stored_weights(folder, card)))
-        tree = stored_tree(folder)
-        abstract = {
-            k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in tree.get("positions", {}).items()
-        }
-        kept = load_stored(folder, {"positions": abstract})["positions"] if abstract else {}
-        for stage, name in enumerate(position_names(card.model)):
-            found = kept.get(str(stage))
-            tensors[name] = lambda s=stage, x=found: (
-                position_values(card.model, s) if x is None else x
-            )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with progress(len(tensors), 0, "tensor", "convert") as bar:
-
-        def counted(make):
-            bar.update()
-            return make()
-
-        if _TO.value == "torch":
-            save_torch_file(
-                target, {k: (lambda make=make: counted(make)) for k, make in tensors.items()}
-            )
-        else:
-            arrays = {k: counted(make) for k, make in tensors.items()}
-            try:
-                with atomic(target) as partial:
-                    save_file(arrays, partial, metadata={"format": "pt"})
-            except SafetensorError as error:
-                raise InputError(f"cannot write {target} ({error})") from error
-    print(f"{len(tensors)} tensors in {target}")
-
-
-def _named(dtype: str) -> np.dtype:
-    return next(d for d in DTYPES if str(d) == dtype)
+def _counted(name: str, count: int) -> str:
+    if count == 0 or (count == 1 and name.split(".")[-1] in BOOKKEEPING):
+        return name
+    return f"{name} ({count} tensor{'s' if count > 1 else ''})"
 
 
 if __name__ == "__main__":

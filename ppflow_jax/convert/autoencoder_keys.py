@@ -119,7 +119,8 @@ def key_table(kind: Kind, params: Params) -> dict[str, dict[str, str]]:
 
 def autoencoder_kind(state: State) -> Kind:
     """Which autoencoder these keys belong to. Raises `InputError` for neither."""
-    if "quant_conv.weight" in state or "post_quant_conv.weight" in state:
+    starts = ("quant_conv", "post_quant_conv", "encoder.conv_in", "decoder.conv_in")
+    if any(f"{start}.weight" in state for start in starts):
         return "vae"
     tiny = re.compile(r"((en|de)coder\.(layers\.)?)?\d+\.conv\.\d\.weight")
     if any(tiny.fullmatch(key) for key in state):
@@ -153,6 +154,12 @@ def autoencoder_config(
             out_channels=shape("decoder.conv_out", 0, 3),
             latent_channels=latent,
             width=shape("decoder.conv_in", 0, shape("encoder.conv_in", 0, 64)),
+        )
+    if not {"quant_conv.weight", "post_quant_conv.weight"} & set(state):
+        raise InputError(
+            "an AutoencoderKL without quant_conv is of the SD3/FLUX kind (16 channels, latents "
+            "with a shift factor), which is not supported; expected one of the Stable Diffusion "
+            "kind, such as sd-vae-ft-ema"
         )
     if diffusers_config is not None:
         return AutoencoderKLConfig.from_diffusers(diffusers_config)

@@ -57,12 +57,13 @@ def fill(
             problems.append(f"{names[0]}: {given}")
             continue
         array = np.asarray(state[found[0]])
+        if array.dtype not in DTYPES:
+            problems.append(f"{found[0]}: dtype {array.dtype}, expected a floating-point one")
+            continue
         value = _from_torch(array, leaf.shape)
         if value is None:
             expected = _torch_shape(leaf.shape)
             problems.append(f"{found[0]}: shape {array.shape}, expected {expected}")
-        elif array.dtype not in DTYPES:
-            problems.append(f"{found[0]}: dtype {array.dtype}, expected a floating-point one")
         elif not np.isfinite(value).all():
             problems.append(f"{found[0]}: has values that are not finite")
         elif problem := check(path, value):

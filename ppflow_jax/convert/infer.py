@@ -1,75 +1,20 @@
-"""What a file of weights holds: kind, chosen entry, architecture."""
+"""What a state dict is: kind and architecture."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from ppflow_jax.convert.autoencoder_keys import autoencoder_kind
 from ppflow_jax.convert.inception_keys import is_inception
-from ppflow_jax.convert.torch_file import open_torch_file
-from ppflow_jax.convert.weights_file import read_state
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.ppflow import SIZES, ModelConfig
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, Pyramid, Stage
 
 KINDS = ("sit", "ppflow", "vae", "taesd", "inception")
-WEIGHTS = ("ema", "model", "state_dict")  # in the order of preference
-# Entries of training checkpoints that no conversion needs, dropped on purpose.
-DROPPED = ("opt", "optimizer", "scheduler", "lr_scheduler", "scaler", "args")
 HEADS = {size["width"]: size["heads"] for size in SIZES.values()}
-
-
-@dataclass(frozen=True)
-class Source:
-    """The tensors to convert, unread, and what else the file has.
-
-    Attributes:
-      state: by PyTorch name, without the entry's prefix.
-      entry: `ema`, `model` or `state_dict` of a checkpoint; "" for a bare state dict.
-      dropped: tensors of every other entry.
-      arguments: of the training script, if the file has them.
-    """
-
-    path: str
-    state: Mapping[str, Any]
-    entry: str
-    dropped: Mapping[str, int]
-    arguments: Mapping[str, Any]
-
-
-def open_source(path: str, weights: str | None = None) -> Source:
-    """Opens a file and selects `weights` (default: the EMA, if there is one).
-
-    Raises:
-      InputError: not readable, or the entry is not there.
-    """
-    refs = read_state(path)
-    entries = [e for e in WEIGHTS if any(name.startswith(f"{e}.") for name in refs)]
-    if weights and weights not in entries:
-        found = ", ".join(entries) if entries else "one bare state dict"
-        raise InputError(f"{path} has no {weights!r} weights, it has {found}: change --weights")
-    entry = weights or next(iter(entries), "")
-    prefix, state, dropped = f"{entry}." if entry else "", {}, {}
-    for name, ref in refs.items():
-        first = name.split(".", 1)[0]
-        if prefix and name.startswith(prefix):
-            state[name.removeprefix(prefix)] = ref
-        elif prefix and first in WEIGHTS + DROPPED:
-            dropped[first] = dropped.get(first, 0) + 1
-        else:
-            state[name] = ref
-    for wrapper in ("module.", "_orig_mod."):  # DistributedDataParallel, torch.compile
-        if state and all(name.startswith(wrapper) for name in state):
-            state = {name.removeprefix(wrapper): ref for name, ref in state.items()}
-    arguments = {}
-    if entry and not path.endswith(".safetensors"):
-        tree = open_torch_file(path)
-        arguments = tree.get("args") if isinstance(tree.get("args"), dict) else {}
-    return Source(path, state, entry, dropped, arguments)
 
 
 def find_kind(state: Mapping[str, Any]) -> str:

@@ -26,6 +26,22 @@ STORAGES = {
     "ByteStorage": np.dtype("u1"),
     "BoolStorage": np.dtype("?"),
 }
+# Typed storages that are read but never written: complex numbers, and the whole numbers of
+# quantized tensors, whose scales are elsewhere.
+UNUSUAL_STORAGES = {
+    "ComplexFloatStorage": np.dtype("<c8"),
+    "ComplexDoubleStorage": np.dtype("<c16"),
+    "QInt8Storage": np.dtype("i1"),
+    "QUInt8Storage": np.dtype("u1"),
+    "QUInt4x2Storage": np.dtype("u1"),
+    "QUInt2x4Storage": np.dtype("u1"),
+    "QInt32Storage": np.dtype("<i4"),
+}
+# The 8-bit floating-point numbers by torch's names, which are also those of ml_dtypes.
+FLOAT8 = {
+    name: np.dtype(getattr(ml_dtypes, name))
+    for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+}
 _MOST_DIMENSIONS = 32
 # An expanded (0-stride) tensor is larger than what the file stores; this much is let through.
 _LARGEST_EXPANDED = 64 * 2**20
@@ -125,9 +141,9 @@ class TensorRef:
         ) as mapped:
             raw = np.frombuffer(mapped, np.uint8, extent, offset=first - page)
             # A bool byte other than 0 and 1 is undefined in NumPy: any that is not 0 is true.
-            flat = raw != 0 if self.dtype == np.bool_ else raw.view(self.dtype)
+            flat = raw != 0 if self.dtype == np.bool_ else raw
             strides = tuple(step * itemsize for step in self.stride)
-            view = np.lib.stride_tricks.as_strided(flat, self.shape, strides, writeable=False)
+            view = np.ndarray(self.shape, self.dtype, flat, strides=strides)
             np.copyto(out, view)
             del raw, flat, view  # a map with views on it cannot be closed
 
@@ -169,3 +185,12 @@ def tensor_ref(
             f"but storage {shown(storage.key)} has {storage.nbytes}; the file is broken"
         )
     return ref
+
+
+def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a C-contiguous array in elements; NumPy gives others where a length is 1 or 0."""
+    strides, step = [], 1
+    for length in reversed(shape):
+        strides.append(step)
+        step *= max(length, 1)
+    return tuple(reversed(strides))

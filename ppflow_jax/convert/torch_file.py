@@ -15,12 +15,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
+import numpy as np
+
+from ppflow_jax.convert.placeholder import Placeholder, unreadable
 from ppflow_jax.convert.tensors import Storage, shown
 from ppflow_jax.convert.torch_globals import StorageType
 from ppflow_jax.convert.torch_pickle import PickleReader
 from ppflow_jax.errors import InputError
 
-_LONGEST_PICKLE = 8 * 2**20  # the pickle of a 675M-parameter training checkpoint has 0.3 MB
+_LONGEST_PICKLE = 128 * 2**20  # that of a 675M-parameter checkpoint has 0.3 MB; arrays add to it
+_LONGEST_LEGACY_HEAD = 8 * 2**20  # the five pickles, read at once
 _MOST_MEMBERS = 1_000_000
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
@@ -31,11 +35,12 @@ def open_torch_file(path: str | os.PathLike[str]) -> Any:
     """The object in a PyTorch file, with a `TensorRef` for each tensor.
 
     Containers come back as dict, list and tuple, an argparse.Namespace as a dict of its
-    attributes. A TorchScript archive gives nested dicts of the modules' attributes, and its
-    constants, if any, as `CONSTANTS: {c0: ..., c1: ...}`; its code is not looked at.
+    attributes, and what is neither plain data nor a dense tensor as a `Placeholder`. A TorchScript
+    archive gives nested dicts of the modules' attributes, and its constants, if any, as
+    `CONSTANTS: {c0: ..., c1: ...}`; its code is not looked at.
 
     Raises InputError, one line with the file's name, if the file cannot be read, is broken, is in
-    another format, or asks for anything that is not a tensor or plain data.
+    another format.
     """
     with one_line_errors(path), open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -167,17 +172,30 @@ class _Storages:
         self.path, self.size, self.archive, self.folder = path, size, archive, folder
         self.by_key: dict[str, Storage] = {}
 
-    def __call__(self, persistent_id: object) -> Storage:
-        """The storage of ('storage', type, key, location, numel[, view]); InputError otherwise."""
-        match persistent_id:
+    def __call__(self, persistent_id: object) -> Storage | Placeholder:
+        """The storage of ('storage', type, key, location, numel[, view]); InputError otherwise.
+
+        Tensors on what has no bytes or an unknown type of them cannot be read: a placeholder.
+        """
+        match persistent_id if type(persistent_id) is tuple else None:
+            case ("module", Placeholder() as kind, *_):
+                return kind  # of a whole module, which the legacy format saves with its source code
+            case ("storage", Placeholder(what=what), str(), *_):
+                return unreadable(f"a tensor whose storage is {what}")
+            case ("storage", StorageType(), str(), "meta", int(), *_):
+                return unreadable("a tensor without data (of the meta device)")
             case ("storage", StorageType(dtype=dtype), str(key), str() | None, int(numel), *view):
-                if type(persistent_id) is not tuple or view not in ([], [None]):
-                    raise InputError("a storage is a view of another one; save the tensors again")
+                if view not in ([], [None]):
+                    self._storage(key, dtype, numel)
+                    return unreadable("a tensor on a view of a storage")
             case _:
                 raise InputError(
                     "a storage is not named as torch.save does: expected ('storage', type, key, "
                     "location, number of elements); the file is broken or hostile"
                 )
+        return self._storage(key, dtype, numel)
+
+    def _storage(self, key: str, dtype: np.dtype, numel: int) -> Storage:
         if not 0 <= numel * dtype.itemsize <= self.size:
             raise InputError(
                 f"storage {shown(key)} claims {numel} elements in a file of {self.size} bytes; "
@@ -220,7 +238,7 @@ def _read_zip(path: str, file: BinaryIO, size: int) -> Any:
 def _read_legacy(path: str, file: BinaryIO, size: int) -> Any:
     file.seek(0)
     storages = _Storages(path, size, None)
-    reader = PickleReader(file.read(_LONGEST_PICKLE), storages)
+    reader = PickleReader(file.read(_LONGEST_LEGACY_HEAD), storages)
     # Any other pickle would be read, not run, but the message should name the real problem.
     if reader.load() != _LEGACY_MAGIC:
         raise InputError("is a pickle, but not one of torch.save; expected a PyTorch file")

@@ -1,9 +1,9 @@
 """The pickle inside a PyTorch file, read by a machine that can only build data.
 
 Python's unpickler calls what the file names. This one has no way to: a name is looked up in the
-table of `torch_globals`, nothing is imported, no attribute is ever set, and an opcode that
-`torch.save` does not write is refused. Every length is checked against the bytes that are there
-before it is used.
+table of `torch_globals`, nothing is imported and no attribute is ever set. What is not in the table
+becomes a placeholder that swallows its arguments, state and items. Every length is checked against
+the bytes that are there before it is used.
 """
 
 from __future__ import annotations
@@ -13,25 +13,21 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
-from ppflow_jax.convert.tensors import TensorRef, shown
+from ppflow_jax.convert.placeholder import Placeholder, made_by
 from ppflow_jax.convert.torch_globals import (
-    KEYS,
     Attributes,
     Constructor,
     Ordered,
     broken,
     fill,
     find_global,
-    refused,
+    make,
 )
-from ppflow_jax.errors import InputError
+from ppflow_jax.convert.torch_tree import check_tree
 
-_DEEPEST = 64
-_MOST_NODES = 4_000_000
-_LONGEST_INT = 16  # bytes; the magic number of the legacy format has 10
-_LEAVES = (*KEYS, bytes, np.dtype, TensorRef)
+_MOST_OPCODES = 8 * 2**20  # a training checkpoint of a 675M-parameter model has 0.1 million
+_LONGEST_INT = 255  # bytes; the state of a random generator has whole numbers of 17
+_LONGEST_LINE = 4096  # of a name or of a number that is written as text
 
 
 class PickleReader:
@@ -51,19 +47,26 @@ class PickleReader:
         self.memo: dict[int, Any] = {}
 
     def load(self) -> Any:
-        """The next object. Raises InputError for everything that is not plain data."""
+        """The next object, of plain data, tensors and placeholders. InputError if it is broken."""
         self.stack, self.marks, self.memo = [], [], {}
         try:
-            while (code := self._take(1)[0]) != pickle.STOP[0]:
+            for _ in range(_MOST_OPCODES):
+                code = self._take(1)[0]
+                if code == pickle.STOP[0]:
+                    break
                 if code not in _OPERATIONS:
-                    raise refused(f"the pickle opcode {_OPCODE_NAMES.get(code, hex(code))}")
+                    raise broken(
+                        f"torch.save never writes the opcode {_OPCODE_NAMES.get(code, hex(code))}"
+                    )
                 _OPERATIONS[code](self)
+            else:
+                raise broken(f"it has more than {_MOST_OPCODES} opcodes")
             tree = self.stack.pop()
         except (IndexError, KeyError) as error:
             raise broken("it uses a value that it has not made") from error
         except UnicodeDecodeError as error:
             raise broken("a text is not UTF-8") from error
-        _check_tree(tree, 0, {})
+        check_tree(tree)
         return tree
 
     def _take(self, count: int) -> bytes:
@@ -77,17 +80,17 @@ class PickleReader:
     def _number(self, layout: str) -> Any:
         return struct.unpack(layout, self._take(struct.calcsize(layout)))[0]
 
-    def _line(self) -> str:
-        end = self.data.find(b"\n", self.position)
+    def _line(self, encoding: str = "utf-8") -> str:
+        end = self.data.find(b"\n", self.position, self.position + _LONGEST_LINE)
         if end < 0:
             raise broken("it ends inside a name")
-        return self._take(end + 1 - self.position)[:-1].decode()
+        return self._take(end + 1 - self.position)[:-1].decode(encoding)
 
     def _push(self, value: Any) -> None:
         self.stack.append(value)
 
-    def _push_text(self, layout: str) -> None:
-        self._push(self._take(self._number(layout)).decode())
+    def _push_text(self, layout: str, errors: str = "surrogatepass") -> None:
+        self._push(self._take(self._number(layout)).decode(errors=errors))
 
     def _push_bytes(self, layout: str) -> None:
         self._push(self._take(self._number(layout)))
@@ -97,6 +100,12 @@ class PickleReader:
         if not 0 <= length <= _LONGEST_INT:
             raise broken(f"a whole number of {length} bytes, expected at most {_LONGEST_INT}")
         self._push(int.from_bytes(self._take(length), "little", signed=True))
+
+    def _push_digits(self) -> None:
+        line = self._line().removesuffix("L")
+        if len(line) > 2 * _LONGEST_INT:
+            raise broken(f"a whole number of {len(line)} digits")
+        self._push(line == "01" if line in ("00", "01") else int(line))
 
     def _push_tuple(self, count: int) -> None:
         if len(self.stack) < count:
@@ -110,9 +119,26 @@ class PickleReader:
         return items
 
     def _append(self, items: list) -> None:
-        if type(self.stack[-1]) is not list:
+        target = self.stack[-1]
+        if isinstance(target, Placeholder):
+            return
+        if type(target) is not list:
             raise broken("items are appended to something that is not a list")
-        self.stack[-1].extend(items)
+        target.extend(items)
+
+    def _add_items(self) -> None:
+        self._since_mark()
+        if not isinstance(self.stack[-1], Placeholder):
+            raise broken("items are added to something that is not a set")
+
+    def _dict(self) -> None:
+        items = self._since_mark()
+        self._push({})
+        fill(self.stack[-1], items)
+
+    def _swallow(self, name: str) -> None:
+        self._since_mark()
+        self._push(made_by(name))
 
     def _set_item(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
@@ -133,7 +159,12 @@ class PickleReader:
         self._global(module, name)
 
     def _inst(self) -> None:
-        raise refused(shown(f"{self._line()}.{self._line()}"))
+        module, name = self._line(), self._line()
+        self._push(make(find_global(module, name, self.script), tuple(self._since_mark())))
+
+    def _obj(self) -> None:
+        made, *arguments = self._since_mark()
+        self._push(make(made, tuple(arguments)))
 
     def _persistent(self) -> None:
         if self.storage is None:
@@ -142,60 +173,24 @@ class PickleReader:
 
     def _reduce(self) -> None:
         arguments, made = self.stack.pop(), self.stack.pop()
-        if type(made) is not Constructor or made.call is None or type(arguments) is not tuple:
-            raise refused(f"a call of {shown(getattr(made, 'name', type(made).__name__))}")
-        if made.holder is Attributes and arguments:
-            raise broken(f"{made.name} with arguments")
-        try:
-            value = made.call(*arguments)
-        except TypeError as error:
-            raise broken(f"{made.name} with {len(arguments)} unfit arguments") from error
-        self._push(value)
+        self._push(make(made, arguments))
 
-    def _new_object(self) -> None:
+    def _new_object(self, named: bool = False) -> None:
+        names = self.stack.pop() if named else {}
         arguments, made = self.stack.pop(), self.stack.pop()
-        if type(made) is not Constructor or made.holder is None or arguments != ():
-            raise refused(f"an object of {shown(getattr(made, 'name', type(made).__name__))}")
-        self._push(made.holder())
+        if type(made) is Constructor and made.holder and arguments == () and not names:
+            self._push(made.holder())
+        elif names and type(made) is Constructor:
+            self._push(made_by(made.name))
+        else:
+            self._push(make(made, arguments))
 
     def _build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
-        if type(state) is not dict or type(target) not in (Attributes, Ordered):
-            raise refused(f"attributes set on a {type(target).__name__}")
-        for key in state:
-            if type(key) is not str or (key.startswith("__") and key.endswith("__")):
-                raise refused(f"the attribute {shown(key)}")
-        if type(target) is Attributes:
+        if type(target) is Attributes and isinstance(state, dict):
             target.update(state)
-        elif set(state) - {"_metadata"}:
-            raise refused(f"the attribute {shown(min(state))} on an OrderedDict")
-
-
-def _check_tree(node: object, depth: int, seen: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """Nodes and height of plain data; InputError for cycles, bombs and what is not data.
-
-    A few bytes can describe a tree of billions of nodes by repeating one list in the next:
-    nodes are counted as a walk over the tree would meet them.
-    """
-    if isinstance(node, _LEAVES):
-        return 1, 0
-    if not isinstance(node, dict | list | tuple):
-        raise refused(f"{shown(getattr(node, 'name', type(node).__name__))} as a value")
-    if id(node) not in seen:
-        count, height = 1, 0
-        for child in node.values() if isinstance(node, dict) else node:
-            if depth < _DEEPEST:
-                below, under = _check_tree(child, depth + 1, seen)
-                count, height = count + below, max(height, under + 1)
-            else:
-                height = _DEEPEST
-        seen[id(node)] = count, height
-    count, height = seen[id(node)]
-    if depth + height > _DEEPEST:
-        raise InputError(f"nested deeper than {_DEEPEST} levels or in itself; no checkpoint is")
-    if count > _MOST_NODES:
-        raise InputError(f"more than {_MOST_NODES} values by repetition; no checkpoint has them")
-    return count, height
+        elif type(target) not in (Attributes, Ordered, Placeholder):
+            raise broken(f"attributes are set on a {type(target).__name__}")
 
 
 _P = PickleReader
@@ -212,16 +207,22 @@ _OPERATIONS: dict[int, Callable[[PickleReader], Any]] = {
         pickle.BININT2: lambda m: m._push(m._number("<H")),
         pickle.LONG1: lambda m: m._push_long("<B"),
         pickle.LONG4: lambda m: m._push_long("<i"),
+        # protocol 0 writes numbers as text
+        pickle.INT: lambda m: m._push_digits(),
+        pickle.LONG: lambda m: m._push_digits(),
+        pickle.FLOAT: lambda m: m._push(float(m._line())),
         pickle.BINFLOAT: lambda m: m._push(m._number(">d")),
         pickle.SHORT_BINUNICODE: lambda m: m._push_text("<B"),
+        pickle.UNICODE: lambda m: m._push(m._line("raw-unicode-escape")),
         pickle.BINUNICODE: lambda m: m._push_text("<I"),
         pickle.BINUNICODE8: lambda m: m._push_text("<Q"),
-        # Python 2 wrote its str as these two
-        pickle.SHORT_BINSTRING: lambda m: m._push_text("<B"),
-        pickle.BINSTRING: lambda m: m._push_text("<I"),
+        # Python 2 wrote its str as these two, be it text or bytes
+        pickle.SHORT_BINSTRING: lambda m: m._push_text("<B", "backslashreplace"),
+        pickle.BINSTRING: lambda m: m._push_text("<I", "backslashreplace"),
         pickle.SHORT_BINBYTES: lambda m: m._push_bytes("<B"),
         pickle.BINBYTES: lambda m: m._push_bytes("<I"),
         pickle.BINBYTES8: lambda m: m._push_bytes("<Q"),
+        pickle.BYTEARRAY8: lambda m: m._push_bytes("<Q"),
         pickle.EMPTY_TUPLE: lambda m: m._push(()),
         pickle.TUPLE1: lambda m: m._push_tuple(1),
         pickle.TUPLE2: lambda m: m._push_tuple(2),
@@ -230,7 +231,14 @@ _OPERATIONS: dict[int, Callable[[PickleReader], Any]] = {
         pickle.EMPTY_LIST: lambda m: m._push([]),
         pickle.EMPTY_DICT: lambda m: m._push({}),
         pickle.LIST: lambda m: m._push(m._since_mark()),
+        pickle.DICT: _P._dict,
+        pickle.EMPTY_SET: lambda m: m._push(made_by("builtins.set")),
+        pickle.ADDITEMS: _P._add_items,
+        pickle.FROZENSET: lambda m: m._swallow("builtins.frozenset"),
         pickle.MARK: lambda m: m.marks.append(len(m.stack)),
+        pickle.POP: lambda m: m.stack.pop(),
+        pickle.POP_MARK: lambda m: m._since_mark(),
+        pickle.DUP: lambda m: m._push(m.stack[-1]),
         pickle.APPEND: lambda m: m._append([m.stack.pop()]),
         pickle.APPENDS: lambda m: m._append(m._since_mark()),
         pickle.SETITEM: _P._set_item,
@@ -238,14 +246,22 @@ _OPERATIONS: dict[int, Callable[[PickleReader], Any]] = {
         pickle.BINPUT: lambda m: m._remember(m._number("<B")),
         pickle.LONG_BINPUT: lambda m: m._remember(m._number("<I")),
         pickle.MEMOIZE: lambda m: m._remember(len(m.memo)),
+        pickle.PUT: lambda m: m._remember(int(m._line())),
+        pickle.GET: lambda m: m._push(m.memo[int(m._line())]),
         pickle.BINGET: lambda m: m._push(m.memo[m._number("<B")]),
         pickle.LONG_BINGET: lambda m: m._push(m.memo[m._number("<I")]),
         pickle.GLOBAL: lambda m: m._global(m._line(), m._line()),
         pickle.STACK_GLOBAL: _P._stack_global,
         pickle.INST: _P._inst,
+        pickle.OBJ: _P._obj,
+        # numbers of a registry of classes that only the writer's Python has
+        pickle.EXT1: lambda m: m._push(made_by(f"extension {m._number('<B')}")),
+        pickle.EXT2: lambda m: m._push(made_by(f"extension {m._number('<H')}")),
+        pickle.EXT4: lambda m: m._push(made_by(f"extension {m._number('<I')}")),
         pickle.BINPERSID: _P._persistent,
         pickle.REDUCE: _P._reduce,
         pickle.NEWOBJ: _P._new_object,
+        pickle.NEWOBJ_EX: lambda m: m._new_object(named=True),
         pickle.BUILD: _P._build,
     }.items()
 }

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ppflow_jax.convert.tensors import STORAGES, shown
+from ppflow_jax.convert.tensors import STORAGES, contiguous, shown
 from ppflow_jax.errors import InputError
 
 _ALIGNMENT = 64
@@ -125,7 +125,7 @@ class _Writer:
         key = str(self.count)
         self.count += 1
         self._member(f"data/{key}", memoryview(array.reshape(-1).view(np.uint8)))
-        strides = _contiguous(array.shape)
+        strides = contiguous(array.shape)
         persistent_id = (
             pickle.MARK
             + self._encode("storage", where)
@@ -145,15 +145,6 @@ class _Writer:
             + pickle.TUPLE
             + pickle.REDUCE
         )
-
-
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of a C-contiguous array in elements; NumPy gives others where a length is 1 or 0."""
-    strides, step = [], 1
-    for length in reversed(shape):
-        strides.append(step)
-        step *= max(length, 1)
-    return tuple(reversed(strides))
 
 
 def _global(module: str, name: str) -> bytes:

@@ -1,109 +1,78 @@
-"""Any file of weights as one flat mapping of names to tensors that are read one at a time."""
+"""Any file of weights as one list of names and tensors that are read one at a time."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
-import ml_dtypes
-import numpy as np
-
+from ppflow_jax.convert.placeholder import Placeholder
+from ppflow_jax.convert.safetensors_file import open_safetensors
+from ppflow_jax.convert.shards import INDEX, read_shards
 from ppflow_jax.convert.tensors import TensorRef, shown
-from ppflow_jax.convert.torch_file import one_line_errors, open_regular, open_torch_file
+from ppflow_jax.convert.torch_file import open_torch_file
 from ppflow_jax.errors import InputError
 
-_SAFETENSORS_DTYPES = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    **{f"I{bits}": np.dtype(f"<i{bits // 8}") for bits in (8, 16, 32, 64)},
-    **{f"U{bits}": np.dtype(f"<u{bits // 8}") for bits in (8, 16, 32, 64)},
-    "BOOL": np.dtype("?"),
-}
+Tensor = TensorRef | Placeholder
 
 
 @dataclass(frozen=True)
-class SafetensorsRef:
-    """A tensor of a `.safetensors` file; `read()` gives the array."""
+class Weights:
+    """What a file holds.
 
-    path: str
-    name: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        return prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.size * self.dtype.itemsize
-
-    def read(self) -> np.ndarray:
-        """Copies this one tensor out of the file. InputError if the file is gone or changed."""
-        with _safetensors(self.path) as file:
-            return np.asarray(file.get_tensor(self.name))
-
-
-@contextmanager
-def _safetensors(path: str) -> Iterator[Any]:
-    """`safe_open` whose errors are one line with the file's name."""
-    with one_line_errors(path):
-        try:
-            from safetensors import SafetensorError, safe_open
-        except ImportError as error:
-            raise InputError("needs the package safetensors: pip install safetensors") from error
-        open_regular(path).close()
-        try:
-            with safe_open(path, framework="numpy") as file:
-                yield file
-        except SafetensorError as error:
-            raise InputError(f"broken ({shown(error)}); download it again") from error
-
-
-def open_safetensors(path: str | os.PathLike[str]) -> dict[str, SafetensorsRef]:
-    """The tensors of a `.safetensors` file by name. InputError if it is broken or not one."""
-    path = os.fspath(path)
-    refs = {}
-    with _safetensors(path) as file:
-        for name in file.keys():
-            view = file.get_slice(name)
-            if view.get_dtype() not in _SAFETENSORS_DTYPES:
-                raise InputError(
-                    f"tensor {shown(name)} has dtype {view.get_dtype()}; expected one of "
-                    f"{', '.join(_SAFETENSORS_DTYPES)}: convert it to F32 or BF16"
-                )
-            dtype = _SAFETENSORS_DTYPES[view.get_dtype()]
-            refs[name] = SafetensorsRef(path, name, dtype, tuple(view.get_shape()))
-    return refs
-
-
-def read_state(path: str | os.PathLike[str]) -> dict[str, TensorRef | SafetensorsRef]:
-    """All tensors of a file by their dotted names (`ema.blocks.0.attn.qkv.weight`), unread.
-
-    A name that ends in .safetensors is read as such, every other as a PyTorch file; what is not a
-    tensor (epoch, arguments) is left out. Raises InputError as `open_torch_file` does, and if two
-    tensors get the same name or there is none.
+    Attributes:
+      tensors: by dotted path in the file (`ema.blocks.0.attn.qkv.weight`), unread; a path may occur
+        twice, as in {"a": {"b.c": x}, "a.b": {"c": y}}. Objects that are no plain data are among
+        them, as placeholders.
+      arguments: of the training script, if the file has them.
     """
-    if os.fspath(path).endswith(".safetensors"):
-        return open_safetensors(path)
-    refs = _named("", open_torch_file(path), os.fspath(path), {})
-    if not refs:
-        raise InputError(f"{path}: has no tensors; expected a checkpoint")
+
+    tensors: list[tuple[str, Tensor]]
+    arguments: dict[Any, Any] | Placeholder
+
+
+def read_weights(path: str | os.PathLike[str]) -> Weights:
+    """Opens a file, or all files of an index (`*.index.json`).
+
+    A name that ends in .safetensors is read as such, every other as a PyTorch file; numbers and
+    texts (epoch) are dropped. Raises InputError as `open_torch_file` and `read_shards` do, and if
+    there are no tensors.
+    """
+    name, arguments = os.fspath(path), {}
+    if name.endswith(INDEX):
+        tensors = list(read_shards(name, lambda file: read_weights(file).tensors).items())
+    elif name.endswith(".safetensors"):
+        tensors = list(open_safetensors(name).items())
+    else:
+        tree = open_torch_file(name)
+        if isinstance(tree, Placeholder):
+            raise InputError(f"{name}: {tree.error('the file')}")
+        tensors = []
+        _flatten("", tree, tensors)
+        found = tree.get("args") if isinstance(tree, dict) else None
+        arguments = found if isinstance(found, dict | Placeholder) else {}
+    if not tensors:
+        raise InputError(f"{name}: has no tensors; expected a checkpoint")
+    return Weights(tensors, arguments)
+
+
+def read_state(path: str | os.PathLike[str]) -> dict[str, TensorRef]:
+    """The tensors of a file by name.
+
+    Raises:
+      InputError: as `read_weights`, and if two tensors have the same name.
+    """
+    refs: dict[str, TensorRef] = {}
+    for name, tensor in read_weights(path).tensors:
+        if isinstance(tensor, TensorRef) and refs.setdefault(name, tensor) is not tensor:
+            raise InputError(f"{path}: two tensors are called {shown(name)}; rename one")
     return refs
 
 
-def _named(prefix: str, node: Any, path: str, refs: dict[str, TensorRef]) -> dict[str, TensorRef]:
-    if isinstance(node, TensorRef):
-        if refs.setdefault(prefix, node) is not node:
-            raise InputError(f"{path}: two tensors are called {shown(prefix)}; rename one")
+def _flatten(prefix: str, node: Any, tensors: list[tuple[str, Tensor]]) -> None:
+    if isinstance(node, Tensor):
+        tensors.append((prefix, node))
     elif isinstance(node, dict | list | tuple):
         children = node.items() if isinstance(node, dict) else enumerate(node)
         for key, child in children:
-            _named(f"{prefix}.{key}" if prefix else str(key), child, path, refs)
-    return refs
+            _flatten(f"{prefix}.{key}" if prefix else str(key), child, tensors)

@@ -194,7 +194,7 @@ def test_entries_kinds_and_cards(tmp_path, sit, ppflow2):
     )
     done, refused = [*results[:7], results[-1]], results[7:-1]
     assert [r.code for r in done] == [0] * 8, done
-    assert "left out: model (38 tensors), opt (1 tensors)" in done[0].out
+    assert "left out: model (38 tensors), opt (1 tensor)" in done[0].out
     words = ("no 'ema' weights", "not that of the file", "--heads=N", "exists", "is a folder")
     words += ("only a model of one stage", "no 'params'", "pyramid", "not expected")
     for result, word in zip(refused, words, strict=True):
