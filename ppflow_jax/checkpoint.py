@@ -84,6 +84,17 @@ class Card:
         return ", ".join(f"{k}: {ours[k]} -> {theirs[k]}" for k in ours if ours[k] != theirs[k])
 
 
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as {"model.width": 128, ...}."""
+    found = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
 def digest(path: str | Path) -> str:
     """SHA-256 that names the content of a checkpoint, `path` being as in `find_checkpoint`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -75,6 +76,7 @@ def open_inputs(data: ConfigDict, card: Card) -> tuple[Source, Encoder | None, C
     elif pictures:
         check_shape(data.path, (size, size, 3), model.shape)
     source.check_fits(model.shape, model.num_classes)
+    identity = json.loads(json.dumps(identity))  # as checkpoints give it back
     experiment = (card.experiment or {}) | {"trained_on": identity}
     return source, encoder, replace(card, experiment=experiment, latent_scale=scale)
 

@@ -14,9 +14,7 @@ from ppflow_jax.data.sources import digits
 from ppflow_jax.errors import InputError
 from ppflow_jax.feature_training import train_features
 from ppflow_jax.flow.path import Flow
-from ppflow_jax.flow.plan import SamplerConfig
-from ppflow_jax.flow.sampler import Sampler
-from ppflow_jax.models.ppflow import ModelConfig, make_apply
+from ppflow_jax.models.ppflow import ModelConfig
 from ppflow_jax.pyramid import PPFLOW2
 from ppflow_jax.sharding import make_mesh
 from ppflow_jax.writers import read_metrics
@@ -55,9 +53,8 @@ def test_metrics_are_written_beside_the_others(tmp_path, monkeypatch):
     # resumed: the network that the run has is taken
     config = get_config()
     config.eval.every = 4
-    sampler = Sampler(make_apply(MODEL), MODEL, Flow(), SamplerConfig())
     card = Card(MODEL, Flow(), "pixels")
-    assert judge.make_judge(config, card, sampler, digits(), make_mesh(), tmp_path)
+    assert judge.make_judge(config, card, digits(), make_mesh(), tmp_path)
     assert calls == [0]
 
     # and the command, on the checkpoint that this run left
@@ -92,6 +89,5 @@ def test_bad_settings_stop_before_the_first_step(tmp_path, space, settings, word
     config = get_config()
     config.eval.update({"every": 4} | settings)
     card = Card(MODEL, Flow(), space)
-    sampler = Sampler(make_apply(MODEL), MODEL, Flow(), SamplerConfig())
     with pytest.raises(InputError, match=words):
-        judge.make_judge(config, card, sampler, digits(), make_mesh(), tmp_path)
+        judge.make_judge(config, card, digits(), make_mesh(), tmp_path)
