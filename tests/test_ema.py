@@ -92,7 +92,7 @@ def test_a_short_run_samples_what_it_learnt(tmp_path):
     assert far["on"] < 0.5 * far["off"]
 
     line = "the EMA is still 100% the weights that the run began with (config.train.ema=0.9999)"
-    sample = ["--num=2", "--steps=1"]
+    sample = ["--num=2", "--steps=2"]
     for name, weight, there in (("on", "ema", 0), ("off", "ema", 1), ("off", "params", 0)):
         out = f"--out={tmp_path / name / weight}"
         flags = [f"--checkpoint={tmp_path / name}", f"--weights={weight}", out]
