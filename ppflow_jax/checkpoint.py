@@ -228,6 +228,16 @@ def load_weights(path: Path, card: Card, mesh: Mesh, which: str = "ema") -> Para
         )[which]
 
 
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """For what one process reads or writes by itself: Orbax else waits for all of them."""
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    index = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process{index}"
+    )
+
+
 def load_stored(path: Path, tree: Any) -> Any:
     """Those leaves of the state at `path` that `tree` has, in the dtypes they are stored in.
 
@@ -235,8 +245,10 @@ def load_stored(path: Path, tree: Any) -> Any:
       InputError: damaged, unreadable, or not there.
     """
     verify(path)
+    alone = _alone()
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
     with readable(path):
-        return ocp.PyTreeCheckpointer().restore(
+        return ocp.Checkpointer(handler, multiprocessing_options=alone).restore(
             path / "state",
             args=ocp.args.PyTreeRestore(
                 tree,
@@ -297,17 +309,24 @@ def write_checkpoint(target: str | Path, state: Any, values: dict[str, Any]) -> 
     registry = ocp.type_handlers.create_type_handler_registry(
         (np.ndarray, arrays), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
-    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    alone = _alone()
+    handler = ocp.PyTreeCheckpointHandler(
+        type_handler_registry=registry, multiprocessing_options=alone
+    )
     saved = ocp.args.PyTreeSave(
         state,
         save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=2**24), state),
         ocdbt_target_data_file_size=2**26,
     )
     try:
+        (partial / FOLDER).mkdir(parents=True)
+        config = ocp.JsonCheckpointHandler(multiprocessing_options=alone)
         manager = ocp.CheckpointManager(
             partial / FOLDER,
-            options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
-            item_handlers={"state": handler, "config": ocp.JsonCheckpointHandler()},
+            options=ocp.CheckpointManagerOptions(
+                create=False, enable_async_checkpointing=False, multiprocessing_options=alone
+            ),
+            item_handlers={"state": handler, "config": config},
         )
         manager.save(0, args=ocp.args.Composite(state=saved, config=ocp.args.JsonSave(values)))
         manager.close()
