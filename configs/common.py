@@ -26,6 +26,7 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c = ConfigDict()
     c.seed = 0
     c.init_from = ""  # checkpoint to take weights from; resuming a workdir needs no setting
+    c.resume_changed = False  # go on with settings that change what is trained
 
     c.model = ConfigDict()
     c.model.pyramid = pyramid  # patch width x height @ end time, coarse to fine; t = 0 is noise
@@ -76,6 +77,7 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.train = ConfigDict()
     c.train.steps = 400_000
     c.train.ema = 0.9999
+    c.train.ema_warmup = True  # decay min(ema, (1 + step) / (10 + step)), for short runs
     c.train.accumulate = 1  # microbatches of one step
     c.train.log_every = 100
     c.train.save_every = 10_000

@@ -91,6 +91,17 @@ class Card:
         return ", ".join(f"{k}: {ours[k]} -> {theirs[k]}" for k in ours if ours[k] != theirs[k])
 
 
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as {"model.width": 128, ...}."""
+    found = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
 def digest(path: str | Path) -> str:
     """SHA-256 that names the content of a checkpoint, `path` being as in `find_checkpoint`.
 
@@ -224,6 +235,16 @@ def load_weights(path: Path, card: Card, mesh: Mesh, which: str = "ema") -> Para
         )[which]
 
 
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """For what one process reads or writes by itself: Orbax else waits for all of them."""
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    index = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process{index}"
+    )
+
+
 def load_stored(path: Path, tree: Any) -> Any:
     """Those leaves of the state at `path` that `tree` has, in the dtypes they are stored in.
 
@@ -231,8 +252,10 @@ def load_stored(path: Path, tree: Any) -> Any:
       InputError: damaged, unreadable, or not there.
     """
     verify(path)
+    alone = _alone()
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
     with readable(path):
-        return ocp.PyTreeCheckpointer().restore(
+        return ocp.Checkpointer(handler, multiprocessing_options=alone).restore(
             path / "state",
             args=ocp.args.PyTreeRestore(
                 tree,
@@ -293,17 +316,24 @@ def write_checkpoint(target: str | Path, state: Any, values: dict[str, Any]) -> 
     registry = ocp.type_handlers.create_type_handler_registry(
         (np.ndarray, arrays), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
-    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    alone = _alone()
+    handler = ocp.PyTreeCheckpointHandler(
+        type_handler_registry=registry, multiprocessing_options=alone
+    )
     saved = ocp.args.PyTreeSave(
         state,
         save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=2**24), state),
         ocdbt_target_data_file_size=2**26,
     )
     try:
+        (partial / FOLDER).mkdir(parents=True)
+        config = ocp.JsonCheckpointHandler(multiprocessing_options=alone)
         manager = ocp.CheckpointManager(
             partial / FOLDER,
-            options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
-            item_handlers={"state": handler, "config": ocp.JsonCheckpointHandler()},
+            options=ocp.CheckpointManagerOptions(
+                create=False, enable_async_checkpointing=False, multiprocessing_options=alone
+            ),
+            item_handlers={"state": handler, "config": config},
         )
         manager.save(0, args=ocp.args.Composite(state=saved, config=ocp.args.JsonSave(values)))
         manager.close()

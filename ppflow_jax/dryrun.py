@@ -19,10 +19,11 @@ from ml_collections import ConfigDict
 from ppflow_jax.chips import CHIPS, Chip
 from ppflow_jax.collectives import Collective, collectives
 from ppflow_jax.errors import InputError
+from ppflow_jax.experiment import Experiment
 from ppflow_jax.flops import block_traffic, sampling_flops, training_flops
 from ppflow_jax.flow.sampler import Sampler
+from ppflow_jax.program import Program, make_program
 from ppflow_jax.sharding import batch_sharding, data_shards, leaf_path, make_mesh, replicated
-from ppflow_jax.train import Experiment, Program, make_program
 
 EXAMPLES = "cpu:8, tpu:v5e:4x4, tpu:v5p:8x8x16 or tpu:v6e:16x16"
 

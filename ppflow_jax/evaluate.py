@@ -13,11 +13,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import flags
 
 from ppflow_jax import cli
@@ -25,17 +23,17 @@ from ppflow_jax.checkpoint import check_new, digest, find_checkpoint, load_weigh
 from ppflow_jax.data.images import ImageSet, array_images, open_images
 from ppflow_jax.data.sources import ArraySource, arrays, digits
 from ppflow_jax.decode import Decoder
+from ppflow_jax.ema import reminder_of
 from ppflow_jax.errors import InputError
 from ppflow_jax.evaluation import METRICS, NOT_COMPARABLE, Evaluator, environment, open_reference
+from ppflow_jax.experiment import sampler_of
 from ppflow_jax.extraction import extract, save_statistics
 from ppflow_jax.feature_training import train_features
 from ppflow_jax.features import FeatureNetwork, load_features, save_small, small_features
 from ppflow_jax.files import atomic, writable_directory
-from ppflow_jax.flow.plan import ADAPTIVE, SamplerConfig, evaluations
-from ppflow_jax.flow.sampler import Sampler
-from ppflow_jax.generate import MICROBATCH, Generator, choose_labels
-from ppflow_jax.models.ppflow import make_apply
+from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.models.resize import CONVENTIONS
+from ppflow_jax.run_pictures import RunPictures
 from ppflow_jax.sharding import local_mesh
 from ppflow_jax.writers import progress
 
@@ -66,7 +64,9 @@ _TRAIN_FEATURES = flags.DEFINE_string(
     "train_features", None, "Train a feature network on the labelled reference, in this new folder."
 )
 _BATCH = flags.DEFINE_integer("batch", 64, "Images at once, over all devices.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of samples, KID's subsets, --train_features.")
+_SEED = flags.DEFINE_integer(
+    "seed", None, "Of samples, KID's subsets, --train_features; default: the run's, or 0."
+)
 
 _SHOWN = {
     "fid": "FID",
@@ -110,8 +110,9 @@ def main() -> None:
             raise InputError(f"{reference.name} holds statistics already: give images")
         _write_statistics(statistics, reference.images, network)
     if samples or model:
+        seed = model.seed if model else _SEED.value or 0
         evaluator = Evaluator(
-            network, reference, tuple(_METRICS.value), batch=_BATCH.value, seed=_SEED.value
+            network, reference, tuple(_METRICS.value), batch=_BATCH.value, seed=seed
         )
         result = evaluator(samples or model.generate())
         card = _made_by(Path(_SAMPLES.value)) if samples else model.card
@@ -148,41 +149,33 @@ class _Model:
             raise InputError(f"--num must be at least 2, got {_NUM.value}")
         if card.space == "latents" and _DECODE.value == "none":
             raise InputError(f"{path} makes latents: give --decode=vae:DIR or taesd:DIR")
-        config = SamplerConfig()
-        if card.experiment:
-            s = card.experiment["sample"]
-            config = SamplerConfig(s["solver"], s["steps"], cfg=tuple(s["cfg"]))
-        sampler = Sampler(make_apply(card.model), card.model, card.flow, config)
-        decoder = Decoder.parse(_DECODE.value, card)
-        microbatch = min(MICROBATCH, _NUM.value)
-        self._generator = Generator(sampler, decoder, seed=_SEED.value, microbatch=microbatch)
-        self._params = load_weights(folder, card, local_mesh())
-        self._labels = choose_labels("balanced", _NUM.value, card.model.num_classes, _SEED.value)
+        run = card.experiment
+        config = sampler_of(run["sample"]) if run else SamplerConfig()
+        self.seed = (run["seed"] if run else 0) if _SEED.value is None else _SEED.value
+        decoder, mesh = Decoder.parse(_DECODE.value, card), local_mesh()
+        self._pictures = RunPictures(decoder, config, count=_NUM.value, seed=self.seed, mesh=mesh)
+        self._params = load_weights(folder, card, mesh)
+        if line := reminder_of(folder, card):
+            print(line)
         self.card = {
             "settings": {
                 "checkpoint_sha256": digest(folder),
                 "weights": "ema",
                 "pyramid": str(card.model.pyramid),
-                **asdict(config),
                 "decode": _DECODE.value,
-                "seed": _SEED.value,
-                "labels": "balanced",
-                "num": _NUM.value,
-                "microbatch": microbatch,
+                **self._pictures.settings,
             },
-            "nfe": "adaptive" if config.solver == ADAPTIVE else evaluations(sampler.segments),
+            "nfe": self._pictures.nfe,
             "checkpoint": str(folder),
         }
 
     def generate(self) -> ImageSet:
-        start, parts = time.monotonic(), []
+        start = time.monotonic()
         with progress(_NUM.value, 0, "img", "sample") as bar:
-            for images in self._generator(self._params, np.arange(_NUM.value), self._labels):
-                parts.append(images.pictures)
-                bar.update(len(images.ids))
+            pictures = self._pictures(self._params, bar.update)
         seconds = time.monotonic() - start
         self.card |= {"seconds": seconds, "images_in_these_seconds": _NUM.value}
-        return array_images(f"{_NUM.value} of {self.card['checkpoint']}", np.concatenate(parts))
+        return array_images(f"{_NUM.value} of {self.card['checkpoint']}", pictures)
 
 
 def _labelled(text: str) -> ArraySource:
@@ -195,7 +188,7 @@ def _train() -> None:
     target = check_new(_TRAIN_FEATURES.value)
     source = _labelled(_REFERENCE.value)
     classes = int(source.labels.max()) + 1
-    config, params, origin = train_features(source, classes, seed=_SEED.value)
+    config, params, origin = train_features(source, classes, seed=_SEED.value or 0)
     save_small(target, config, params, origin)
     print(
         f"feature network of {origin['trained_on']} in {target}: {config.widths[-1]} features, "

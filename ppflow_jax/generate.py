@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int, UInt8
 
@@ -21,7 +22,7 @@ from ppflow_jax.decode import Decoder
 from ppflow_jax.errors import InputError, RunError
 from ppflow_jax.flow.sampler import Sampler, image_noise
 from ppflow_jax.models.ppflow import Params
-from ppflow_jax.sharding import batch_sharding, local_mesh
+from ppflow_jax.sharding import batch_sharding, data_shards, fetch, local_mesh, spread
 
 MICROBATCH = 16
 _LABELS = 0x6C61626C  # sets the keys of labels apart from those of noise
@@ -36,10 +37,11 @@ class Images(NamedTuple):
 
 
 class Generator:
-    """Samples a model on all devices of this process, a compiled program for all calls.
+    """Samples a model on the devices of a mesh, a compiled program for all calls.
 
-    Image k is a function of the weights, the sampler, the seed, k and its label. Processes do not
-    talk to each other: each may be given its own numbers.
+    Image k is a function of the weights, the sampler, the seed, k and its label. On the devices of
+    one process (the default) processes do not talk to each other: each may be given its own
+    numbers. On a mesh of several all are given the same, and get the same.
     """
 
     def __init__(
@@ -50,21 +52,24 @@ class Generator:
         seed: int,
         microbatch: int = MICROBATCH,
         dtype: str = "float32",
+        mesh: Mesh | None = None,
     ):
         """
         Args:
           decoder: makes the pictures; its card is that of the model.
           microbatch: images that a device computes at once; changes the last bits.
           dtype: compute dtype of the model; float32 is then also that of matrix products.
+          mesh: of the parameters; None: all devices of this process. If they are cut along `fsdp`
+            or `tensor`, the sampler's network must have the `sharding.layout` of the mesh.
 
         Raises:
           InputError: a microbatch below 1.
         """
         if microbatch < 1:
             raise InputError(f"a device must compute at least 1 image at once, not {microbatch}")
-        mesh, shape = local_mesh(), decoder.card.model.shape
-        self.decoder, self.microbatch = decoder.on(mesh), microbatch
-        self.group = microbatch * mesh.size
+        mesh, shape = mesh or local_mesh(), decoder.card.model.shape
+        self.decoder, self.microbatch = decoder.on(local_mesh()), microbatch
+        self.group = microbatch * data_shards(mesh)
         self.place = batch_sharding(mesh)
         self.precision = "highest" if dtype == "float32" else "default"
 
@@ -74,17 +79,17 @@ class Generator:
             return sampler(params, start, labels, keys, weak=weak)
 
         # shard_map, not automatic partitioning: guidance doubles the batch, and doubling a sharded
-        # axis would move images between the devices.
+        # axis would move images between the devices. Parameters that are cut it would gather whole.
         rows = self.place.spec
-        self.compiled = jax.jit(
-            jax.shard_map(
+        if mesh.size == mesh.shape["data"]:
+            images = jax.shard_map(
                 images,
                 mesh=mesh,
                 in_specs=(P(), P(), rows, rows, rows),
                 out_specs=rows,
                 check_vma=False,
             )
-        )
+        self.compiled = jax.jit(images)
 
     def __call__(
         self,
@@ -99,7 +104,7 @@ class Generator:
         """The images with these numbers, in order, as many at a time as the devices take.
 
         Args:
-          params: of the model, on the devices of this process.
+          params: of the model, on the devices of the mesh.
           labels: class of each.
           noise: initial noise of each, instead of that of the seed.
           weak: parameters of the sampler's weaker network.
@@ -125,11 +130,11 @@ class Generator:
             return np.pad(x, [(0, self.group - len(x))] + [(0, 0)] * (x.ndim - 1), mode="edge")
 
         with jax.default_matmul_precision(self.precision):
-            placed = jax.device_put(jax.tree.map(pad, rows), self.place)
+            placed = spread(jax.tree.map(pad, rows), self.place)
             return self.compiled(params, weak, *placed)
 
     def _finish(self, ids, started: jax.Array) -> Images:
-        latents = np.asarray(started)[: len(ids)]
+        latents = fetch(started)[: len(ids)]
         if bad := int(np.sum(~np.isfinite(latents).all(axis=(1, 2, 3)))):
             raise RunError(
                 f"{bad} of {len(ids)} images are not finite (numbers {ids[0]} to {ids[-1]}): the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -77,6 +78,7 @@ def open_inputs(data: ConfigDict, card: Card) -> tuple[Source, Encoder | None, C
     source.check_fits(model.shape, model.num_classes)
     if classes := source.classes():
         identity |= {"labels": classes.to_json()}
+    identity = json.loads(json.dumps(identity))  # as checkpoints give it back
     experiment = (card.experiment or {}) | {"trained_on": identity}
     return source, encoder, replace(card, experiment=experiment, latent_scale=scale)
 

@@ -8,32 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from ppflow_jax.checkpoint import Card
 from ppflow_jax.data.images import array_images, source_images
 from ppflow_jax.data.pipeline import Source
 from ppflow_jax.decode import Decoder
-from ppflow_jax.errors import InputError
+from ppflow_jax.errors import InputError, RunError
 from ppflow_jax.evaluation import NOT_COMPARABLE, Evaluator, Reference, open_reference
+from ppflow_jax.experiment import sampler_of
 from ppflow_jax.feature_training import train_features
 from ppflow_jax.features import FeatureNetwork, load_features, save_small
 from ppflow_jax.files import atomic
-from ppflow_jax.flow.sampler import Sampler, image_noise
-from ppflow_jax.sharding import batch_sharding, data_shards, fetch, spread
+from ppflow_jax.run_pictures import RunPictures
 
 FEATURES = "features"  # folder in the workdir of a network trained for the run
 EVALUATIONS = "evaluations"
-BATCH = 64
 
 
 def make_judge(
     config: ConfigDict,
     card: Card,
-    sampler: Sampler,
     source: Source,
     mesh: Mesh,
     root: Path,
@@ -56,13 +52,14 @@ def make_judge(
             "config.eval judges pictures and this run makes latents: set config.eval.decode to "
             "vae:DIR or taesd:DIR, or config.eval.every=0"
         )
-    decoder = Decoder.parse(c.decode, card)
+    decoder, settings = Decoder.parse(c.decode, card), sampler_of(config.sample)
+    sample = RunPictures(decoder, settings, count=c.count, seed=config.seed, mesh=mesh)
     writes = jax.process_index() == 0
     evaluator = None
     if writes:
         reference = open_reference(c.reference) if c.reference else _of_source(source)
         network = _network(c, source, card.model.num_classes, root)
-        evaluator = Evaluator(network, reference, tuple(c.metrics), batch=BATCH)
+        evaluator = Evaluator(network, reference, tuple(c.metrics), seed=config.seed)
         (root / EVALUATIONS).mkdir(exist_ok=True)
         inception = evaluator.network.is_inception
         said = f"resize {c.resize}" if inception else f"of a small network, {NOT_COMPARABLE}"
@@ -73,7 +70,10 @@ def make_judge(
         )
 
     def judge(ema: Any, step: int) -> dict[str, float]:
-        pictures = _pictures(sampler, ema, decoder, c.count, config.seed, mesh)
+        try:
+            pictures = sample(ema)
+        except RunError as e:
+            raise RunError(f"{e}; config.eval.every=0 trains without metrics") from e
         if evaluator is None:
             return {}
         result = evaluator(array_images(f"EMA of step {step}", pictures))
@@ -84,22 +84,6 @@ def make_judge(
         return {f"{prefix}/{name}": value for name, value in result["metrics"].items()}
 
     return judge
-
-
-def _pictures(
-    sampler: Sampler, ema: Any, decoder: Decoder, count: int, seed: int, mesh: Mesh
-) -> UInt8[np.ndarray, "n h w c"]:
-    """`count` samples of the classes in turn, rounded; the same on every process."""
-    model, place = decoder.card.model, batch_sharding(mesh)
-    batch = -(-min(BATCH, count) // data_shards(mesh)) * data_shards(mesh)
-    parts = []
-    for first in range(0, count, batch):
-        ids = np.arange(first, first + batch)
-        noise, keys = image_noise(seed, ids, model.shape)
-        inputs = (np.asarray(noise), np.int32(ids % model.num_classes), keys)
-        images = fetch(sampler(ema, *spread(inputs, place)))
-        parts.append(decoder.pictures(images[: count - first]))
-    return np.concatenate(parts)
 
 
 def _of_source(source: Source) -> Reference:

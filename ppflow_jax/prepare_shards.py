@@ -105,7 +105,7 @@ def prepare_shards(job: Job, *, skip_unreadable: bool, workers: int) -> None:
 
     Raises:
       InputError: the folder has a cache, finished or begun, of other settings; a picture cannot
-        be read (without `skip_unreadable`).
+        be read (without `skip_unreadable`); its encoding is not finite.
     """
     _claim(job)
     mine = range(job.process_index, job.shards, job.process_count)
@@ -255,6 +255,16 @@ def _encoded(job: Job, todo: list[int], workers: int) -> Iterator[dict[str, Any]
     yield jax.device_get(pending)
 
 
+def _check_finite(job: Job, index: int, *latents: np.ndarray) -> None:
+    if not all(np.isfinite(values).all() for values in latents):
+        made = job.encoder.identity()
+        raise InputError(
+            f"{job.source.label_of(index)} of {job.source.name}: its encoding by the autoencoder "
+            f"({made['kind']} {made['sha256'][:12]}) is not finite: remove the picture, or convert "
+            "the autoencoder again; the shards made so far are kept"
+        )
+
+
 def _write_shard(
     job: Job, shard: int, stream: Iterator[dict[str, Any]], bar: Any, skip_unreadable: bool
 ) -> None:
@@ -281,6 +291,7 @@ def _write_shard(
                     label = int(chunk["label"][row])
                     labels.append(label)
                     for mean, std in chunk["latents"]:
+                        _check_finite(job, first + row, mean[row], std[row])
                         kept = std[row] if job.encoder.stochastic else None
                         writer.write(encode_record(mean[row], kept, label))
                         records += 1

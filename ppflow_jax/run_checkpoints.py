@@ -77,24 +77,11 @@ class Checkpoints:
         """State of `step`, placed as `abstract` (shapes, dtypes and shardings) says.
 
         Raises:
-          InputError: made by another model, damaged or not readable.
+          InputError: damaged or not readable.
         """
         path = self.folder / str(step)
-        try:
+        with _saying_what_is_intact(self.folder, step):
             verify(path, together=True)
-            found = read_card(path)
-        except InputError as e:
-            raise InputError(f"{e}; {self._intact_before(step)}") from e
-        if difference := found.differences(self.card):
-            raise InputError(
-                f"{path} is a checkpoint of another model ({difference}): use another --workdir, "
-                "or the configuration it was made with"
-            )
-        if found.experiment is None:
-            raise InputError(
-                f"{path} holds converted weights, not a run to go on with: give it as "
-                "--config.init_from, and another --workdir"
-            )
         with readable(path):
             return self.manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
@@ -133,14 +120,37 @@ class Checkpoints:
                 "again"
             ) from e
 
-    def _intact_before(self, damaged: int) -> str:
-        for step in reversed([s for s in steps_in(self.folder) if s < damaged]):
-            try:
-                verify(self.folder / str(step))
-            except InputError:
-                continue
-            return f"that of step {step} is intact"
-        return "no earlier one is intact"
+
+def latest_card(workdir: Path) -> tuple[int, Card] | None:
+    """Step and card of the latest checkpoint, None without one; makes and changes nothing.
+
+    Raises:
+      InputError: the card is damaged or not readable.
+    """
+    folder = workdir / FOLDER
+    if not (steps := steps_in(folder)):
+        return None
+    with _saying_what_is_intact(folder, steps[-1]):
+        return steps[-1], read_card(folder / str(steps[-1]))
+
+
+@contextlib.contextmanager
+def _saying_what_is_intact(folder: Path, step: int) -> Iterator[None]:
+    """Add to what is said of the checkpoint of `step` which one before it is good."""
+    try:
+        yield
+    except InputError as e:
+        raise InputError(f"{e}; {_intact_before(folder, step)}") from e
+
+
+def _intact_before(folder: Path, damaged: int) -> str:
+    for step in reversed([s for s in steps_in(folder) if s < damaged]):
+        try:
+            verify(folder / str(step))
+        except InputError:
+            continue
+        return f"that of step {step} is intact"
+    return "no earlier one is intact"
 
 
 @functools.cache

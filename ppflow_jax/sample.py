@@ -20,6 +20,7 @@ from ppflow_jax import cli, distributed
 from ppflow_jax.accelerate.config import PRESETS, AccelerateConfig, accelerated
 from ppflow_jax.checkpoint import Card, digest, find_checkpoint, load_weights, read_card
 from ppflow_jax.decode import Decoder
+from ppflow_jax.ema import reminder_of
 from ppflow_jax.errors import InputError
 from ppflow_jax.explain import explain
 from ppflow_jax.files import locked
@@ -123,6 +124,8 @@ def main() -> None:
         _say(f"{len(labels)} images, {nfe} NFE each, were complete in {folder.path}")
         return
     params = load_weights(step_folder, card, local_mesh(), _WEIGHTS.value)
+    if _WEIGHTS.value == "ema" and (line := reminder_of(step_folder, card)):
+        _say(line)
     weaker = load_weights(weak_folder, weak, local_mesh(), _WEIGHTS.value) if weak else None
     first = jax.process_index() == 0
     folder.start(first)

@@ -4,52 +4,46 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ppflow_jax.checkpoint import Card, find_checkpoint, load_weights, read_card
+from ppflow_jax.checkpoint import FOLDER, find_checkpoint, load_weights, read_card
 from ppflow_jax.data.classes import describe
-from ppflow_jax.data.pipeline import Source, batches
+from ppflow_jax.data.pipeline import Source, batches, suspect
+from ppflow_jax.ema import reminder
 from ppflow_jax.encode import Encoder
 from ppflow_jax.errors import InputError, RunError, Stopped
-from ppflow_jax.files import atomic, locked, writable_directory
-from ppflow_jax.flow.loss import Objective
-from ppflow_jax.flow.path import Flow
-from ppflow_jax.flow.plan import SamplerConfig
+from ppflow_jax.experiment import Experiment
+from ppflow_jax.files import locked, writable_directory
 from ppflow_jax.flow.sampler import Sampler, image_noise
-from ppflow_jax.inputs import make_inputs, open_inputs
+from ppflow_jax.inputs import Batch, make_inputs, open_inputs
 from ppflow_jax.judge import make_judge
-from ppflow_jax.models.ppflow import Apply, ModelConfig, make_apply
-from ppflow_jax.optim import OptimConfig, learning_rate, make_optimizer
-from ppflow_jax.pyramid import Pyramid
-from ppflow_jax.run_checkpoints import Checkpoints
+from ppflow_jax.optim import learning_rate
+from ppflow_jax.program import Program, make_program
+from ppflow_jax.resume import going_on, record
+from ppflow_jax.run_checkpoints import Checkpoints, latest_card
 from ppflow_jax.sharding import (
     batch_sharding,
     data_shards,
     fetch,
-    layout,
     local_rows,
     make_mesh,
     replicated,
     spread,
     to_global,
-    tree_shardings,
 )
-from ppflow_jax.state import TrainState, init_state, state_from
+from ppflow_jax.state import TrainState, state_from
 from ppflow_jax.stop import StopRequest
-from ppflow_jax.train_step import Metrics, compiled, make_train_step
+from ppflow_jax.train_step import Metrics
 from ppflow_jax.writers import (
     MetricWriter,
     progress,
@@ -61,116 +55,16 @@ from ppflow_jax.writers import (
 )
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """A configuration, checked and turned into the parts of a run; nothing is allocated.
-
-    Raises (in `from_config`):
-      InputError: any value out of range or parts that do not fit together.
-    """
-
-    card: Card
-    objective: Objective
-    optim: OptimConfig
-    sampler: SamplerConfig
-    config: ConfigDict
-
-    @classmethod
-    def from_config(cls, config: ConfigDict) -> Experiment:
-        c = config.model
-        model = ModelConfig(
-            pyramid=Pyramid.parse(c.pyramid),
-            **{k: c[k] for k in c if k not in ("pyramid", "dtype", "remat", "attention")},
-        )
-        flow = Flow(config.flow.path, config.flow.prediction)
-        objective = Objective(
-            pyramid=model.pyramid,
-            flow=flow,
-            null_label=model.null_label,
-            weighting=config.flow.weighting,
-            label_drop=config.flow.label_drop,
-            stage_share=tuple(config.flow.stage_share),
-            stage_times=tuple(tuple(map(float, pair)) for pair in config.flow.stage_times),
-        )
-        s = config.sample
-        sampler = SamplerConfig(s.solver, s.steps, cfg=tuple(s.cfg))
-        sampler.scales(model.pyramid)
-        t = config.train
-        if t.accumulate < 1 or min(t.steps, t.log_every, t.save_every, t.keep) < 1:
-            raise InputError("config.train: steps, *_every, keep and accumulate must be at least 1")
-        if not 0 <= t.ema < 1:
-            raise InputError(f"config.train.ema must be in [0, 1), got {t.ema}")
-        if c.dtype not in ("float32", "bfloat16"):
-            raise InputError(f"unknown dtype {c.dtype!r}: float32 or bfloat16")
-        if config.data.space not in ("latents", "pixels"):
-            raise InputError(f"unknown space {config.data.space!r}: latents or pixels")
-        if config.data.unreadable not in ("error", "skip") or config.data.workers < 0:
-            raise InputError("config.data: unreadable is error or skip, workers at least 0")
-        card = Card(model, flow, config.data.space, json.loads(config.to_json_best_effort()))
-        return cls(card, objective, OptimConfig(**config.optim), sampler, config)
-
-
-class Program(NamedTuple):
-    """What runs on a mesh; `abstract` and `shardings` are trees of the training state."""
-
-    apply: Apply
-    optimizer: optax.GradientTransformation
-    init: Callable[[jax.Array], TrainState]
-    abstract: TrainState
-    shardings: TrainState
-    step: Callable[..., tuple[TrainState, Metrics]]
-
-
-def _unrolled(mesh: Mesh) -> bool:
-    """One CPU is faster so; several stand in for accelerators, and run their program."""
-    return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
-
-
-def make_program(experiment: Experiment, mesh: Mesh) -> Program:
-    """Network, optimizer and jitted training step of `experiment` on `mesh`; allocates nothing.
-
-    Raises:
-      InputError: the batch cannot be divided among the devices.
-    """
-    config, model = experiment.config, experiment.card.model
-    shards = data_shards(mesh) * config.train.accumulate
-    experiment.objective.check_batch(config.data.batch_size, shards)
-    unrolled = _unrolled(mesh) and config.model.remat == "none"
-    apply = make_apply(
-        model,
-        dtype=jnp.dtype(config.model.dtype),
-        remat=config.model.remat,
-        attention=config.model.attention,
-        layout=layout(mesh),
-        unrolled=unrolled,
-    )
-    optimizer = make_optimizer(experiment.optim, config.train.steps)
-    init = functools.partial(init_state, model, optimizer)
-    abstract = jax.eval_shape(init, jax.random.key(0))
-    shardings = tree_shardings(abstract, mesh)
-    step = compiled(
-        make_train_step(
-            experiment.objective,
-            apply,
-            optimizer,
-            ema=config.train.ema,
-            accumulate=config.train.accumulate,
-        ),
-        unrolled=unrolled,
-        in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
-        out_shardings=(shardings, replicated(mesh)),
-    )
-    return Program(apply, optimizer, init, abstract, shardings, step)
-
-
 def train(config: ConfigDict, workdir: str) -> None:
     """Train `config` in `workdir`, going on from its latest checkpoint.
 
     What the run starts from, first match: the latest checkpoint of the workdir;
-    `config.init_from` (weights only); fresh parameters.
+    `config.init_from` (weights only); fresh parameters. A run that is beyond `config.train.steps`
+    is left as it is.
 
     Raises:
-      InputError: bad configuration, data or checkpoint; another run is in `workdir`.
+      InputError: bad configuration, data or checkpoint; other settings than those of the run in
+        `workdir` (see resume.py); another run is in `workdir`.
       RunError: the loss is not finite, or a checkpoint cannot be written.
       Stopped: SIGTERM or Ctrl-C came; the step is finished and saved.
     """
@@ -186,7 +80,19 @@ def train(config: ConfigDict, workdir: str) -> None:
     root = writable_directory(workdir)
     lock = locked(root) if jax.process_index() == 0 else contextlib.nullcontext()
     with lock, StopRequest() as stop:
+        if (latest := latest_card(root)) is not None:
+            step, stored = latest
+            if step > config.train.steps:
+                _say(f"the run is at step {step}, train.steps={config.train.steps}: nothing to do")
+                return
+            experiment = going_on(experiment, step, stored, root / FOLDER / str(step))
+            program = make_program(experiment, mesh)
         _run(experiment, program, mesh, source, encoder, root, stop)
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, flush=True)
 
 
 def _run(
@@ -198,33 +104,21 @@ def _run(
     root: Path,
     stop: StopRequest,
 ) -> None:
-    config, card, model = experiment.config, experiment.card, experiment.card.model
-    batch_size, steps, place = config.data.batch_size, config.train.steps, batch_sharding(mesh)
+    config, card = experiment.config, experiment.card
+    batch_size, steps = config.data.batch_size, config.train.steps
     checkpoints = Checkpoints(root, card, keep=config.train.keep)
     state = _first_state(experiment, program, checkpoints, mesh)
     first = int(state["step"])
     _announce(experiment, state, mesh, first, root)
 
     key = jax.jit(jax.random.key, out_shardings=replicated(mesh))(config.seed + 1)
-    stream = batches(
-        source,
-        batch_size=batch_size,
-        seed=config.seed,
-        first_step=first,
-        num_classes=model.num_classes,
-        flip=config.data.flip,
-        workers=config.data.workers,
-        skip_unreadable=config.data.unreadable == "skip",
-        report=say,
-        rows=local_rows(place, batch_size),
-    )
-    inputs = make_inputs(encoder, mesh, config.seed)
-    sampler = Sampler(program.apply, model, card.flow, experiment.sampler)
-    draw_samples = _sample_grid(experiment, sampler, mesh, root)
-    judge = make_judge(config, card, sampler, source, mesh, root)
+    stream = _inputs(experiment, source, encoder, mesh, first)
+    draw_samples = _sample_grid(experiment, program, mesh, root)
+    judge = make_judge(config, card, source, mesh, root)
+    finite = functools.partial(_finite, experiment, source, checkpoints)
     schedule = learning_rate(experiment.optim, steps)
     clock, logged = time.monotonic(), first
-    pending: tuple[int, dict[str, jax.Array]] | None = None
+    pending: tuple[int, Metrics] | None = None
     step, stopped = first, first < steps and stop.reached(first)
     with (
         contextlib.closing(checkpoints),
@@ -233,18 +127,17 @@ def _run(
     ):
         while step < steps and not stopped:
             step += 1
-            batch = inputs(to_global(next(stream), place, batch_size), step - 1)
-            state, metrics = program.step(state, batch, key)
+            state, metrics = program.step(state, next(stream), key)
             stopped = stop.reached(step) and step < steps
             # Read the step before while this one runs; wait only where it must be known.
             log, save = step % config.train.log_every == 0, step % config.train.save_every == 0
             sample = config.sample.every and step % config.sample.every == 0
             last = step == steps
             judged = judge is not None and (last or step % config.eval.every == 0)
-            values = _finite(pending, checkpoints) if pending else {}
+            values = finite(*pending) if pending else {}
             pending = (step, metrics)
             if log or save or sample or judged or last or stopped:
-                values, pending = _finite(pending, checkpoints), None
+                values, pending = finite(*pending), None
             bar.update(batch_size)
             if log or last or stopped:
                 checkpoints.check()
@@ -264,14 +157,47 @@ def _run(
             if judged:
                 writer.write(step, judge(state["ema"], step))
                 clock, logged = time.monotonic(), step
+    _end(experiment, root, step, stopped)
+
+
+def _inputs(
+    experiment: Experiment, source: Source, encoder: Encoder | None, mesh: Mesh, first: int
+) -> Iterator[Batch]:
+    """What the model sees in every step from `first` on."""
+    config, place = experiment.config, batch_sharding(mesh)
+    batch_size = config.data.batch_size
+    stream = batches(
+        source,
+        batch_size=batch_size,
+        seed=config.seed,
+        first_step=first,
+        num_classes=experiment.card.model.num_classes,
+        flip=config.data.flip,
+        workers=config.data.workers,
+        skip_unreadable=config.data.unreadable == "skip",
+        report=say,
+        rows=local_rows(place, batch_size),
+    )
+    inputs = make_inputs(encoder, mesh, config.seed)
+    for step, batch in enumerate(stream, first):
+        yield inputs(to_global(batch, place, batch_size), step)
+
+
+def _end(experiment: Experiment, root: Path, step: int, stopped: bool) -> None:
+    """Plot the loss and say where the run has come to.
+
+    Raises:
+      Stopped: it is not done.
+    """
     save_loss_plot(root / "loss.png", read_metrics(root / "metrics.jsonl"))
     if stopped:
         raise Stopped(
-            f"stopped at step {step} of {steps}, everything saved in {root}: the same command goes "
-            "on from there"
+            f"stopped at step {step} of {experiment.config.train.steps}, everything saved in "
+            f"{root}: the same command goes on from there"
         )
-    if jax.process_index() == 0:
-        print(f"done: step {steps}; checkpoints, samples/, loss.png, metrics.jsonl in {root}")
+    _say(f"done: step {step}; checkpoints, samples/, loss.png, metrics.jsonl in {root}")
+    if line := reminder(experiment.card.experiment, step):
+        _say(line)
 
 
 def _first_state(
@@ -303,8 +229,7 @@ def _announce(experiment: Experiment, state: Any, mesh: Mesh, first: int, root: 
     if jax.process_index():
         return
     config = experiment.config
-    with atomic(root / "config.json") as temporary:
-        temporary.write_text(json.dumps(experiment.card.to_json(), indent=1))
+    record(root, experiment.card, first)
     if first:
         origin = f"going on from step {first}"
     else:
@@ -318,14 +243,13 @@ def _announce(experiment: Experiment, state: Any, mesh: Mesh, first: int, root: 
 
 
 def _finite(
-    pending: tuple[int, dict[str, jax.Array]], checkpoints: Checkpoints
+    experiment: Experiment, source: Source, checkpoints: Checkpoints, step: int, metrics: Metrics
 ) -> dict[str, float]:
     """Metrics of a step on the host.
 
     Raises:
       RunError: loss or gradient is not finite; nothing of that step has been saved.
     """
-    step, metrics = pending
     values = {k: float(v) for k, v in metrics.items()}
     bad = [k for k, v in values.items() if not np.isfinite(v)]
     if bad:
@@ -336,16 +260,27 @@ def _finite(
             if latest is None
             else f"the checkpoint of step {latest} is good"
         )
-        raise RunError(
-            f"{', '.join(bad)} not finite at step {step}; {kept}: lower config.optim.lr, set "
-            "config.optim.clip=1, or use config.model.dtype=float32"
+        config = experiment.config
+        example = suspect(
+            source,
+            batch_size=config.data.batch_size,
+            seed=config.seed,
+            step=step - 1,
+            flip=config.data.flip,
         )
+        remedy = (
+            f"{example}: mend or remove it"
+            if example
+            else "lower config.optim.lr, set config.optim.clip=1, or use config.model.dtype=float32"
+        )
+        raise RunError(f"{', '.join(bad)} not finite at step {step}; {kept}: {remedy}")
     return values
 
 
-def _sample_grid(experiment: Experiment, sampler: Sampler, mesh: Mesh, root: Path):
+def _sample_grid(experiment: Experiment, program: Program, mesh: Mesh, root: Path):
     """Function that writes a grid of EMA samples, always of the same noise and labels."""
     model = experiment.card.model
+    sampler = Sampler(program.apply, model, experiment.card.flow, experiment.sampler)
     count = experiment.config.sample.count
     ids = np.arange(-(-count // data_shards(mesh)) * data_shards(mesh))
     noise, keys = image_noise(experiment.config.seed, ids, model.shape)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ppflow_jax.ema import rate
 from ppflow_jax.flow.loss import Draws, Objective, draw, loss_fn
 from ppflow_jax.models.ppflow import Apply
 from ppflow_jax.state import TrainState
@@ -22,12 +23,14 @@ def make_train_step(
     tx: optax.GradientTransformation,
     *,
     ema: float,
+    ema_warmup: bool = False,
     accumulate: int = 1,
 ) -> Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, Metrics]]:
     """`step(state, {"x", "label"}, key) -> (state, metrics)`.
 
     Randomness is `fold_in(key, state["step"])` over the whole batch, so accumulating over
-    `accumulate` microbatches changes only the rounding. Metrics, float32 scalars: `loss`,
+    `accumulate` microbatches changes only the rounding. The EMA's decay is `ema`, with
+    `ema_warmup` less in the first steps (see `ema.rate`). Metrics, float32 scalars: `loss`,
     `loss/stage{i}` (with more than one stage), `grad_norm`.
     """
 
@@ -59,10 +62,11 @@ def make_train_step(
         grads, metrics = compute(state["params"], batch["x"], draws)
         updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
+        average = rate(ema, ema_warmup, state["step"])
         return {
             "step": state["step"] + 1,
             "params": params,
-            "ema": optax.incremental_update(params, state["ema"], 1 - ema),
+            "ema": optax.incremental_update(params, state["ema"], average),
             "opt_state": opt_state,
         }, metrics | {"grad_norm": optax.global_norm(grads)}
 

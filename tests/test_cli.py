@@ -153,7 +153,7 @@ def test_damaged_checkpoints(workdir, sit, tmp_path, damage):
         shutil.rmtree(step / "state")
         shutil.copytree(sit / "checkpoints" / "6" / "state", step / "state")
     one_line(sample(copy, tmp_path / "out"), "damaged or incomplete|6")
-    code, _, err = train(copy, "--config.train.steps=8")
+    code, _, err = train(copy, "--config.train.steps=8", "--config.resume_changed=true")
     assert code == 1 and "damaged or incomplete" in err and "Traceback" not in err
     assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == ["2", "4", "6"]
 

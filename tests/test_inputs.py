@@ -10,11 +10,11 @@ from ppflow_jax.data.sources import open_source
 from ppflow_jax.decode import save_autoencoder
 from ppflow_jax.encode import Encoder
 from ppflow_jax.errors import InputError
+from ppflow_jax.experiment import Experiment
 from ppflow_jax.inputs import make_inputs, open_inputs
 from ppflow_jax.models.autoencoder import Autoencoder
 from ppflow_jax.models.autoencoder_kl import AutoencoderKLConfig
 from ppflow_jax.sharding import batch_sharding, make_mesh
-from ppflow_jax.train import Experiment
 from ppflow_jax.writers import read_metrics
 from tests.commands import run, train
 from tests.pictures import folder

@@ -239,3 +239,21 @@ def test_a_cache_of_an_earlier_version_is_read_and_gone_on_with(made, tmp_path):
     assert code == 0, err
     assert lost.read_bytes() == whole
     assert json.loads((old / "manifest.json").read_text())["labels"] == labels
+
+
+@pytest.mark.parametrize(
+    ("half", "layer"),
+    [("taesd", np.inf), ("vae", np.nan), ("vae", 3e38)],
+)
+def test_an_encoding_that_is_not_finite_names_picture_and_autoencoder(made, tmp_path, half, layer):
+    root, _, _ = made
+    config = {"taesd": TINY_TAESD, "vae": TINY_KL}[half]
+    params = jax.tree.map(np.array, Autoencoder(config).init(0))
+    for leaf in jax.tree.leaves(params["encoder"]):
+        leaf.flat[0] = layer
+    save_autoencoder(tmp_path / "bad", half, config, params, "float32")
+    result = prepare(root, tmp_path / "cache", f"--vae={half}:{tmp_path}/bad")
+    sha = Encoder.parse(f"{half}:{tmp_path}/bad", "--vae").identity()["sha256"]
+    named = f"class0/0.JPEG of {root}/train: its encoding by the autoencoder ({half} {sha[:12]})"
+    one_line(result, named)
+    assert not list((tmp_path / "cache").glob("shard*"))

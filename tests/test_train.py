@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+from ppflow_jax import program as program_module
 from ppflow_jax import train as train_module
 from ppflow_jax.flow.loss import Objective
 from ppflow_jax.flow.path import Flow
@@ -153,7 +154,7 @@ def test_init_from_takes_weights_only(trained, tmp_path):
 
 
 def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
-    real = train_module.make_train_step
+    real = program_module.make_train_step
 
     def poisoned(*args, **options):
         step = real(*args, **options)
@@ -167,7 +168,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_pa
 
         return wrapped
 
-    monkeypatch.setattr(train_module, "make_train_step", poisoned)
+    monkeypatch.setattr(program_module, "make_train_step", poisoned)
     code, _, err = train(tmp_path)
     assert code == 1
     line = err.strip().splitlines()[-1]

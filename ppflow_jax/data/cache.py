@@ -267,8 +267,9 @@ class CacheSource:
         return [f"{self.name}: left out {left:,} pictures that could not be read"] if left else []
 
     def identity(self) -> dict[str, Any]:
-        """What the latents are: dataset, autoencoder, crop and flips."""
+        """What the latents are: dataset, autoencoder, crop, flips, and a digest of the files."""
         m = self.manifest
+        files = hashlib.sha256("".join(shard.sha256 for shard in m.shards).encode())
         return {
             "source": "cache",
             "dataset": m.dataset,
@@ -276,6 +277,7 @@ class CacheSource:
             "size": m.size,
             "flips": m.flips,
             "pictures": m.pictures,
+            "shards_sha256": files.hexdigest(),
         }
 
     def check_fits(self, shape: tuple[int, int, int], num_classes: int) -> None:

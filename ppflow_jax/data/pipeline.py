@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,7 +11,7 @@ import grain
 import numpy as np
 from jaxtyping import Bool, Int
 
-from ppflow_jax.data.checks import check_labels
+from ppflow_jax.data.checks import bad_values, check_labels, large_values
 from ppflow_jax.data.classes import Classes
 from ppflow_jax.data.pictures import Pictures, UnreadablePicture
 from ppflow_jax.errors import InputError
@@ -57,11 +57,27 @@ class _Batch:
     flip: bool
     rows: Int[np.ndarray, " b"]
 
+    @classmethod
+    def of(
+        cls, source: Source, batch_size: int, seed: int, flip: bool, rows: np.ndarray | None
+    ) -> _Batch:
+        order = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat()
+        rows = np.arange(batch_size) if rows is None else rows
+        return cls(source, order, batch_size, seed, flip, rows)
+
+    def indices(self, step: int) -> Int[np.ndarray, " b"]:
+        positions = (step * self.batch_size + self.rows).tolist()
+        return np.fromiter((self.order[p] for p in positions), np.int64, len(positions))
+
+    def named(self, step: int, row: int, batch: Mapping[str, np.ndarray]) -> str:
+        """One of the examples of `batch`, for messages."""
+        return (
+            f"example {self.indices(step)[row]} (label {batch['label'][row]}) of {self.source.name}"
+        )
+
     def __call__(self, step: int) -> dict[str, np.ndarray]:
         flips = np.random.default_rng((self.seed, step)).random(self.batch_size)[self.rows] < 0.5
-        positions = (step * self.batch_size + self.rows).tolist()
-        indices = np.fromiter((self.order[p] for p in positions), np.int64, len(positions))
-        return self.source.read(indices, flips & self.flip)
+        return self.source.read(self.indices(step), flips & self.flip)
 
 
 def batches(
@@ -89,14 +105,12 @@ def batches(
 
     Raises:
       InputError: a picture cannot be read (without `skip_unreadable`); a label is not in
-        [0, num_classes).
+        [0, num_classes); a latent is not finite, or its standard deviation negative.
     """
-    order = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat()
-    rows = np.arange(batch_size) if rows is None else rows
-    read = _Batch(source, order, batch_size, seed, flip, rows)
+    read = _Batch.of(source, batch_size, seed, flip, rows)
     stream = iter(parallel(grain.MapDataset.range(first_step, sys.maxsize).map(read), workers))
     skipped: set[int] = set()
-    for batch in stream:
+    for step, batch in enumerate(stream, first_step):
         for index in sorted(set(batch.pop("unreadable", np.int64([])).tolist()) - skipped - {-1}):
             skipped.add(index)
             problem = explain(source, index)
@@ -111,7 +125,23 @@ def batches(
             )
         labels = batch["label"]
         check_labels(source.name, int(labels.min()), int(labels.max()), num_classes)
+        if bad := bad_values(batch):
+            raise InputError(
+                f"{read.named(step, bad[0], batch)}: {bad[1]}: mend or remove it, or make the "
+                "latents again"
+            )
         yield batch
+
+
+def suspect(source: Source, *, batch_size: int, seed: int, step: int, flip: bool) -> str | None:
+    """The example of the global batch of `step` with the largest values, if they are absurd.
+
+    For a loss that is not finite; step and settings as in `batches`.
+    """
+    read = _Batch.of(source, batch_size, seed, flip, None)
+    batch = read(step)
+    found = large_values(batch)
+    return f"{read.named(step, found[0], batch)}: {found[1]}" if found else None
 
 
 def parallel(dataset: grain.MapDataset, workers: int) -> grain.IterDataset:

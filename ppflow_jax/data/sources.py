@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from ppflow_jax.data.checks import check_labels, check_shape
 from ppflow_jax.data.classes import Classes
 from ppflow_jax.data.pictures import Folder, Pictures, Tfds
 from ppflow_jax.errors import InputError
+
+IDENTIFYING = 64  # examples whose values tell two arrays apart
 
 
 class ArraySource:
@@ -48,7 +51,9 @@ class ArraySource:
         self, indices: Int[np.ndarray, " b"], flips: Bool[np.ndarray, " b"]
     ) -> dict[str, np.ndarray]:
         """{"x": float32 [b, h, w, c], "label": int32 [b]}; never mirrored."""
-        return {"x": np.float32(self.x[indices]), "label": np.int32(self.labels[indices])}
+        with np.errstate(over="ignore"):  # said of the example, see data/checks.py
+            x = np.float32(self.x[indices])
+        return {"x": x, "label": np.int32(self.labels[indices])}
 
     def classes(self) -> Classes:
         return Classes.of(self.labels)
@@ -57,7 +62,19 @@ class ArraySource:
         return []
 
     def identity(self) -> dict[str, Any]:
-        return {"source": "arrays", "name": self.name, "examples": len(self)}
+        """Its digests are of all labels and of some examples, spread over the array."""
+        some = np.unique(np.linspace(0, len(self) - 1, IDENTIFYING).astype(int))
+        labels, x = (
+            hashlib.sha256(np.ascontiguousarray(a)).hexdigest() for a in (self.labels, self.x[some])
+        )
+        return {
+            "source": "arrays",
+            "name": self.name,
+            "examples": len(self),
+            "dtype": str(self.x.dtype),
+            "labels_sha256": labels,
+            "some_sha256": x,
+        }
 
     def check_fits(self, shape: tuple[int, int, int], num_classes: int) -> None:
         """Examples must have the model's shape and labels its classes.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppflow_jax.checkpoint import Card, find_checkpoint, read_card
+from ppflow_jax.checkpoint import Card, find_checkpoint, flat, read_card
 from ppflow_jax.errors import InputError
 from ppflow_jax.judge import EVALUATIONS
 from ppflow_jax.writers import read_metrics
@@ -41,7 +41,8 @@ class Run:
         """Configuration as `model.width: 128`."""
         values = self.card.to_json()
         experiment = values.pop("experiment")
-        return dict(_flat(experiment or values))
+        pairs = flat(experiment or values).items()
+        return {key: v if isinstance(v, str) else json.dumps(v) for key, v in pairs}
 
 
 def open_runs(folders: Sequence[str]) -> list[Run]:
@@ -83,16 +84,6 @@ def _read(path: Path) -> dict[str, Any]:
         return values | {"metrics": dict(values["metrics"]), "samples": dict(values["samples"])}
     except (ValueError, KeyError, TypeError) as e:
         raise InputError(f"{path} is not what evaluate writes ({e!r}): remove it") from e
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    pairs = []
-    for key, value in values.items():
-        if isinstance(value, dict):
-            pairs += _flat(value, f"{prefix}{key}.")
-        else:
-            pairs.append((prefix + key, json.dumps(value) if not isinstance(value, str) else value))
-    return pairs
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
