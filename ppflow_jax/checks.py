@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
+
 from ppflow_jax.errors import InputError
 
 SEEDS = 2**32  # the key of a seed takes 32 bits of it
@@ -19,6 +21,11 @@ def check_seed(seed: int, name: str) -> None:
     """
     if not 0 <= seed < SEEDS:
         raise InputError(f"{name}={seed}: a seed is a whole number from 0 to {SEEDS - 1}")
+
+
+def stream_seed(seed: int, stream: int) -> np.uint32:
+    """Seed of one of the random streams of a run."""
+    return np.uint32((seed + stream) % SEEDS)
 
 
 def check_local(text: str, name: str) -> None:

@@ -57,7 +57,7 @@ class Experiment:
         sampler.scales(model.pyramid)
         _check(config)
         values = json.loads(config.to_json_best_effort())
-        del values["resume_changed"]
+        values.pop("resume_changed", None)
         card = Card(model, flow, config.data.space, values)
         return cls(card, objective, OptimConfig(**config.optim), sampler, config)
 
@@ -75,6 +75,11 @@ def _check(config: ConfigDict) -> None:
     t = config.train
     if t.accumulate < 1 or min(t.steps, t.log_every, t.save_every, t.keep) < 1:
         raise InputError("config.train: steps, *_every, keep and accumulate must be at least 1")
+    if config.sample.count < 1 or min(config.sample.every, config.eval.every) < 0:
+        raise InputError(
+            "config.sample.count must be at least 1, config.sample.every and config.eval.every at "
+            "least 0 (off)"
+        )
     if not 0 <= t.ema < 1:
         raise InputError(f"config.train.ema must be in [0, 1), got {t.ema}")
     if config.model.dtype not in ("float32", "bfloat16"):

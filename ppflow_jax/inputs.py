@@ -15,6 +15,7 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from ppflow_jax.checkpoint import Card
+from ppflow_jax.checks import stream_seed
 from ppflow_jax.data.cache import CacheSource
 from ppflow_jax.data.checks import check_shape
 from ppflow_jax.data.pipeline import Source
@@ -118,7 +119,7 @@ def make_inputs(encoder: Encoder | None, mesh: Mesh, seed: int) -> Callable[[Bat
         out_shardings=place,
     )
     params = jax.device_put(encoder.params if encoder else {}, everywhere)
-    key = jax.jit(jax.random.key, out_shardings=everywhere)(seed + 2)
+    key = jax.jit(jax.random.key, out_shardings=everywhere)(stream_seed(seed, 2))
 
     def inputs(batch: Batch, step: int) -> Batch:
         return batch if "x" in batch else jitted(params, batch, key, np.uint32(step))

@@ -26,6 +26,7 @@ FREE = (
 # Settings that are younger than some runs, with the value that those had.
 BEFORE = {"train.ema_warmup": False}
 _DATA = "trained_on."
+_LABELS = "trained_on.labels."  # follow from the rest of the data's identity
 _MODEL = ("model.", "flow.path", "flow.prediction")  # of which cards know the differences
 _ABSENT = "none"
 
@@ -64,6 +65,8 @@ def changes(before: dict[str, Any], now: dict[str, Any], step: int) -> list[Chan
 
     found = []
     for name in dict.fromkeys([*new, *old]):
+        if name.startswith(_LABELS):
+            continue
         if name not in old or name not in new:
             if name not in BEFORE and not name.startswith(_DATA):
                 pair = old.get(name, _ABSENT), new.get(name, _ABSENT)
@@ -102,7 +105,7 @@ def going_on(experiment: Experiment, step: int, stored: Card, path: Path) -> Exp
             f"{path} is a checkpoint of another model ({', '.join([difference, *others])}): use "
             "another --workdir, or the configuration it was made with"
         )
-    if refused and not config.resume_changed:
+    if refused and not config.get("resume_changed"):
         raise InputError(
             f"{path} was made with other settings ({_listed(refused)}), and these change what is "
             "trained: give them as they were, use another --workdir, or add "

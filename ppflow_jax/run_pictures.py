@@ -19,7 +19,7 @@ from ppflow_jax.sharding import layout
 
 
 class RunPictures:
-    """Image k of `count` is of class k modulo the classes and of the noise of (seed, k).
+    """Image k of `count` has the noise of (seed, k); the trained classes come in turn.
 
     In float32 at highest precision, however the model is trained. Between meshes of other sizes
     the last bits of the samples differ, and so a few pictures by one grey level.
@@ -38,7 +38,7 @@ class RunPictures:
         cut = mesh.size > mesh.shape["data"]
         apply = make_apply(card.model, layout=layout(mesh) if cut else Layout())
         self.sampler = Sampler(apply, card.model, card.flow, config)
-        self.labels = choose_labels("balanced", count, card.model.num_classes, seed)
+        self.labels = choose_labels("balanced", count, card.model.num_classes, seed, card.classes)
         self._generator = Generator(
             self.sampler, decoder, seed=seed, microbatch=self.microbatch, mesh=mesh
         )

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ppflow_jax.checkpoint import FOLDER, find_checkpoint, load_weights, read_card
+from ppflow_jax.checks import stream_seed
 from ppflow_jax.data.classes import describe
 from ppflow_jax.data.pipeline import Source, batches, suspect
 from ppflow_jax.ema import reminder
@@ -111,7 +112,7 @@ def _run(
     first = int(state["step"])
     _announce(experiment, state, mesh, first, root)
 
-    key = jax.jit(jax.random.key, out_shardings=replicated(mesh))(config.seed + 1)
+    key = jax.jit(jax.random.key, out_shardings=replicated(mesh))(stream_seed(config.seed, 1))
     stream = _inputs(experiment, source, encoder, mesh, first)
     draw_samples = _sample_grid(experiment, program, mesh, root)
     judge = make_judge(config, card, source, mesh, root)
@@ -284,7 +285,8 @@ def _sample_grid(experiment: Experiment, program: Program, mesh: Mesh, root: Pat
     count = experiment.config.sample.count
     ids = np.arange(-(-count // data_shards(mesh)) * data_shards(mesh))
     noise, keys = image_noise(experiment.config.seed, ids, model.shape)
-    inputs = (np.asarray(noise), np.int32(ids % model.num_classes), keys)
+    labels = np.resize(experiment.card.classes.trained(model.num_classes), len(ids))
+    inputs = (np.asarray(noise), labels, keys)
     folder = root / "samples"
     folder.mkdir(exist_ok=True)
 
