@@ -245,6 +245,13 @@ def test_view_of_a_storage_of_the_oldest_files(tmp_path):
     assert found["w"].read().tobytes() == SIX
 
 
+def test_whole_module_of_the_legacy_format(tmp_path):
+    """torch.save kept its class with the source code, as a persistent id."""
+    kind = Op(op(("module", name("models", "SiT"), "models.py", "import os")) + b"Q")
+    path = write_legacy(tmp_path / "a.pt", {"m": Op(kind + b")\x81}b"), "w": tensor(more=(None,))})
+    assert open_torch_file(path)["m"].what == "made by models.SiT"
+
+
 @pytest.mark.parametrize("attribute", ["_rebuild_parameter_with_state", "_rebuild_from_type_v2"])
 def test_parameter_with_attributes(attribute, read):
     if attribute == "_rebuild_parameter_with_state":
