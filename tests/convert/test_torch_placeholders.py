@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import sys
 import tracemalloc
 
@@ -29,7 +30,8 @@ from tests.convert.pickles import (
     write_zip,
 )
 
-"".encode("raw-unicode-escape")  # Python imports a codec when it is used first
+for codec in ("raw-unicode-escape", "cp437"):  # Python imports a codec when it is used first
+    "".encode(codec)
 LAYOUT = call("torch.serialization", "_get_layout", "torch.sparse_coo")
 HOOKS = call("collections", "OrderedDict")
 V2, V3 = ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor_v3")
@@ -245,6 +247,13 @@ def test_view_of_a_storage_of_the_oldest_files(tmp_path):
     assert found["w"].read().tobytes() == SIX
 
 
+def test_whole_module_of_the_legacy_format(tmp_path):
+    """torch.save kept its class with the source code, as a persistent id."""
+    kind = Op(op(("module", name("models", "SiT"), "models.py", "import os")) + b"Q")
+    path = write_legacy(tmp_path / "a.pt", {"m": Op(kind + b")\x81}b"), "w": tensor(more=(None,))})
+    assert open_torch_file(path)["m"].what == "made by models.SiT"
+
+
 @pytest.mark.parametrize("attribute", ["_rebuild_parameter_with_state", "_rebuild_from_type_v2"])
 def test_parameter_with_attributes(attribute, read):
     if attribute == "_rebuild_parameter_with_state":
@@ -270,12 +279,12 @@ def test_complex_numbers_have_their_dtype(read):
 
 
 def test_what_a_placeholder_is_given_is_not_kept(tmp_path):
-    """A million objects with a state of a thousand numbers each are one placeholder."""
-    state = op([0] * 1000) + b"q\x01"
-    many = name("my", "Class") + b"q\0" + state + b"0" + b"](" + b"h\0)\x81h\x01b" * 100_000 + b"e"
+    """A thousand objects with a state of ten thousand bytes each are one placeholder."""
+    state = b"B" + struct.pack("<I", 10_000) + bytes(10_000)
+    many = name("my", "Class") + b"q\0" + b"0](" + (b"h\0)\x81" + state + b"b") * 1000 + b"e"
     path = write_zip(tmp_path / "a.pt", program(Op(many)))
     tracemalloc.start()
     found = open_torch_file(path)
-    assert len(found) == 100_000 and len(set(map(id, found))) == 1
-    assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
+    kept = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
+    assert len(found) == 1000 and len(set(map(id, found))) == 1 and kept < 2**20
