@@ -54,11 +54,12 @@ def _first_image(started: float) -> dict[str, float]:
     import jax.numpy as jnp
     import numpy as np
 
+    from ppflow_jax.devices.host_memory import keep_scratch
     from ppflow_jax.flow.path import Flow
     from ppflow_jax.flow.plan import SamplerConfig
     from ppflow_jax.flow.sampler import Sampler
-    from ppflow_jax.host_memory import keep_scratch
-    from ppflow_jax.models.ppflow import SIZES, ModelConfig, abstract_params, make_apply
+    from ppflow_jax.models.config import SIZES, ModelConfig
+    from ppflow_jax.models.network import abstract_params, make_apply
     from ppflow_jax.pyramid import PPFLOW3
 
     keep_scratch()

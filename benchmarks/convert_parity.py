@@ -20,11 +20,13 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file
 
-from ppflow_jax.checkpoint import find_checkpoint, load_weights, read_card
+from ppflow_jax.checkpoints.card import read_card
+from ppflow_jax.checkpoints.weights import load_weights
 from ppflow_jax.convert.names import Wanted
 from ppflow_jax.convert.source import open_source
 from ppflow_jax.convert.torch_writer import save_torch_file
-from ppflow_jax.sharding import make_mesh
+from ppflow_jax.devices.sharding import make_mesh
+from ppflow_jax.files.store import find_checkpoint
 from tests.parity import Case, Row, forward, guidance, max_abs, nhwc, ode
 
 # solver, points of the reference grid, with guidance, name and bound of what to compare

@@ -22,7 +22,8 @@ import numpy as np
 from ppflow_jax.convert.infer import open_source
 from ppflow_jax.convert.keys import key_table, position_values
 from ppflow_jax.convert.torch_writer import save_torch_file
-from ppflow_jax.models.ppflow import SIZES, ModelConfig, abstract_params
+from ppflow_jax.models.config import SIZES, ModelConfig
+from ppflow_jax.models.network import abstract_params
 from ppflow_jax.pyramid import SIT
 
 

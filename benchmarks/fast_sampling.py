@@ -27,21 +27,23 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 
-from ppflow_jax.accelerate.config import PRESETS, AccelerateConfig, accelerated
-from ppflow_jax.checkpoint import Card, find_checkpoint, load_weights, read_card
+from ppflow_jax.autoencoders.decode import Decoder
+from ppflow_jax.checkpoints.card import Card, read_card
+from ppflow_jax.checkpoints.weights import load_weights
+from ppflow_jax.console import progress
 from ppflow_jax.data.images import array_images
-from ppflow_jax.decode import Decoder
+from ppflow_jax.devices.host_memory import keep_scratch
+from ppflow_jax.devices.sharding import local_mesh
 from ppflow_jax.errors import InputError
-from ppflow_jax.evaluation import Evaluator, open_reference
-from ppflow_jax.features import load_features
-from ppflow_jax.files import atomic
-from ppflow_jax.flops import sampling_flops
+from ppflow_jax.files.disk import atomic
+from ppflow_jax.files.store import find_checkpoint
+from ppflow_jax.flow.cost import sampling_flops
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.sampler import Sampler, image_noise
-from ppflow_jax.host_memory import keep_scratch
-from ppflow_jax.models.ppflow import make_apply
-from ppflow_jax.sharding import local_mesh
-from ppflow_jax.writers import progress
+from ppflow_jax.metrics.evaluator import Evaluator, open_reference
+from ppflow_jax.metrics.networks import load_features
+from ppflow_jax.models.network import make_apply
+from ppflow_jax.systems.accelerate import PRESETS, AccelerateConfig, accelerated
 
 BATCH = 64
 TRACED = 16  # images whose error is measured

@@ -29,9 +29,9 @@ def main() -> None:
     from ppflow_jax.data.images import array_images
     from ppflow_jax.data.sources import digits
     from ppflow_jax.data.transforms import to_uint8
-    from ppflow_jax.extraction import extract
-    from ppflow_jax.features import load_features
+    from ppflow_jax.metrics.extract import extract
     from ppflow_jax.metrics.frechet import frechet_distance
+    from ppflow_jax.metrics.networks import load_features
 
     network = load_features(args.features, "tf1")
     base = to_uint8(digits().x)

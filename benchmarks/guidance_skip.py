@@ -21,12 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from ppflow_jax.flops import sampling_flops
+from ppflow_jax.devices.host_memory import keep_scratch
+from ppflow_jax.flow.cost import sampling_flops
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig, plan
 from ppflow_jax.flow.sampler import Sampler
-from ppflow_jax.host_memory import keep_scratch
-from ppflow_jax.models.ppflow import SIZES, ModelConfig, abstract_params, make_apply
+from ppflow_jax.models.config import SIZES, ModelConfig
+from ppflow_jax.models.network import abstract_params, make_apply
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT
 
 _SIZE = flags.DEFINE_enum("size", "B", list(SIZES), "Model size.")

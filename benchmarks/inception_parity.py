@@ -18,12 +18,12 @@ import numpy as np
 
 from ppflow_jax.convert.inception_keys import inception_params
 from ppflow_jax.data.images import array_images
-from ppflow_jax.extraction import extract
-from ppflow_jax.features import inception_features
+from ppflow_jax.metrics.extract import extract
 from ppflow_jax.metrics.frechet import frechet_distance
 from ppflow_jax.metrics.inception_score import inception_scores
 from ppflow_jax.metrics.kid import kid
 from ppflow_jax.metrics.moments import Moments
+from ppflow_jax.metrics.networks import inception_features
 from tests.inception import random_state
 
 NAMES = {"features": "pool3", "spatial": "spatial", "logits": "logits_nobias"}

@@ -28,11 +28,11 @@ from configs import ppflow_s2
 from ppflow_jax.data.cache import WRITER_OPTIONS, Manifest, Shard, encode_record, sha256
 from ppflow_jax.data.pipeline import Source, batches
 from ppflow_jax.data.sources import open_source
-from ppflow_jax.experiment import Experiment
-from ppflow_jax.models.ppflow import make_apply
-from ppflow_jax.optim import make_optimizer
-from ppflow_jax.state import init_state
-from ppflow_jax.train_step import make_train_step
+from ppflow_jax.models.network import make_apply
+from ppflow_jax.train.experiment import Experiment
+from ppflow_jax.train.optimizer import make_optimizer
+from ppflow_jax.train.state import init_state
+from ppflow_jax.train.step import make_train_step
 
 BATCH = 256
 SHAPE = (32, 32, 4)

@@ -30,12 +30,12 @@ import jax
 import numpy as np
 from PIL import Image
 
-from ppflow_jax.checkpoint import find_checkpoint, load_stored, steps_in, stored_tree, verify
-from ppflow_jax.decode import save_autoencoder
-from ppflow_jax.models.autoencoder import Autoencoder
-from ppflow_jax.models.taesd import TAESDConfig
-from ppflow_jax.sharding import leaf_path
-from ppflow_jax.writers import read_metrics
+from ppflow_jax.autoencoders.autoencoder import Autoencoder
+from ppflow_jax.autoencoders.decode import save_autoencoder
+from ppflow_jax.autoencoders.taesd import TAESDConfig
+from ppflow_jax.devices.sharding import leaf_path
+from ppflow_jax.files.store import find_checkpoint, load_stored, steps_in, stored_tree, verify
+from ppflow_jax.train.metrics_log import read_metrics
 
 STEPS, SAVE_EVERY = 120, 12
 COMMAND = [

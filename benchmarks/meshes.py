@@ -24,12 +24,18 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ppflow_jax import distributed
-from ppflow_jax.checkpoint import FOLDER
 from ppflow_jax.data.pipeline import batches
 from ppflow_jax.data.sources import digits
-from ppflow_jax.sharding import batch_sharding, leaf_path, local_rows, make_mesh, tree_shardings
-from ppflow_jax.writers import read_metrics
+from ppflow_jax.devices import processes
+from ppflow_jax.devices.sharding import (
+    batch_sharding,
+    leaf_path,
+    local_rows,
+    make_mesh,
+    tree_shardings,
+)
+from ppflow_jax.files.store import FOLDER
+from ppflow_jax.train.metrics_log import read_metrics
 
 DEVICES, BATCH, BOUND = 8, 32, 1e-5
 SMALL = [
@@ -101,7 +107,7 @@ def losses(workdir: Path) -> np.ndarray:
 
 def read_share(out: Path, sizes: tuple[int, int, int]) -> None:
     """What this process reads of the first batches, to `out`/PROCESS.npz."""
-    distributed.initialize()
+    processes.initialize()
     rows = local_rows(batch_sharding(make_mesh(*sizes)), BATCH)
     read = list(itertools.islice(stream(rows), 3))
     index = jax.process_index()
@@ -182,8 +188,8 @@ def main() -> int:
     print(f"{'run':34}{'last loss':>12}{'largest relative difference':>30}", flush=True)
     for name, halves in [(k, (v,)) for k, v in MESHES.items()] + list(MOVES.items()):
         workdir = args.out / name.replace(" ", "_").replace(",", "")
-        for part, (processes, sizes) in enumerate(halves, 1):
-            train(workdir, processes, sizes, args.steps * part // len(halves))
+        for part, (count, sizes) in enumerate(halves, 1):
+            train(workdir, count, sizes, args.steps * part // len(halves))
         found = losses(workdir)
         reference = found if reference is None else reference
         complete = len(found) == args.steps

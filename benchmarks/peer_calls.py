@@ -16,15 +16,17 @@ import torch
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.torch_model import TorchPPFlow
-from ppflow_jax.flops import forward_flops, training_flops
+from ppflow_jax.devices.host_memory import keep_scratch
+from ppflow_jax.devices.sharding import batch_sharding, make_mesh, replicated
+from ppflow_jax.flow.cost import training_flops
 from ppflow_jax.flow.loss import Objective
 from ppflow_jax.flow.path import Flow
-from ppflow_jax.host_memory import keep_scratch
-from ppflow_jax.models.ppflow import ModelConfig, Params, abstract_params, make_apply, unstacked
-from ppflow_jax.optim import OptimConfig, make_optimizer
-from ppflow_jax.sharding import batch_sharding, make_mesh, replicated
-from ppflow_jax.state import state_from
-from ppflow_jax.train_step import compiled, make_train_step
+from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.flops import forward_flops
+from ppflow_jax.models.network import Params, abstract_params, make_apply, unstacked
+from ppflow_jax.train.optimizer import OptimConfig, make_optimizer
+from ppflow_jax.train.state import state_from
+from ppflow_jax.train.step import compiled, make_train_step
 
 EMA, LABEL_DROP = 0.9999, 0.1
 

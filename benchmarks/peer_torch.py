@@ -28,7 +28,8 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks.peer_calls import Work, serve_ours, serve_theirs
-from ppflow_jax.models.ppflow import REMAT_POLICIES, SIZES, ModelConfig
+from ppflow_jax.models.config import SIZES, ModelConfig
+from ppflow_jax.models.network import REMAT_POLICIES
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT, Pyramid
 
 _FORWARD = flags.DEFINE_string("forward", "B", "Size of the forward passes; empty: none.")

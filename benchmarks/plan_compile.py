@@ -18,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from ppflow_jax.accelerate.config import AccelerateConfig, accelerated
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.sampler import Sampler
-from ppflow_jax.models.ppflow import ModelConfig, abstract_params, make_apply
+from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.network import abstract_params, make_apply
 from ppflow_jax.pyramid import PPFLOW3
+from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
 
 _ROUNDS = flags.DEFINE_integer(
     "rounds", 3, "Every round compiles every plan once; one more comes first."

@@ -16,10 +16,10 @@ import argparse
 import numpy as np
 
 from ppflow_jax.data.images import array_images
-from ppflow_jax.extraction import extract
-from ppflow_jax.features import inception_features, load_inception
+from ppflow_jax.metrics.extract import extract
 from ppflow_jax.metrics.frechet import frechet_distance
 from ppflow_jax.metrics.kid import draw_subsets, kid_of_subsets
+from ppflow_jax.metrics.networks import inception_features, load_inception
 
 COUNT, SIZE = 100, 299
 SEED = 42

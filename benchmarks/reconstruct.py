@@ -14,11 +14,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from ppflow_jax.autoencoders.autoencoder import Autoencoder, decode_chunked, encode_chunked
+from ppflow_jax.autoencoders.decode import load_autoencoder
+from ppflow_jax.console import progress
 from ppflow_jax.data.images import folder_images
-from ppflow_jax.decode import load_autoencoder
-from ppflow_jax.files import atomic
-from ppflow_jax.models.autoencoder import Autoencoder, decode_chunked, encode_chunked
-from ppflow_jax.writers import progress
+from ppflow_jax.files.disk import atomic
 
 
 def main() -> None:

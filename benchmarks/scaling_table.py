@@ -15,8 +15,8 @@ import json
 import time
 from pathlib import Path
 
-from ppflow_jax.dryrun import Report, Target, dry_run, text
-from ppflow_jax.files import atomic
+from ppflow_jax.cost.dry_run import Report, Target, dry_run, text
+from ppflow_jax.files.disk import atomic
 
 DOCS = Path(__file__).parents[1] / "docs"
 # (slice, global batch); every chip gets whole stage patterns: 2 images at 2 levels, 4 at 3

@@ -26,25 +26,27 @@ from benchmarks import study_table
 from benchmarks.fast_sampling import timed
 from benchmarks.study_rows import ROWS, Guidance, configured, guidances, training_cost
 from ppflow_jax import cli
-from ppflow_jax.checkpoint import Card, find_checkpoint, load_weights, read_card, save_weights
-from ppflow_jax.convert.expand import expand
+from ppflow_jax.autoencoders.decode import Decoder
+from ppflow_jax.checkpoints.card import Card, read_card
+from ppflow_jax.checkpoints.weights import load_weights, save_weights
+from ppflow_jax.console import progress
 from ppflow_jax.data.images import array_images
-from ppflow_jax.decode import Decoder
+from ppflow_jax.devices.host_memory import keep_scratch
+from ppflow_jax.devices.sharding import local_mesh
 from ppflow_jax.errors import InputError
-from ppflow_jax.evaluation import Evaluator, open_reference
-from ppflow_jax.features import load_features
-from ppflow_jax.files import atomic
-from ppflow_jax.flops import sampling_flops
+from ppflow_jax.files.disk import atomic
+from ppflow_jax.files.store import find_checkpoint
+from ppflow_jax.flow.cost import sampling_flops
 from ppflow_jax.flow.plan import SamplerConfig, evaluations
 from ppflow_jax.flow.sampler import Sampler, image_noise
-from ppflow_jax.generate import Generator, choose_labels
-from ppflow_jax.host_memory import keep_scratch
-from ppflow_jax.judge import EVALUATIONS
-from ppflow_jax.models.ppflow import make_apply
+from ppflow_jax.generate.images import Generator, choose_labels
+from ppflow_jax.metrics.evaluator import Evaluator, open_reference
+from ppflow_jax.metrics.networks import load_features
+from ppflow_jax.models.network import make_apply
 from ppflow_jax.pyramid import Pyramid
-from ppflow_jax.sharding import local_mesh
-from ppflow_jax.train import train
-from ppflow_jax.writers import progress
+from ppflow_jax.systems.expand import expand
+from ppflow_jax.train.loop import train
+from ppflow_jax.train.validate import EVALUATIONS
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",

@@ -7,8 +7,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ppflow_jax.experiment import Experiment
-from ppflow_jax.flops import training_flops
+from ppflow_jax.flow.cost import training_flops
+from ppflow_jax.train.experiment import Experiment
 
 COARSE_END = 0.5  # where the coarsest stage of the main rows ends
 TWO, THREE = "4x4@0.5,2x2@1", "4x4@0.5,4x2@0.75,2x2@1"

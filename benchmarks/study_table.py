@@ -14,13 +14,14 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.study_rows import CLAIMS, ROWS, Claim, guidances
-from ppflow_jax.checkpoint import find_checkpoint, read_card
-from ppflow_jax.evaluation import NOT_COMPARABLE
-from ppflow_jax.files import atomic
-from ppflow_jax.judge import EVALUATIONS
+from ppflow_jax.checkpoints.card import read_card
+from ppflow_jax.data.save import save_png
+from ppflow_jax.files.disk import atomic
+from ppflow_jax.files.store import find_checkpoint
+from ppflow_jax.metrics.evaluator import NOT_COMPARABLE
 from ppflow_jax.report.page import page
 from ppflow_jax.report.run import open_runs
-from ppflow_jax.writers import save_png
+from ppflow_jax.train.validate import EVALUATIONS
 
 SHOWN = 10  # samples of every row in the grid
 CONFIDENCE = 0.9

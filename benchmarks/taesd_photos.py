@@ -20,9 +20,9 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import load_file
 
+from ppflow_jax.autoencoders.autoencoder import Autoencoder, decode_chunked, encode_chunked
 from ppflow_jax.convert.autoencoder_keys import autoencoder_config, autoencoder_params
 from ppflow_jax.data.transforms import to_uint8
-from ppflow_jax.models.autoencoder import Autoencoder, decode_chunked, encode_chunked
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:

@@ -16,8 +16,9 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from ppflow_jax.convert.keys import position_values, to_torch
+from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.layers import FREQUENCIES
-from ppflow_jax.models.ppflow import ModelConfig, Params
+from ppflow_jax.models.network import Params
 
 
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from ppflow_jax.dryrun import Target
+from ppflow_jax.cost.dry_run import Target
 from ppflow_jax.models.attention import pallas_attention
-from ppflow_jax.models.ppflow import SIZES, ModelConfig, abstract_params, make_apply
+from ppflow_jax.models.config import SIZES, ModelConfig
+from ppflow_jax.models.network import abstract_params, make_apply
 from ppflow_jax.pyramid import PPFLOW3
 
 _TARGETS = flags.DEFINE_list(

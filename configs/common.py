@@ -18,7 +18,7 @@ are open here. It is small, and was trained briefly; the defaults stay the paper
 
 from ml_collections import ConfigDict
 
-from ppflow_jax.models.ppflow import SIZES
+from ppflow_jax.models.config import SIZES
 
 
 def get_config(size: str, pyramid: str) -> ConfigDict:

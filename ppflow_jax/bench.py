@@ -17,20 +17,14 @@ import jax.numpy as jnp
 from absl import flags
 
 from ppflow_jax import cli
-from ppflow_jax.bench_rows import (
-    Ceiling,
-    Row,
-    row_figures,
-    sampling_row,
-    table,
-    training_row,
-)
+from ppflow_jax.cost.measure import Ceiling, Row, row_figures, sampling_row, table, training_row
+from ppflow_jax.devices.host_memory import keep_scratch
 from ppflow_jax.errors import InputError
-from ppflow_jax.files import atomic
+from ppflow_jax.files.disk import atomic
 from ppflow_jax.flow.plan import SamplerConfig
-from ppflow_jax.host_memory import keep_scratch
 from ppflow_jax.models.attention import ATTENTIONS
-from ppflow_jax.models.ppflow import REMAT_POLICIES, SIZES, ModelConfig
+from ppflow_jax.models.config import SIZES, ModelConfig
+from ppflow_jax.models.network import REMAT_POLICIES
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT
 
 _SIZE = flags.DEFINE_list("size", ["B"], f"Model sizes of {','.join(SIZES)}.")

@@ -14,8 +14,8 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from ppflow_jax import distributed
 from ppflow_jax.checks import check_local, check_seed
+from ppflow_jax.devices import processes
 from ppflow_jax.errors import InputError, RunError, Stopped
 
 
@@ -27,7 +27,7 @@ def run(main: Callable[..., None], required: tuple[str, ...] = (), positional: s
     Exit codes: 0 done; 1 bad input or a failed run; 2 bad flags; 75 (EX_TEMPFAIL) stopped by a
     signal with everything saved, the same command goes on; 130 stopped at once by Ctrl-C. Anything
     unexpected keeps its traceback. When one of several processes fails, none is left waiting: see
-    `distributed.leave`.
+    `processes.leave`.
     """
     program = Path(sys.argv[0])
     program = program.parent.name if program.stem == "__main__" else program.stem
@@ -71,9 +71,9 @@ def run(main: Callable[..., None], required: tuple[str, ...] = (), positional: s
             message = f"{message}: make room on the disk, and run the same command again"
         _fail(program, message, 1)
     except Exception:
-        if distributed.several():
+        if processes.several():
             traceback.print_exc()
-            distributed.leave(1)
+            processes.leave(1)
         raise
 
 
@@ -103,8 +103,8 @@ def _leaves(config: ConfigDict, prefix: str) -> Iterator[tuple[str, Any]]:
 
 def _fail(program: str, message: object, code: int) -> None:
     line = " ".join(str(message).split())
-    if distributed.several():
+    if processes.several():
         program += f" (process {jax.process_index()} of {jax.process_count()})"
     print(f"{program}: {line}", file=sys.stderr, flush=True)
-    distributed.leave(code)
+    processes.leave(code)
     sys.exit(code)

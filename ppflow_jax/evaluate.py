@@ -19,23 +19,31 @@ from typing import Any
 from absl import flags
 
 from ppflow_jax import cli
-from ppflow_jax.checkpoint import check_new, digest, find_checkpoint, load_weights, read_card
+from ppflow_jax.autoencoders.decode import Decoder
+from ppflow_jax.checkpoints.card import read_card
+from ppflow_jax.checkpoints.weights import load_weights
+from ppflow_jax.console import progress
 from ppflow_jax.data.images import ImageSet, array_images, open_images
 from ppflow_jax.data.sources import ArraySource, arrays, digits
-from ppflow_jax.decode import Decoder
-from ppflow_jax.ema import reminder_of
+from ppflow_jax.devices.sharding import local_mesh
 from ppflow_jax.errors import InputError
-from ppflow_jax.evaluation import METRICS, NOT_COMPARABLE, Evaluator, environment, open_reference
-from ppflow_jax.experiment import sampler_of
-from ppflow_jax.extraction import extract, save_statistics
-from ppflow_jax.feature_training import train_features
-from ppflow_jax.features import FeatureNetwork, load_features, save_small, small_features
-from ppflow_jax.files import atomic, writable_directory
+from ppflow_jax.files.disk import atomic, writable_directory
+from ppflow_jax.files.store import check_new, digest, find_checkpoint
 from ppflow_jax.flow.plan import SamplerConfig
-from ppflow_jax.models.resize import CONVENTIONS
-from ppflow_jax.run_pictures import RunPictures
-from ppflow_jax.sharding import local_mesh
-from ppflow_jax.writers import progress
+from ppflow_jax.generate.run_pictures import RunPictures
+from ppflow_jax.metrics.evaluator import (
+    METRICS,
+    NOT_COMPARABLE,
+    Evaluator,
+    environment,
+    open_reference,
+)
+from ppflow_jax.metrics.extract import extract, save_statistics
+from ppflow_jax.metrics.networks import FeatureNetwork, load_features, save_small, small_features
+from ppflow_jax.metrics.resize import CONVENTIONS
+from ppflow_jax.metrics.train_small_network import train_features
+from ppflow_jax.train.ema import reminder_of
+from ppflow_jax.train.experiment import sampler_of
 
 _SAMPLES = flags.DEFINE_string("samples", None, "npz with arr_0, folder of images, or digits.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir or step to sample from instead.")

@@ -9,30 +9,32 @@ from __future__ import annotations
 from absl import flags
 from ml_collections import config_flags
 
-from ppflow_jax import cli, distributed, dryrun
+from ppflow_jax import cli
+from ppflow_jax.cost import dry_run
+from ppflow_jax.devices import processes
+from ppflow_jax.devices.host_memory import keep_scratch
 from ppflow_jax.errors import RunError
-from ppflow_jax.host_memory import keep_scratch
-from ppflow_jax.train import train
+from ppflow_jax.train.loop import train
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment, a file in configs/.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; a run found there goes on.")
 _DRY_RUN = flags.DEFINE_string(
-    "dry_run", None, f"Only compile, for devices that need not be there: {dryrun.EXAMPLES}."
+    "dry_run", None, f"Only compile, for devices that need not be there: {dry_run.EXAMPLES}."
 )
 
 
 def main() -> None:
     if _DRY_RUN.value:
-        report = dryrun.dry_run(_CONFIG.value, dryrun.Target.parse(_DRY_RUN.value))
-        print(dryrun.text(report), flush=True)
+        report = dry_run.dry_run(_CONFIG.value, dry_run.Target.parse(_DRY_RUN.value))
+        print(dry_run.text(report), flush=True)
         if report.misfit:
             raise RunError(report.misfit)
         return
     if not _WORKDIR.value:
         raise flags.Error("--workdir is required")
-    distributed.initialize()
+    processes.initialize()
     keep_scratch()
     train(_CONFIG.value, _WORKDIR.value)
 

@@ -12,15 +12,16 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from ppflow_jax import cli, distributed
+from ppflow_jax import cli
+from ppflow_jax.autoencoders.encode import Encoder
+from ppflow_jax.console import say
 from ppflow_jax.data.cache import Manifest
 from ppflow_jax.data.classes import describe
 from ppflow_jax.data.sources import open_source
-from ppflow_jax.encode import Encoder
+from ppflow_jax.devices import processes
 from ppflow_jax.errors import InputError
-from ppflow_jax.files import locked, writable_directory
-from ppflow_jax.prepare_shards import Job, finish, prepare_shards
-from ppflow_jax.writers import say
+from ppflow_jax.files.disk import locked, writable_directory
+from ppflow_jax.generate.latent_cache import Job, finish, prepare_shards
 
 _OUT = flags.DEFINE_string("out", None, "Folder of the latent cache; made if needed.")
 _SOURCE = flags.DEFINE_enum("source", "folder", ["folder", "tfds"], "Kind of dataset.")
@@ -41,7 +42,7 @@ _VERIFY = flags.DEFINE_bool("verify", False, "Only compare the files of --out wi
 
 
 def main() -> None:
-    distributed.initialize()
+    processes.initialize()
     if _VERIFY.value:
         verify(Path(_OUT.value))
         return

@@ -16,23 +16,26 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from ppflow_jax import cli, distributed
-from ppflow_jax.accelerate.config import PRESETS, AccelerateConfig, accelerated
-from ppflow_jax.checkpoint import Card, digest, find_checkpoint, load_weights, read_card
-from ppflow_jax.decode import Decoder
-from ppflow_jax.ema import reminder_of
+from ppflow_jax import cli
+from ppflow_jax.autoencoders.decode import Decoder
+from ppflow_jax.checkpoints.card import Card, read_card
+from ppflow_jax.checkpoints.weights import load_weights
+from ppflow_jax.console import progress
+from ppflow_jax.cost.explain import explain
+from ppflow_jax.devices import processes
+from ppflow_jax.devices.host_memory import keep_scratch
+from ppflow_jax.devices.sharding import local_mesh
 from ppflow_jax.errors import InputError
-from ppflow_jax.explain import explain
-from ppflow_jax.files import locked
+from ppflow_jax.files.disk import locked
+from ppflow_jax.files.store import digest, find_checkpoint
 from ppflow_jax.flow.plan import GRIDS, SOLVERS, SamplerConfig, evaluations
 from ppflow_jax.flow.sampler import Sampler
 from ppflow_jax.flow.solvers import DIFFUSIONS, LAST_STEPS
-from ppflow_jax.generate import MICROBATCH, Generator, choose_labels
-from ppflow_jax.host_memory import keep_scratch
-from ppflow_jax.models.ppflow import Params, make_apply
-from ppflow_jax.sample_folder import SampleFolder
-from ppflow_jax.sharding import local_mesh
-from ppflow_jax.writers import progress
+from ppflow_jax.generate.folder import SampleFolder
+from ppflow_jax.generate.images import MICROBATCH, Generator, choose_labels
+from ppflow_jax.models.network import Params, make_apply
+from ppflow_jax.systems.accelerate import PRESETS, AccelerateConfig, accelerated
+from ppflow_jax.train.ema import reminder_of
 
 _DEFAULT = SamplerConfig()
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir (its latest step) or one step.")
@@ -85,7 +88,7 @@ _PNGS = flags.DEFINE_bool("pngs", None, "Every image as a PNG; default: up to 1,
 
 
 def main() -> None:
-    distributed.initialize()
+    processes.initialize()
     keep_scratch()
     step_folder = find_checkpoint(_CHECKPOINT.value)
     card = read_card(step_folder)

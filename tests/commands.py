@@ -87,8 +87,10 @@ def weights(workdir: Path, which: str = "params") -> dict[str, np.ndarray]:
     """Parameters of the latest checkpoint by path."""
     import jax
 
-    from ppflow_jax.checkpoint import find_checkpoint, load_weights, read_card
-    from ppflow_jax.sharding import leaf_path, make_mesh
+    from ppflow_jax.checkpoints.card import read_card
+    from ppflow_jax.checkpoints.weights import load_weights
+    from ppflow_jax.devices.sharding import leaf_path, make_mesh
+    from ppflow_jax.files.store import find_checkpoint
 
     path = find_checkpoint(workdir)
     params = load_weights(path, read_card(path), make_mesh(), which)

@@ -19,15 +19,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppflow_jax.accelerate.config import AccelerateConfig, accelerated
-from ppflow_jax.accelerate.forecast import ForecastConfig, combine
-from ppflow_jax.accelerate.schedule import full_steps, weight_table
 from ppflow_jax.convert.load import from_torch
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.sampler import Sampler
-from ppflow_jax.models.ppflow import ModelConfig, make_apply
+from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.network import make_apply
 from ppflow_jax.pyramid import SIT
+from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
+from ppflow_jax.systems.forecast import ForecastConfig, combine
+from ppflow_jax.systems.forecast_schedule import full_steps, weight_table
 from tests.parity import Row, max_abs, nhwc
 
 _COMBINE = jax.jit(jax.vmap(combine))

@@ -23,17 +23,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppflow_jax.accelerate import match, tome
-from ppflow_jax.accelerate.config import AccelerateConfig, accelerated
-from ppflow_jax.accelerate.merge import MergeConfig, full_steps, ratios, schedule
-from ppflow_jax.accelerate.merging import Merging, Parts, full_layer, parts
 from ppflow_jax.convert.load import from_torch
 from ppflow_jax.flow.guidance import guided
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.sampler import Sampler
-from ppflow_jax.models.ppflow import ModelConfig, make_apply
+from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.network import make_apply
 from ppflow_jax.pyramid import SIT
+from ppflow_jax.systems import token_groups, tome
+from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
+from ppflow_jax.systems.merged_blocks import Merging, Parts, full_layer, parts
+from ppflow_jax.systems.sdtm import MergeConfig, full_steps, ratios, schedule
 from tests.parity import Row, max_abs, nhwc
 
 
@@ -47,30 +48,34 @@ def differences(ours, theirs) -> int:
 
 @functools.partial(jax.jit, static_argnames=("frequency", "grid", "count"))
 def _windows(x, counter, frequency, *, grid, count):
-    scores = match.window_scores(x, counter, grid, frequency)
-    groups = match.merge_windows(scores, grid, count)
-    return match.similarity(x, grid), scores, match.best(scores), groups
+    scores = token_groups.window_scores(x, counter, grid, frequency)
+    groups = token_groups.merge_windows(scores, grid, count)
+    return token_groups.similarity(x, grid), scores, token_groups.best(scores), groups
 
 
 @functools.partial(jax.jit, static_argnames=("grid", "count"))
 def _nearest(x, counter, drawn, *, grid, count):
-    position = match.oldest(counter, grid) if drawn is None else drawn
-    args = match.in_windows(x, grid).reshape(x.shape), position, match.windows(grid)
-    return position, *match.nearest(*args), match.merge_nearest(*args, count)
+    position = token_groups.oldest(counter, grid) if drawn is None else drawn
+    args = token_groups.in_windows(x, grid).reshape(x.shape), position, token_groups.windows(grid)
+    return position, *token_groups.nearest(*args), token_groups.merge_nearest(*args, count)
 
 
 @jax.jit
 def _back_and_forth(groups, values, cached):
-    merged = match.merge(groups, values)
-    unmerged = match.unmerge(groups, merged)
-    mixed = [None if cached is None else match.mix(groups, unmerged, cached, w) for w in _WEIGHTS]
+    merged = token_groups.merge(groups, values)
+    unmerged = token_groups.unmerge(groups, merged)
+    mixed = [
+        None if cached is None else token_groups.mix(groups, unmerged, cached, w) for w in _WEIGHTS
+    ]
     return merged, unmerged, mixed
 
 
 _WEIGHTS = (0.1, 0.2)
 
 
-def tokens(name: str, groups: match.Groups, ref: dict, inputs: dict, bound: float) -> Iterator[Row]:
+def tokens(
+    name: str, groups: token_groups.Groups, ref: dict, inputs: dict, bound: float
+) -> Iterator[Row]:
     """Merged and unmerged tokens; the order of rows is not compared."""
     if "compact" not in ref:
         return
@@ -94,7 +99,7 @@ def single_calls(ref: dict) -> Iterator[Row]:
         case, spec = under(ref, f"single/{name}/"), json.loads(str(ref[f"single/{name}/spec"]))
         side = spec["grid"]
         inputs, n, grid = under(ref, f"single/g{side}/"), side * side, (side, side)
-        x, table = jnp.asarray(inputs["metric"]), match.windows(grid)
+        x, table = jnp.asarray(inputs["metric"]), token_groups.windows(grid)
         rows = np.arange(len(x))[:, None]
         counter = jnp.asarray(case.get("T_before", np.zeros((len(x), n), np.int32)))
         windows = spec["function"] == "SSM"
@@ -123,7 +128,7 @@ def single_calls(ref: dict) -> Iterator[Row]:
             yield Row(f"{label} nearest", differences(ours, next(theirs)), 0)
             yield Row(f"{label} merged sources", differences(member(groups), case["merged"]), 0)
         if not spec["prune"]:
-            after = match.count_up(groups, counter)
+            after = token_groups.count_up(groups, counter)
             yield Row(f"{label} counter", differences(after, case["T_after"]), 0)
             yield from tokens(label, groups, case, inputs, 2e-6)
 
@@ -132,12 +137,12 @@ def under(ref: dict, prefix: str) -> dict:
     return {k.removeprefix(prefix): v for k, v in ref.items() if k.startswith(prefix)}
 
 
-def joined(groups: match.Groups) -> np.ndarray:
+def joined(groups: token_groups.Groups) -> np.ndarray:
     """The tokens that join a group."""
     return np.asarray(groups.order[:, groups.count : groups.count + groups.target.shape[1]])
 
 
-def member(groups: match.Groups) -> np.ndarray:
+def member(groups: token_groups.Groups) -> np.ndarray:
     """Whether each token is a source that joined a group."""
     out = np.zeros(groups.row.shape, bool)
     np.put_along_axis(out, joined(groups), True, axis=1)
@@ -187,11 +192,11 @@ class Decisions:
         self.ref, self.key, self.rows = ref, key, rows
         self.wrong: dict[str, int] = collections.defaultdict(int)
 
-    def see(self, i: int, layer: int, method: Merging | None, groups: match.Groups | None):
+    def see(self, i: int, layer: int, method: Merging | None, groups: token_groups.Groups | None):
         """`groups` None: a dense call."""
         kind = 0 if groups is None else KINDS[method.kind]
         self._compare("kind", kind, self._at("kind", i, layer))
-        table = match.windows((16, 16))
+        table = token_groups.windows((16, 16))
         merged = np.zeros((self.rows, table.size), bool)
         windows = np.zeros((self.rows, len(table)), bool)
         position = np.full((self.rows, len(table)), -1)

@@ -19,17 +19,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppflow_jax.accelerate.config import AccelerateConfig, accelerated
-from ppflow_jax.accelerate.forecast import Forecast
-from ppflow_jax.accelerate.merging import Merged, Merging
-from ppflow_jax.accelerate.schedule import weight_table
+from ppflow_jax.devices.sharding import batch_sharding, make_mesh
 from ppflow_jax.flow.method import Method
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig, Segment, plan
 from ppflow_jax.flow.sampler import Sampler
-from ppflow_jax.models.ppflow import ModelConfig, make_apply
+from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.network import make_apply
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT, Pyramid
-from ppflow_jax.sharding import batch_sharding, make_mesh
+from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
+from ppflow_jax.systems.forecast import Forecast
+from ppflow_jax.systems.forecast_schedule import weight_table
+from ppflow_jax.systems.merged_blocks import Merged, Merging
 from tests.accelerate.checks import random_params
 
 MODEL = ModelConfig(SIT, latent_size=8, channels=2, width=8, depth=3, heads=2, num_classes=4)

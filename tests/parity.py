@@ -33,9 +33,10 @@ from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig, plan
 from ppflow_jax.flow.sampler import Sampler
 from ppflow_jax.flow.solvers import DIFFUSIONS, ODE_SOLVERS
+from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.layers import modulate, timestep_features
+from ppflow_jax.models.network import PPFlow, make_apply, nnx
 from ppflow_jax.models.patch import patchify, positions, unpatchify
-from ppflow_jax.models.ppflow import ModelConfig, PPFlow, make_apply, nnx
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT
 
 MODELS = ("ppflow_l2", "ppflow_l3", "ppflow_l2_nosigma", "ppflow_l3_nosigma", "sit")

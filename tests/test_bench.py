@@ -4,9 +4,10 @@ import sys
 
 import pytest
 
-from ppflow_jax.bench_rows import Row, row_figures, table, xla_forward_flops
-from ppflow_jax.flops import forward_flops
-from ppflow_jax.models.ppflow import ModelConfig, make_apply
+from ppflow_jax.cost.measure import Row, row_figures, table, xla_forward_flops
+from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.flops import forward_flops
+from ppflow_jax.models.network import make_apply
 from ppflow_jax.pyramid import PPFLOW2
 
 MODEL = ModelConfig(PPFLOW2, 16, 4, width=128, depth=3, heads=4, num_classes=10)

@@ -8,15 +8,17 @@ import jax
 import numpy as np
 import pytest
 
-from ppflow_jax.checkpoint import Card, digest, load_stored, load_weights, save_weights
+from ppflow_jax.checkpoints.card import Card
+from ppflow_jax.checkpoints.run import Checkpoints
+from ppflow_jax.checkpoints.weights import load_weights, save_weights
+from ppflow_jax.devices.sharding import make_mesh, tree_shardings
 from ppflow_jax.errors import InputError, RunError
+from ppflow_jax.files.store import digest, load_stored
 from ppflow_jax.flow.path import Flow
-from ppflow_jax.models.ppflow import ModelConfig
-from ppflow_jax.optim import OptimConfig, make_optimizer
+from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.pyramid import PPFLOW2
-from ppflow_jax.run_checkpoints import Checkpoints
-from ppflow_jax.sharding import make_mesh, tree_shardings
-from ppflow_jax.state import init_state
+from ppflow_jax.train.optimizer import OptimConfig, make_optimizer
+from ppflow_jax.train.state import init_state
 
 MODEL = ModelConfig(PPFLOW2, latent_size=8, channels=4, width=64, depth=2, heads=2, num_classes=10)
 CARD = Card(MODEL, Flow(), "latents", experiment={})

@@ -1,6 +1,6 @@
 import pytest
 
-from ppflow_jax.collectives import collectives
+from ppflow_jax.cost.collectives import collectives
 
 # Three devices on one ring, in the notations of the CPU, GPU and TPU compilers.
 PROGRAM = """HloModule jit_step

@@ -5,8 +5,8 @@ import pytest
 from ml_collections import config_flags
 
 from ppflow_jax.errors import InputError
-from ppflow_jax.experiment import Experiment
-from ppflow_jax.models.ppflow import abstract_params
+from ppflow_jax.models.network import abstract_params
+from ppflow_jax.train.experiment import Experiment
 
 CONFIGS = sorted(p for p in Path(__file__).parents[1].joinpath("configs").glob("*.py"))
 NAMES = [p.name for p in CONFIGS if p.stem not in ("common", "__init__")] + [

@@ -1,7 +1,8 @@
 import pytest
 from absl import flags
 
-from ppflow_jax import cli, distributed
+from ppflow_jax import cli
+from ppflow_jax.devices import processes
 from ppflow_jax.errors import InputError
 
 GOOD = {
@@ -22,14 +23,14 @@ def started(monkeypatch):
 
 
 def test_one_process_starts_nothing(started):
-    distributed.initialize()
+    processes.initialize()
     assert started == []
 
 
 def test_variables_say_who_is_who(started, monkeypatch):
     for name, value in GOOD.items():
         monkeypatch.setenv(name, value)
-    distributed.initialize()
+    processes.initialize()
     (call,) = started
     assert call["coordinator_address"] == "host0:1234"
     assert (call["num_processes"], call["process_id"]) == (2, 1)
@@ -39,7 +40,7 @@ def test_variables_say_who_is_who(started, monkeypatch):
 def test_slurm_tasks_are_found_by_jax(started, monkeypatch, tasks, starts):
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_NTASKS", tasks)
-    distributed.initialize()
+    processes.initialize()
     assert len(started) == starts
     assert all("coordinator_address" not in call for call in started)
 
@@ -58,7 +59,7 @@ def test_malformed_variables_are_refused_in_one_line(started, monkeypatch, chang
         if value is not None:
             monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=words) as error:
-        distributed.initialize()
+        processes.initialize()
     assert started == [] and "\n" not in str(error.value)
 
 

@@ -4,10 +4,11 @@ import importlib
 import jax
 import pytest
 
-from ppflow_jax import dryrun
-from ppflow_jax.chips import CHIPS
+from ppflow_jax.cost import dry_run
+from ppflow_jax.cost.chips import CHIPS
 from ppflow_jax.errors import InputError
-from ppflow_jax.flops import forward_flops, training_flops
+from ppflow_jax.flow.cost import training_flops
+from ppflow_jax.models.flops import forward_flops
 from tests.commands import ROOT, SMALL, run
 
 CHIP = CHIPS["v5e"]
@@ -18,8 +19,8 @@ def report(chip=CHIP, **mesh):
     config.model.update(dict(width=64, depth=3, heads=4))
     config.data.batch_size = 32
     config.mesh.update(mesh)
-    target = dryrun.Target("tpu:v5e:2x4", tuple(jax.devices()), chip)
-    return dryrun.dry_run(config, target, sampler=False)
+    target = dry_run.Target("tpu:v5e:2x4", tuple(jax.devices()), chip)
+    return dry_run.dry_run(config, target, sampler=False)
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +48,17 @@ def test_estimates_and_what_does_not_fit(sharded):
     (step,) = sharded.programs
     assert sharded.misfit == ""
     assert sharded.seconds(step)["compute"] == pytest.approx(step.flops / 8 / CHIP.flops)
-    assert "fits" in dryrun.text(sharded) and "not measured" in dryrun.text(sharded)
+    assert "fits" in dry_run.text(sharded) and "not measured" in dry_run.text(sharded)
     small = dataclasses.replace(CHIP, memory=1e5)
     tight = dataclasses.replace(sharded, target=dataclasses.replace(sharded.target, chip=small))
-    assert "do not fit" in tight.misfit and "does not fit" in dryrun.text(tight)
+    assert "do not fit" in tight.misfit and "does not fit" in dry_run.text(tight)
     failed = dataclasses.replace(step, temporaries=None, failure="out of memory")
     assert "out of memory" in dataclasses.replace(sharded, programs=[failed]).misfit
 
 
 def test_training_flops_are_three_forward_passes():
     config = importlib.import_module("configs.ppflow_xl3").get_config()
-    experiment = dryrun.Experiment.from_config(config)
+    experiment = dry_run.Experiment.from_config(config)
     model, pattern = experiment.card.model, experiment.objective.pattern
     share = [2, 1, 1]
     whole = sum(n * forward_flops(model, stage) for stage, n in enumerate(share))
@@ -87,7 +88,7 @@ def test_bad_targets_are_refused_in_one_line(target, words):
 def test_missing_compiler_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install libtpu"):
-        dryrun.Target.parse("tpu:v5e:4x4")
+        dry_run.Target.parse("tpu:v5e:4x4")
 
 
 def test_workdir_is_needed_without_it():

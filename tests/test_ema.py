@@ -8,14 +8,15 @@ import numpy as np
 import optax
 import pytest
 
-from ppflow_jax.ema import initial_share, rate, reminder
 from ppflow_jax.flow.loss import Objective, draw, loss_fn
 from ppflow_jax.flow.path import Flow
-from ppflow_jax.models.ppflow import ModelConfig, make_apply
-from ppflow_jax.optim import OptimConfig, make_optimizer
+from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.network import make_apply
 from ppflow_jax.pyramid import PPFLOW2
-from ppflow_jax.state import init_state
-from ppflow_jax.train_step import make_train_step
+from ppflow_jax.train.ema import initial_share, rate, reminder
+from ppflow_jax.train.optimizer import OptimConfig, make_optimizer
+from ppflow_jax.train.state import init_state
+from ppflow_jax.train.step import make_train_step
 from tests.commands import run, train, weights
 
 MODEL = ModelConfig(PPFLOW2, latent_size=8, channels=1, width=16, depth=1, heads=2, num_classes=10)

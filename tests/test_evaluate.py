@@ -15,11 +15,11 @@ from ppflow_jax.data.images import array_images, open_images
 from ppflow_jax.data.sources import digits
 from ppflow_jax.data.transforms import to_uint8
 from ppflow_jax.errors import InputError
-from ppflow_jax.evaluation import Evaluator, Reference, open_reference
-from ppflow_jax.extraction import extract, read_statistics, save_statistics
-from ppflow_jax.features import load_features, save_small, small_features
+from ppflow_jax.metrics.evaluator import Evaluator, Reference, open_reference
+from ppflow_jax.metrics.extract import extract, read_statistics, save_statistics
 from ppflow_jax.metrics.frechet import frechet_distance
-from ppflow_jax.models.feature_net import FeatureNet, FeatureNetConfig
+from ppflow_jax.metrics.networks import load_features, save_small, small_features
+from ppflow_jax.metrics.small_network import FeatureNet, FeatureNetConfig
 from tests.commands import run
 
 CONFIG = FeatureNetConfig(8, 1, 10, (8, 16, 12))

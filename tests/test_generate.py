@@ -4,20 +4,21 @@ import jax
 import numpy as np
 import pytest
 
-from ppflow_jax import generate
-from ppflow_jax.checkpoint import Card
+from ppflow_jax.autoencoders.autoencoder import Autoencoder
+from ppflow_jax.autoencoders.decode import Decoder
+from ppflow_jax.autoencoders.taesd import TAESDConfig
+from ppflow_jax.checkpoints.card import Card
 from ppflow_jax.data.classes import Classes
-from ppflow_jax.decode import Decoder
+from ppflow_jax.devices.sharding import AXES, local_mesh
 from ppflow_jax.errors import InputError, RunError
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.sampler import Sampler
-from ppflow_jax.generate import Generator, choose_labels
-from ppflow_jax.models.autoencoder import Autoencoder
-from ppflow_jax.models.ppflow import ModelConfig, abstract_params, make_apply
-from ppflow_jax.models.taesd import TAESDConfig
+from ppflow_jax.generate import images
+from ppflow_jax.generate.images import Generator, choose_labels
+from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.network import abstract_params, make_apply
 from ppflow_jax.pyramid import Pyramid
-from ppflow_jax.sharding import AXES, local_mesh
 
 MODEL = ModelConfig(
     Pyramid.parse("4x4@0.5,2x2@1"), 8, 4, 32, 1, 2, num_classes=5, learn_sigma=False
@@ -68,7 +69,7 @@ def test_all_images_in_order(eight):
 
 
 def test_one_device_makes_the_arrays_of_eight(eight, params, monkeypatch):
-    monkeypatch.setattr(generate, "local_mesh", one_device)
+    monkeypatch.setattr(images, "local_mesh", one_device)
     generator = make("sde-euler")
     assert (eight[0].group, generator.group) == (16, 2)
     for ours, theirs in zip(gather(generator(params, IDS, LABELS, batch=7)), eight[1]):

@@ -5,17 +5,18 @@ import numpy as np
 import pytest
 
 from configs import digits
-from ppflow_jax.checkpoint import find_checkpoint, read_card
+from ppflow_jax.autoencoders.autoencoder import Autoencoder
+from ppflow_jax.autoencoders.autoencoder_kl import AutoencoderKLConfig
+from ppflow_jax.autoencoders.decode import save_autoencoder
+from ppflow_jax.autoencoders.encode import Encoder
+from ppflow_jax.checkpoints.card import read_card
 from ppflow_jax.data.sources import open_source
-from ppflow_jax.decode import save_autoencoder
-from ppflow_jax.encode import Encoder
+from ppflow_jax.devices.sharding import batch_sharding, make_mesh
 from ppflow_jax.errors import InputError
-from ppflow_jax.experiment import Experiment
-from ppflow_jax.inputs import make_inputs, open_inputs
-from ppflow_jax.models.autoencoder import Autoencoder
-from ppflow_jax.models.autoencoder_kl import AutoencoderKLConfig
-from ppflow_jax.sharding import batch_sharding, make_mesh
-from ppflow_jax.writers import read_metrics
+from ppflow_jax.files.store import find_checkpoint
+from ppflow_jax.train.experiment import Experiment
+from ppflow_jax.train.inputs import make_inputs, open_inputs
+from ppflow_jax.train.metrics_log import read_metrics
 from tests.commands import run, train
 from tests.pictures import folder
 

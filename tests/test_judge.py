@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from configs.digits import get_config
-from ppflow_jax import judge
-from ppflow_jax.checkpoint import Card
+from ppflow_jax.checkpoints.card import Card
 from ppflow_jax.data.sources import digits
+from ppflow_jax.devices.sharding import make_mesh
 from ppflow_jax.errors import InputError
-from ppflow_jax.feature_training import train_features
 from ppflow_jax.flow.path import Flow
-from ppflow_jax.models.ppflow import ModelConfig
+from ppflow_jax.metrics.train_small_network import train_features
+from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.pyramid import PPFLOW2
-from ppflow_jax.sharding import make_mesh
-from ppflow_jax.writers import read_metrics
+from ppflow_jax.train import validate
+from ppflow_jax.train.metrics_log import read_metrics
 from tests.commands import run, train
 
 MODEL = ModelConfig(PPFLOW2, latent_size=8, channels=1, width=16, depth=1, heads=2, num_classes=10)
@@ -37,7 +37,7 @@ def test_metrics_are_written_beside_the_others(tmp_path, monkeypatch):
         calls.append(seed)
         return train_features(source, classes, seed=seed, steps=3)
 
-    monkeypatch.setattr(judge, "train_features", short)
+    monkeypatch.setattr(validate, "train_features", short)
     code, out, err = train(tmp_path, *EVAL, "--config.train.steps=6")
     assert code == 0 and calls == [0], err
     assert "fid, kid of 8 EMA samples against digits" in out
@@ -55,7 +55,7 @@ def test_metrics_are_written_beside_the_others(tmp_path, monkeypatch):
     config = get_config()
     config.eval.every = 4
     card = Card(MODEL, Flow(), "pixels")
-    assert judge.make_judge(config, card, digits(), make_mesh(), tmp_path)
+    assert validate.make_judge(config, card, digits(), make_mesh(), tmp_path)
     assert calls == [0]
 
     # and the command, on the checkpoint that this run left
@@ -91,7 +91,7 @@ def test_bad_settings_stop_before_the_first_step(tmp_path, space, settings, word
     config.eval.update({"every": 4} | settings)
     card = Card(MODEL, Flow(), space)
     with pytest.raises(InputError, match=words):
-        judge.make_judge(config, card, digits(), make_mesh(), tmp_path)
+        validate.make_judge(config, card, digits(), make_mesh(), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_bad_settings_stop_before_the_first_step(tmp_path, space, settings, word
 def test_training_and_evaluate_give_the_same_numbers(tmp_path, monkeypatch, changes):
     """Whatever the precision of training, its seed and the axes of its mesh."""
     short = functools.partial(train_features, steps=3)
-    monkeypatch.setattr(judge, "train_features", short)
+    monkeypatch.setattr(validate, "train_features", short)
     code, _, err = train(tmp_path, *EVAL, *changes, "--config.train.steps=4")
     assert code == 0, err
     online = evaluations(tmp_path)[4]

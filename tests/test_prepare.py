@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppflow_jax import prepare_shards
+from ppflow_jax.autoencoders.autoencoder import Autoencoder
+from ppflow_jax.autoencoders.autoencoder_kl import AutoencoderKLConfig
+from ppflow_jax.autoencoders.decode import save_autoencoder
+from ppflow_jax.autoencoders.encode import Encoder, to_float
+from ppflow_jax.autoencoders.taesd import TAESDConfig
 from ppflow_jax.data.cache import CacheSource, Manifest
 from ppflow_jax.data.sources import open_source
-from ppflow_jax.decode import save_autoencoder
-from ppflow_jax.encode import Encoder, to_float
 from ppflow_jax.errors import InputError
-from ppflow_jax.files import locked
-from ppflow_jax.models.autoencoder import Autoencoder
-from ppflow_jax.models.autoencoder_kl import AutoencoderKLConfig
-from ppflow_jax.models.taesd import TAESDConfig
+from ppflow_jax.files.disk import locked
+from ppflow_jax.generate import latent_cache
 from tests.commands import run
 from tests.pictures import folder
 
@@ -101,7 +101,7 @@ def test_killed_anywhere_and_rerun_gives_the_same_bytes(made, tmp_path, monkeypa
     class Killed(BaseException):
         pass
 
-    def dies(name, at, module=prepare_shards):
+    def dies(name, at, module=latent_cache):
         real, calls = getattr(module, name), []
 
         def function(*args, **options):
@@ -136,17 +136,17 @@ def test_killed_anywhere_and_rerun_gives_the_same_bytes(made, tmp_path, monkeypa
 
 def test_processes_share_the_shards(made, tmp_path, monkeypatch):
     root = made[0]
-    monkeypatch.setattr(prepare_shards, "_wait", lambda job, what: None)
+    monkeypatch.setattr(latent_cache, "_wait", lambda job, what: None)
     encoder = Encoder.parse(f"vae:{root}/vae", "--vae")
     source = open_source("folder", str(root / "train"), size=16)
     jobs = [
-        prepare_shards.Job(source, encoder, tmp_path, "both", 1, 5, i, process_count=2)
+        latent_cache.Job(source, encoder, tmp_path, "both", 1, 5, i, process_count=2)
         for i in range(2)
     ]
     for job in jobs:
-        prepare_shards.prepare_shards(job, skip_unreadable=True, workers=0)
-    assert prepare_shards.finish(jobs[1]) is None
-    assert prepare_shards.finish(jobs[0]).pictures == 11
+        latent_cache.prepare_shards(job, skip_unreadable=True, workers=0)
+    assert latent_cache.finish(jobs[1]) is None
+    assert latent_cache.finish(jobs[0]).pictures == 11
     assert files(tmp_path) == files(root / "cache")
 
 

@@ -10,9 +10,9 @@ import sys
 import numpy as np
 import pytest
 
-from ppflow_jax.features import save_small
-from ppflow_jax.models.feature_net import FeatureNet, FeatureNetConfig
-from ppflow_jax.writers import read_metrics
+from ppflow_jax.metrics.networks import save_small
+from ppflow_jax.metrics.small_network import FeatureNet, FeatureNetConfig
+from ppflow_jax.train.metrics_log import read_metrics
 from tests.commands import ROOT, SMALL, run, train
 
 SHORT = [*SMALL, "--config.train.steps=4", "--config.optim.schedule=constant"]

@@ -8,11 +8,11 @@ import shutil
 import numpy as np
 import pytest
 
-from ppflow_jax import checksums
-from ppflow_jax.checkpoint import CONFIG, EXEMPT, find_checkpoint
 from ppflow_jax.data.sources import ArraySource, open_source
-from ppflow_jax.resume import changes
-from ppflow_jax.writers import read_metrics
+from ppflow_jax.files import checksums
+from ppflow_jax.files.store import CONFIG, EXEMPT, find_checkpoint
+from ppflow_jax.train.metrics_log import read_metrics
+from ppflow_jax.train.resume import changes
 from tests.commands import train, weights
 from tests.pictures import folder
 

@@ -10,12 +10,15 @@ import jax
 import numpy as np
 import pytest
 
-from ppflow_jax.checkpoint import Card, digest, save_weights
-from ppflow_jax.files import locked
+from ppflow_jax.checkpoints.card import Card
+from ppflow_jax.checkpoints.weights import save_weights
+from ppflow_jax.files.disk import locked
+from ppflow_jax.files.store import digest
 from ppflow_jax.flow.path import Flow
-from ppflow_jax.models.ppflow import ModelConfig, abstract_params
+from ppflow_jax.generate.folder import SampleFolder
+from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.network import abstract_params
 from ppflow_jax.pyramid import Pyramid
-from ppflow_jax.sample_folder import SampleFolder
 from tests.commands import ROOT, run
 
 MODEL = ModelConfig(Pyramid.parse("4x4@0.5,2x2@1"), 8, 1, 16, 1, 2, 10, learn_sigma=False)

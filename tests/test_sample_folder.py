@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ppflow_jax import sample_folder
 from ppflow_jax.errors import InputError, RunError
-from ppflow_jax.sample_folder import SampleFolder
+from ppflow_jax.generate import folder
+from ppflow_jax.generate.folder import SampleFolder
 
 SETTINGS = {"num": 10, "save_latents": True, "cfg": (1.0, 2.0), "seed": 0}
 RNG = np.random.default_rng(0)
@@ -20,7 +20,7 @@ LABELS = np.arange(10, dtype=np.int32) % 3
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(sample_folder, "SHARD", 4)
+    monkeypatch.setattr(folder, "SHARD", 4)
 
 
 def begin(path, **changes):

@@ -3,11 +3,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 
-from ppflow_jax.errors import InputError
-from ppflow_jax.models.ppflow import ModelConfig
-from ppflow_jax.optim import OptimConfig, make_optimizer
-from ppflow_jax.pyramid import PPFLOW2
-from ppflow_jax.sharding import (
+from ppflow_jax.devices.sharding import (
     AXES,
     batch_sharding,
     fetch,
@@ -17,7 +13,11 @@ from ppflow_jax.sharding import (
     to_global,
     tree_shardings,
 )
-from ppflow_jax.state import init_state
+from ppflow_jax.errors import InputError
+from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.pyramid import PPFLOW2
+from ppflow_jax.train.optimizer import OptimConfig, make_optimizer
+from ppflow_jax.train.state import init_state
 
 
 def test_rows_follow_the_devices_in_any_order(monkeypatch):

@@ -8,11 +8,11 @@ import time
 
 import pytest
 
-from ppflow_jax.checkpoint import find_checkpoint, verify
+from ppflow_jax.devices.stop import StopRequest
 from ppflow_jax.errors import InputError
-from ppflow_jax.files import locked
-from ppflow_jax.stop import StopRequest
-from ppflow_jax.writers import read_metrics
+from ppflow_jax.files.disk import locked
+from ppflow_jax.files.store import find_checkpoint, verify
+from ppflow_jax.train.metrics_log import read_metrics
 from tests.commands import ROOT, SMALL
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)

@@ -12,17 +12,24 @@ import numpy as np
 import optax
 import pytest
 
-from ppflow_jax import program as program_module
-from ppflow_jax import train as train_module
+from ppflow_jax.devices.sharding import (
+    batch_sharding,
+    layout,
+    make_mesh,
+    replicated,
+    tree_shardings,
+)
 from ppflow_jax.flow.loss import Objective
 from ppflow_jax.flow.path import Flow
-from ppflow_jax.models.ppflow import ModelConfig, make_apply
-from ppflow_jax.optim import OptimConfig, learning_rate, make_optimizer
+from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.network import make_apply
 from ppflow_jax.pyramid import PPFLOW3
-from ppflow_jax.sharding import batch_sharding, layout, make_mesh, replicated, tree_shardings
-from ppflow_jax.state import init_state
-from ppflow_jax.train_step import make_train_step
-from ppflow_jax.writers import read_metrics
+from ppflow_jax.train import loop as train_module
+from ppflow_jax.train import program as program_module
+from ppflow_jax.train.metrics_log import read_metrics
+from ppflow_jax.train.optimizer import OptimConfig, learning_rate, make_optimizer
+from ppflow_jax.train.state import init_state
+from ppflow_jax.train.step import make_train_step
 from tests.commands import ROOT, SMALL, train, weights
 
 MODEL = ModelConfig(PPFLOW3, latent_size=8, channels=1, width=32, depth=2, heads=4, num_classes=10)

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 
 from ppflow_jax.flow.loss import Objective
 from ppflow_jax.flow.path import Flow
-from ppflow_jax.models.ppflow import ModelConfig, make_apply
-from ppflow_jax.optim import OptimConfig, make_optimizer
+from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.network import make_apply
 from ppflow_jax.pyramid import SIT
-from ppflow_jax.state import init_state
-from ppflow_jax.train_step import compiled, make_train_step
+from ppflow_jax.train.optimizer import OptimConfig, make_optimizer
+from ppflow_jax.train.state import init_state
+from ppflow_jax.train.step import compiled, make_train_step
 
 
 def _most_operands(depth: int) -> int:

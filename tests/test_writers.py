@@ -1,7 +1,8 @@
 import numpy as np
 from PIL import Image
 
-from ppflow_jax.writers import MetricWriter, read_metrics, save_grid, to_uint8
+from ppflow_jax.data.save import save_grid, to_uint8
+from ppflow_jax.train.metrics_log import MetricWriter, read_metrics
 
 
 def test_metrics_after_the_restored_step_are_dropped(tmp_path):

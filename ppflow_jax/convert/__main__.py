@@ -21,13 +21,11 @@ import numpy as np
 from absl import flags
 
 from ppflow_jax import cli
-from ppflow_jax.checkpoint import Card, check_new, find_checkpoint, read_card, save_weights
-from ppflow_jax.convert.autoencoder_keys import (
-    autoencoder_config,
-    autoencoder_params,
-    dropped_keys,
-)
-from ppflow_jax.convert.expand import expand, expanded_config
+from ppflow_jax.autoencoders.decode import save_autoencoder
+from ppflow_jax.checkpoints.card import Card, read_card
+from ppflow_jax.checkpoints.weights import save_weights
+from ppflow_jax.console import progress
+from ppflow_jax.convert.autoencoder_keys import autoencoder_config, autoencoder_params, dropped_keys
 from ppflow_jax.convert.export import export, stored_weights
 from ppflow_jax.convert.inception_keys import dropped, inception_params
 from ppflow_jax.convert.infer import KINDS, find_config, find_kind
@@ -36,12 +34,12 @@ from ppflow_jax.convert.load import DTYPES, EXACT, load_state
 from ppflow_jax.convert.names import Wanted
 from ppflow_jax.convert.shards import find_weights
 from ppflow_jax.convert.source import Source, open_source
-from ppflow_jax.decode import save_autoencoder
 from ppflow_jax.errors import InputError
-from ppflow_jax.features import save_inception
+from ppflow_jax.files.store import check_new, find_checkpoint
 from ppflow_jax.flow.path import Flow
+from ppflow_jax.metrics.networks import save_inception
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, Pyramid
-from ppflow_jax.writers import progress
+from ppflow_jax.systems.expand import expand, expanded_config
 
 _PYRAMIDS = {"ppflow2": PPFLOW2, "ppflow3": PPFLOW3}
 

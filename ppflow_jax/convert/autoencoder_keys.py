@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ppflow_jax.autoencoders.autoencoder import Autoencoder, Config, Params
+from ppflow_jax.autoencoders.autoencoder_kl import AutoencoderKLConfig
+from ppflow_jax.autoencoders.taesd import TAESDConfig
 from ppflow_jax.convert.fill import State, fill, leaves, to_torch
 from ppflow_jax.errors import InputError
-from ppflow_jax.models.autoencoder import Autoencoder, Config, Params
-from ppflow_jax.models.autoencoder_kl import AutoencoderKLConfig
-from ppflow_jax.models.taesd import TAESDConfig
 
 Kind = Literal["vae", "taesd"]
 

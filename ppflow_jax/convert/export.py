@@ -9,25 +9,19 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from ppflow_jax.checkpoint import (
-    Card,
-    find_checkpoint,
-    load_stored,
-    read_card,
-    read_json,
-    stored_tree,
-)
+from ppflow_jax.autoencoders.decode import load_autoencoder
+from ppflow_jax.checkpoints.card import Card, read_card
+from ppflow_jax.console import progress
 from ppflow_jax.convert.autoencoder_keys import autoencoder_state
 from ppflow_jax.convert.inception_keys import inception_state
 from ppflow_jax.convert.keys import position_names, position_values, torch_tensors
 from ppflow_jax.convert.load import DTYPES
 from ppflow_jax.convert.torch_writer import save_torch_file
-from ppflow_jax.decode import load_autoencoder
 from ppflow_jax.errors import InputError
-from ppflow_jax.features import load_inception
-from ppflow_jax.files import atomic
-from ppflow_jax.models.ppflow import Params, abstract_params
-from ppflow_jax.writers import progress
+from ppflow_jax.files.disk import atomic
+from ppflow_jax.files.store import find_checkpoint, load_stored, read_json, stored_tree
+from ppflow_jax.metrics.networks import load_inception
+from ppflow_jax.models.network import Params, abstract_params
 
 
 def stored_weights(folder: Path, card: Card, weights: str | None) -> Params:

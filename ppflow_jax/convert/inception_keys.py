@@ -13,14 +13,7 @@ import re
 import numpy as np
 
 from ppflow_jax.convert.fill import State, fill, leaves, to_torch
-from ppflow_jax.models.inception import (
-    BLOCKS,
-    STEM,
-    Inception,
-    InceptionConfig,
-    Layer,
-    Params,
-)
+from ppflow_jax.metrics.inception import BLOCKS, STEM, Inception, InceptionConfig, Layer, Params
 
 GRAPH = "net.layers."
 # Deliberately not read: PyTorch's counters of training batches, and the auxiliary classifier.

@@ -10,7 +10,7 @@ from typing import Any
 from ppflow_jax.convert.autoencoder_keys import autoencoder_kind
 from ppflow_jax.convert.inception_keys import is_inception
 from ppflow_jax.errors import InputError
-from ppflow_jax.models.ppflow import SIZES, ModelConfig
+from ppflow_jax.models.config import SIZES, ModelConfig
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, Pyramid, Stage
 
 KINDS = ("sit", "ppflow", "vae", "taesd", "inception")

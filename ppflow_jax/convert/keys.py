@@ -17,8 +17,9 @@ import numpy as np
 from jaxtyping import Float
 
 from ppflow_jax.errors import InputError
+from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.network import Params
 from ppflow_jax.models.patch import positions
-from ppflow_jax.models.ppflow import ModelConfig, Params
 
 
 @dataclass(frozen=True)

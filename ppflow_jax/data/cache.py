@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from ppflow_jax.data.checks import check_labels, check_shape
 from ppflow_jax.data.classes import Classes
 from ppflow_jax.errors import InputError
-from ppflow_jax.files import atomic
+from ppflow_jax.files.disk import atomic
 
 FORMAT = 1
 MANIFEST = "manifest.json"

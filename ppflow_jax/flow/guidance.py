@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ppflow_jax.models.ppflow import Apply, Params
+from ppflow_jax.models.network import Apply, Params
 
 
 def guided(

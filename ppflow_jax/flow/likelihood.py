@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int, Key
 from ppflow_jax.flow.path import Flow, velocity_from
 from ppflow_jax.flow.plan import SamplerConfig, plan, reference_grid
 from ppflow_jax.flow.solvers import ODE_SOLVERS, rk_step
-from ppflow_jax.models.ppflow import Apply, ModelConfig, Params
+from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.network import Apply, Params
 
 
 def log_likelihood(

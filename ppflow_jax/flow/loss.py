@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.path import WEIGHTINGS, Flow, interpolate, residual
-from ppflow_jax.models.ppflow import Apply, Params
+from ppflow_jax.models.network import Apply, Params
 from ppflow_jax.pyramid import Pyramid
 
 

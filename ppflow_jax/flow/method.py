@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from ppflow_jax.models.ppflow import ModelConfig
+from ppflow_jax.models.config import ModelConfig
 
 
 @runtime_checkable

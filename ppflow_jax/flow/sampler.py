@@ -16,7 +16,8 @@ from ppflow_jax.flow.guidance import autoguided, guided
 from ppflow_jax.flow.path import Flow, velocity_from
 from ppflow_jax.flow.plan import SamplerConfig, Segment, plan
 from ppflow_jax.flow.solvers import ODE_SOLVERS, rk_step, sde_last_step, sde_step
-from ppflow_jax.models.ppflow import Apply, ModelConfig, Params
+from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.network import Apply, Params
 
 _MAX_ADAPTIVE_STEPS = 4096
 

@@ -23,14 +23,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ppflow_jax.devices.layout import Attend
 from ppflow_jax.errors import InputError
 
 ATTENTIONS = ("auto", "xla", "deferred", "cudnn", "pallas")
 MOST_TOKENS = 1024  # of the kernel; its backward pass then holds four times 4 MB
 _VMEM_BYTES = 64 * 2**20
-
-# (q, k, v) [b, n, h, e] -> [b, n, h, e]
-Attend = Callable[[Array, Array, Array], Array]
 
 
 def choose(name: str, dtype: DTypeLike) -> str:

@@ -11,9 +11,9 @@ from pathlib import Path
 from absl import flags
 
 from ppflow_jax import cli
-from ppflow_jax.decode import Decoder
+from ppflow_jax.autoencoders.decode import Decoder
 from ppflow_jax.errors import InputError
-from ppflow_jax.files import atomic, writable_directory
+from ppflow_jax.files.disk import atomic, writable_directory
 from ppflow_jax.report.page import page
 from ppflow_jax.report.run import open_runs
 from ppflow_jax.report.strip import make_strip

@@ -14,9 +14,9 @@ from clu import parameter_overview
 from jaxtyping import UInt8
 from PIL import Image
 
-from ppflow_jax.flops import sampling_flops
+from ppflow_jax.flow.cost import sampling_flops
 from ppflow_jax.flow.plan import SamplerConfig, plan
-from ppflow_jax.models.ppflow import abstract_params
+from ppflow_jax.models.network import abstract_params
 from ppflow_jax.pyramid import SIT
 from ppflow_jax.report.evaluation import METRICS, judged, quality_lines
 from ppflow_jax.report.figures import cost_of_steps, curves, quality_against_latency

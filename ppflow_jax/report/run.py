@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppflow_jax.checkpoint import Card, find_checkpoint, flat, read_card
+from ppflow_jax.checkpoints.card import Card, flat, read_card
 from ppflow_jax.errors import InputError
-from ppflow_jax.judge import EVALUATIONS
-from ppflow_jax.writers import read_metrics
+from ppflow_jax.files.store import find_checkpoint
+from ppflow_jax.train.metrics_log import read_metrics
+from ppflow_jax.train.validate import EVALUATIONS
 
 
 @dataclass(frozen=True)

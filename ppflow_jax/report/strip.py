@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from ppflow_jax.checkpoint import load_weights
-from ppflow_jax.decode import Decoder
-from ppflow_jax.flops import forward_flops
+from ppflow_jax.autoencoders.decode import Decoder
+from ppflow_jax.checkpoints.weights import load_weights
+from ppflow_jax.devices.sharding import local_mesh
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.sampler import Sampler, image_noise
-from ppflow_jax.models.ppflow import make_apply
+from ppflow_jax.models.flops import forward_flops
+from ppflow_jax.models.network import make_apply
 from ppflow_jax.report.run import Run
-from ppflow_jax.sharding import local_mesh
 
 PICTURES = 12
 

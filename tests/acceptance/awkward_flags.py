@@ -10,8 +10,8 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from ppflow_jax.features import save_small
-from ppflow_jax.models.feature_net import FeatureNet, FeatureNetConfig
+from ppflow_jax.metrics.networks import save_small
+from ppflow_jax.metrics.small_network import FeatureNet, FeatureNetConfig
 from tests import commands
 from tests.acceptance.case import Case
 

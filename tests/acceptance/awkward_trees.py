@@ -15,11 +15,11 @@ import jax
 import numpy as np
 from PIL import Image
 
-from ppflow_jax.decode import save_autoencoder
-from ppflow_jax.features import save_small
-from ppflow_jax.models.autoencoder import Autoencoder
-from ppflow_jax.models.feature_net import FeatureNet, FeatureNetConfig
-from ppflow_jax.models.taesd import TAESDConfig
+from ppflow_jax.autoencoders.autoencoder import Autoencoder
+from ppflow_jax.autoencoders.decode import save_autoencoder
+from ppflow_jax.autoencoders.taesd import TAESDConfig
+from ppflow_jax.metrics.networks import save_small
+from ppflow_jax.metrics.small_network import FeatureNet, FeatureNetConfig
 from tests import commands
 from tests.acceptance.case import Case
 from tests.pictures import pixels

@@ -11,9 +11,9 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from ppflow_jax.autoencoders.autoencoder import Autoencoder
+from ppflow_jax.autoencoders.taesd import TAESDConfig
 from ppflow_jax.convert.autoencoder_keys import autoencoder_state
-from ppflow_jax.models.autoencoder import Autoencoder
-from ppflow_jax.models.taesd import TAESDConfig
 from ppflow_jax.pyramid import PPFLOW2
 from tests.acceptance.case import Case
 from tests.acceptance.weight_files import (

@@ -13,15 +13,17 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from ppflow_jax.checkpoint import find_checkpoint, read_card, read_json
+from ppflow_jax.autoencoders.autoencoder import Autoencoder
+from ppflow_jax.autoencoders.autoencoder_kl import AutoencoderKLConfig
+from ppflow_jax.autoencoders.decode import load_autoencoder
+from ppflow_jax.checkpoints.card import read_card
 from ppflow_jax.convert.autoencoder_keys import autoencoder_state
 from ppflow_jax.convert.export import stored_weights
 from ppflow_jax.convert.keys import position_names, position_values, to_torch
 from ppflow_jax.convert.torch_writer import save_torch_file
-from ppflow_jax.decode import load_autoencoder
-from ppflow_jax.models.autoencoder import Autoencoder
-from ppflow_jax.models.autoencoder_kl import AutoencoderKLConfig
-from ppflow_jax.models.ppflow import ModelConfig, abstract_params
+from ppflow_jax.files.store import find_checkpoint, read_json
+from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.network import abstract_params
 from ppflow_jax.pyramid import SIT
 from tests import commands
 from tests.acceptance.case import Case

@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from ppflow_jax.autoencoders.autoencoder import Autoencoder
+from ppflow_jax.autoencoders.autoencoder_kl import AutoencoderKLConfig
+from ppflow_jax.autoencoders.taesd import TAESDConfig
 from ppflow_jax.convert.autoencoder_keys import (
     autoencoder_config,
     autoencoder_kind,
@@ -20,9 +23,6 @@ from ppflow_jax.convert.autoencoder_keys import (
     key_table,
 )
 from ppflow_jax.errors import InputError
-from ppflow_jax.models.autoencoder import Autoencoder
-from ppflow_jax.models.autoencoder_kl import AutoencoderKLConfig
-from ppflow_jax.models.taesd import TAESDConfig
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "vae"
 LEGACY = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}

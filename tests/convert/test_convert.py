@@ -21,21 +21,24 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from ppflow_jax.checkpoint import Card, find_checkpoint, load_weights, read_card, save_weights
+from ppflow_jax.autoencoders.autoencoder import Autoencoder, decode_chunked
+from ppflow_jax.autoencoders.autoencoder_kl import AutoencoderKLConfig
+from ppflow_jax.autoencoders.decode import Decoder, load_autoencoder, save_autoencoder
+from ppflow_jax.autoencoders.taesd import TAESDConfig
+from ppflow_jax.checkpoints.card import Card, read_card
+from ppflow_jax.checkpoints.weights import load_weights, save_weights
 from ppflow_jax.convert.autoencoder_keys import autoencoder_state
 from ppflow_jax.convert.keys import to_torch
 from ppflow_jax.convert.load import from_torch
 from ppflow_jax.convert.torch_writer import save_torch_file
 from ppflow_jax.convert.weights_file import read_state
-from ppflow_jax.decode import Decoder, load_autoencoder, save_autoencoder
+from ppflow_jax.devices.sharding import make_mesh
 from ppflow_jax.errors import InputError
+from ppflow_jax.files.store import find_checkpoint
 from ppflow_jax.flow.path import Flow
-from ppflow_jax.models.autoencoder import Autoencoder, decode_chunked
-from ppflow_jax.models.autoencoder_kl import AutoencoderKLConfig
-from ppflow_jax.models.ppflow import ModelConfig, abstract_params
-from ppflow_jax.models.taesd import TAESDConfig
+from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.network import abstract_params
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, Pyramid
-from ppflow_jax.sharding import make_mesh
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "tests" / "reference"

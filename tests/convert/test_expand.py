@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ppflow_jax.convert.expand import expand
 from ppflow_jax.convert.keys import to_torch
 from ppflow_jax.convert.load import from_torch
 from ppflow_jax.errors import InputError
+from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.patch import patchify, unpatchify
-from ppflow_jax.models.ppflow import ModelConfig
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT, Pyramid
+from ppflow_jax.systems.expand import expand
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 CONFIG = ModelConfig(SIT, latent_size=24, channels=4, width=64, depth=2, heads=4, num_classes=10)

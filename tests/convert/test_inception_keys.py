@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ppflow_jax.checkpoint import find_checkpoint, read_card
+from ppflow_jax.autoencoders.decode import load_autoencoder
+from ppflow_jax.checkpoints.card import read_card
 from ppflow_jax.convert.inception_keys import (
     GRAPH,
     inception_config,
@@ -19,10 +20,10 @@ from ppflow_jax.convert.inception_keys import (
 )
 from ppflow_jax.convert.infer import find_kind
 from ppflow_jax.convert.torch_writer import save_torch_file
-from ppflow_jax.decode import load_autoencoder
 from ppflow_jax.errors import InputError
-from ppflow_jax.features import load_inception
-from ppflow_jax.models.inception import Inception, InceptionConfig
+from ppflow_jax.files.store import find_checkpoint
+from ppflow_jax.metrics.inception import Inception, InceptionConfig
+from ppflow_jax.metrics.networks import load_inception
 from tests.convert.test_convert import convert, same
 from tests.inception import REFERENCE, entries, random_state
 

@@ -17,7 +17,8 @@ from ppflow_jax.convert.infer import find_config, find_kind
 from ppflow_jax.convert.keys import key_table, position_names, to_torch
 from ppflow_jax.convert.load import from_torch, load_state
 from ppflow_jax.errors import InputError
-from ppflow_jax.models.ppflow import SIZES, ModelConfig, abstract_params
+from ppflow_jax.models.config import SIZES, ModelConfig
+from ppflow_jax.models.network import abstract_params
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT, Pyramid
 
 REFERENCE = Path(__file__).parents[1] / "reference"

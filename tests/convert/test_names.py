@@ -7,16 +7,16 @@ import random
 
 import pytest
 
+from ppflow_jax.autoencoders.autoencoder import Autoencoder
+from ppflow_jax.autoencoders.autoencoder_kl import AutoencoderKLConfig
+from ppflow_jax.autoencoders.taesd import TAESDConfig
 from ppflow_jax.convert.autoencoder_keys import key_table as autoencoder_table
 from ppflow_jax.convert.inception_keys import key_table as inception_table
 from ppflow_jax.convert.keys import key_table, position_names
 from ppflow_jax.convert.names import Wanted, choose
 from ppflow_jax.errors import InputError
-from ppflow_jax.models.autoencoder import Autoencoder
-from ppflow_jax.models.autoencoder_kl import AutoencoderKLConfig
-from ppflow_jax.models.inception import Inception, InceptionConfig
-from ppflow_jax.models.ppflow import ModelConfig
-from ppflow_jax.models.taesd import TAESDConfig
+from ppflow_jax.metrics.inception import Inception, InceptionConfig
+from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.pyramid import PPFLOW2
 
 WRAPPERS = (

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from ppflow_jax.autoencoders.autoencoder import Autoencoder
+from ppflow_jax.autoencoders.autoencoder_kl import AutoencoderKLConfig
 from ppflow_jax.convert.autoencoder_keys import autoencoder_params, autoencoder_state
 from ppflow_jax.convert.names import Wanted
 from ppflow_jax.convert.shards import find_weights
@@ -18,8 +20,6 @@ from ppflow_jax.convert.source import open_source
 from ppflow_jax.convert.tensors import FLOAT8
 from ppflow_jax.convert.torch_writer import save_torch_file
 from ppflow_jax.errors import InputError
-from ppflow_jax.models.autoencoder import Autoencoder
-from ppflow_jax.models.autoencoder_kl import AutoencoderKLConfig
 from tests.acceptance.weight_files import (
     QKV,
     Maker,

@@ -9,7 +9,7 @@ from ppflow_jax.flow.likelihood import log_likelihood
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.sampler import Sampler, image_noise
-from ppflow_jax.models.ppflow import ModelConfig
+from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3
 from tests.parity import Case, load, max_abs, nhwc
 

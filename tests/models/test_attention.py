@@ -3,11 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ppflow_jax.devices.sharding import layout, make_mesh
 from ppflow_jax.errors import InputError
 from ppflow_jax.models import attention
-from ppflow_jax.models.ppflow import ModelConfig, abstract_params, make_apply
+from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.network import abstract_params, make_apply
 from ppflow_jax.pyramid import PPFLOW2
-from ppflow_jax.sharding import layout, make_mesh
 
 TINY = ModelConfig(PPFLOW2, latent_size=8, channels=3, width=16, depth=2, heads=2, num_classes=5)
 

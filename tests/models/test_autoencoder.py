@@ -17,13 +17,13 @@ from flax import nnx
 from jax import numpy as jnp
 from safetensors.numpy import load_file
 
+from ppflow_jax.autoencoders import autoencoder as module
+from ppflow_jax.autoencoders.autoencoder import Autoencoder, decode_chunked, encode_chunked
+from ppflow_jax.autoencoders.autoencoder_kl import AutoencoderKLConfig, Level
+from ppflow_jax.autoencoders.taesd import TAESDConfig, TinyStage
 from ppflow_jax.convert.autoencoder_keys import autoencoder_config, autoencoder_params
 from ppflow_jax.data.transforms import to_uint8
 from ppflow_jax.errors import InputError
-from ppflow_jax.models import autoencoder as module
-from ppflow_jax.models.autoencoder import Autoencoder, decode_chunked, encode_chunked
-from ppflow_jax.models.autoencoder_kl import AutoencoderKLConfig, Level
-from ppflow_jax.models.taesd import TAESDConfig, TinyStage
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "vae"
 SMALL = AutoencoderKLConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)

@@ -15,7 +15,7 @@ from jax import numpy as jnp
 
 from ppflow_jax.convert.inception_keys import inception_params
 from ppflow_jax.errors import InputError
-from ppflow_jax.models.inception import FEATURES, Inception, InceptionConfig
+from ppflow_jax.metrics.inception import FEATURES, Inception, InceptionConfig
 from tests.inception import REFERENCE, random_state
 
 # (root mean square, maximum) of the difference, relative to the root mean square of the reference;

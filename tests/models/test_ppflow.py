@@ -9,14 +9,8 @@ import pytest
 
 from ppflow_jax.convert.keys import key_table, to_torch
 from ppflow_jax.errors import InputError
-from ppflow_jax.models.ppflow import (
-    SIZES,
-    ModelConfig,
-    abstract_params,
-    init_params,
-    make_apply,
-    unstacked,
-)
+from ppflow_jax.models.config import SIZES, ModelConfig
+from ppflow_jax.models.network import abstract_params, init_params, make_apply, unstacked
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT, Pyramid
 
 REFERENCE = Path(__file__).parents[1] / "reference"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from ppflow_jax.models.resize import CONVENTIONS, inception_input, resize_matrix
+from ppflow_jax.metrics.resize import CONVENTIONS, inception_input, resize_matrix
 from tests.inception import REFERENCE
 
 

@@ -1,0 +1,103 @@
+"""Checkpoints on disk: orbax, with the model's configuration and checksums inside.
+
+    WORKDIR/checkpoints/STEP/{state,config,SHA256SUMS}
+
+`state` is the training state, or only `ema` (and `positions`, see `save_weights`) in a converted
+checkpoint; `config` is JSON with the entries `model`, `flow`, `data` and, for a trained one,
+`experiment`. A converted autoencoder or feature network lies in the same folders: see
+decode.py and features.py.
+
+A checkpoint is written under a temporary name, is given the checksums of its files when all are
+there, and is only then renamed. Every reading compares them, so that damage is never used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ppflow_jax.data.classes import Classes
+from ppflow_jax.errors import InputError
+from ppflow_jax.files.store import read_json, readable
+from ppflow_jax.flow.path import Flow
+from ppflow_jax.models.config import ModelConfig
+
+LATENT_SCALE = 0.18215  # of the Stable Diffusion autoencoders, as in SiT and PPFlow
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a checkpoint says about itself.
+
+    Attributes:
+      model, flow: architecture; path and prediction.
+      space: `pixels` (in [-1, 1]) or `latents`.
+      experiment: configuration of the training run, if it was trained here.
+      latent_scale: what the autoencoder's latents were multiplied by; says nothing for pixels.
+    """
+
+    model: ModelConfig
+    flow: Flow
+    space: str
+    experiment: dict[str, Any] | None = None
+    latent_scale: float = LATENT_SCALE
+
+    def to_json(self) -> dict[str, Any]:
+        scale = {"latent_scale": self.latent_scale} if self.space == "latents" else {}
+        return {
+            "model": self.model.to_json(),
+            "flow": asdict(self.flow),
+            "data": {"space": self.space} | scale,
+            "experiment": self.experiment,
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Card:
+        return cls(
+            ModelConfig.from_json(values["model"]),
+            Flow(**values["flow"]),
+            values["data"]["space"],
+            values.get("experiment"),
+            values["data"].get("latent_scale", LATENT_SCALE),
+        )
+
+    @property
+    def classes(self) -> Classes:
+        """Labels and class names of what the model was trained on, as far as they are known."""
+        labels = ((self.experiment or {}).get("trained_on") or {}).get("labels")
+        return Classes.from_json(labels) if labels else Classes()
+
+    def differences(self, other: Card) -> str:
+        """Settings of model and flow that differ, as `name: ours -> theirs`."""
+        ours = self.model.to_json() | asdict(self.flow)
+        theirs = other.model.to_json() | asdict(other.flow)
+        return ", ".join(f"{k}: {ours[k]} -> {theirs[k]}" for k in ours if ours[k] != theirs[k])
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as {"model.width": 128, ...}."""
+    found = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def read_card(path: Path) -> Card:
+    """Model, flow and data of the checkpoint at `path` (the folder of one step).
+
+    Raises:
+      InputError: missing or unreadable.
+    """
+    values = read_json(path)
+    if "autoencoder" in values:
+        raise InputError(
+            f"{path} holds an autoencoder: give it as --decode of sample, and a model here"
+        )
+    if "inception" in values:
+        raise InputError(f"{path} holds an Inception network, for metrics: give a model here")
+    with readable(path):
+        return Card.from_json(values)

@@ -1,0 +1,343 @@
+"""Compiles a run for devices that are not there, and says what it would need."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ppflow_jax.cost.chips import CHIPS, Chip
+from ppflow_jax.cost.collectives import Collective, collectives
+from ppflow_jax.devices.sharding import (
+    batch_sharding,
+    data_shards,
+    leaf_path,
+    make_mesh,
+    replicated,
+)
+from ppflow_jax.errors import InputError
+from ppflow_jax.flow.cost import sampling_flops, training_flops
+from ppflow_jax.flow.sampler import Sampler
+from ppflow_jax.models.flops import block_traffic
+from ppflow_jax.train.experiment import Experiment
+from ppflow_jax.train.program import Program, make_program
+
+EXAMPLES = "cpu:8, tpu:v5e:4x4, tpu:v5p:8x8x16 or tpu:v6e:16x16"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Devices to compile for; `chip` is None where nothing is published (CPU)."""
+
+    name: str
+    devices: tuple[Any, ...]
+    chip: Chip | None
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """`cpu:N`, or `tpu:GENERATION:TOPOLOGY` with chips of `chips.CHIPS`.
+
+        Called before any device is used, since it decides how many there are.
+
+        Raises:
+          InputError: unknown target, or libtpu is not installed.
+        """
+        match text.split(":"):
+            case ["cpu", count] if count.isdecimal() and int(count):
+                return cls(text, _cpus(int(count)), None)
+            case ["tpu", generation, shape] if generation in CHIPS:
+                return cls(text, _tpus(generation, shape), CHIPS[generation])
+        raise InputError(f"unknown --dry_run={text}: give {EXAMPLES}")
+
+
+def _cpus(count: int) -> tuple[Any, ...]:
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:  # something has used a device already
+        pass
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise InputError(f"{count} CPU devices are asked for, and {len(devices)} exist already")
+    return tuple(devices[:count])
+
+
+def _tpus(generation: str, shape: str) -> tuple[Any, ...]:
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError("compiling for TPU needs its compiler: pip install libtpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # this machine is no TPU: do not ask it
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling takes no chip from others
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        description = topologies.get_topology_desc(
+            platform="tpu", topology_name=f"{generation}:{shape}"
+        )
+    except Exception as e:  # libtpu reports a shape that does not exist in several ways
+        reason = str(e).strip().splitlines()[0][:200]
+        raise InputError(f"no such slice as {generation}:{shape} ({reason}): {EXAMPLES}") from e
+    return tuple(description.devices)
+
+
+@dataclass
+class Compiled:
+    """One compiled program (all numbers of bytes are per device).
+
+    Attributes:
+      flops: of one run over all devices, by formula.
+      traffic: bytes to and from HBM, by formula.
+      temporaries: beyond its arguments, by the compiler; None if it ran out of memory.
+      failure: what the compiler said if it did.
+    """
+
+    name: str
+    flops: int
+    traffic: float
+    temporaries: int | None
+    network: list[Collective] = field(default_factory=list)
+    failure: str = ""
+
+
+@dataclass
+class Report:
+    """What a run would need on `target`.
+
+    Attributes:
+      parts, whole: bytes per device and in all, by part of the state.
+      gathered: see `gathered_sizes`.
+    """
+
+    target: Target
+    mesh: Mesh
+    parameters: int
+    parts: dict[str, int]
+    whole: dict[str, int]
+    programs: list[Compiled]
+    gathered: frozenset[int]
+
+    @property
+    def peak(self) -> int | None:
+        """Bytes of the largest program: training step with state and batch, or sampler."""
+        if any(p.temporaries is None for p in self.programs):
+            return None
+        return sum(self.parts.values()) + max(p.temporaries for p in self.programs)
+
+    @property
+    def misfit(self) -> str:
+        """One line if it does not fit the chip's memory."""
+        for program in self.programs:
+            if program.failure:
+                return f"{program.name} does not fit {self.target.name}: {program.failure}"
+        chip = self.target.chip
+        if chip and self.peak > chip.memory:
+            return (
+                f"{self.peak / 1e9:.1f} GB a device do not fit the {chip.memory / 1e9:.0f} GB of "
+                f"{self.target.name}"
+            )
+        return ""
+
+    def seconds(self, program: Compiled) -> dict[str, float]:
+        """Least time by each published limit: peak FLOP/s, HBM and links."""
+        chip, n = self.target.chip, self.mesh.size
+        return {
+            "compute": program.flops / n / chip.flops,
+            "memory": program.traffic / chip.memory_rate,
+            "links": sum(c.sent for c in program.network) / self._ring_rate(),
+        }
+
+    def _ring_rate(self) -> float:
+        """Bytes/s out of a chip along one axis of the slice: both ways round if it closes."""
+        axes = [int(size) for size in self.target.name.split(":")[-1].split("x")]
+        chip = self.target.chip
+        return chip.link_rate * (1 if any(size % chip.wraps for size in axes) else 2)
+
+    def causes(self, program: Compiled) -> list[tuple[str, str, int, int, float]]:
+        """(cause, kind, operations, executions, bytes sent per device)."""
+        rows: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0, 0.0])
+        for c in program.network:
+            row = rows[cause(c, self.mesh, self.gathered), c.kind]
+            row[0] += 1
+            row[1] += c.times
+            row[2] += c.sent
+        return [(*key, int(a), int(b), sent) for key, (a, b, sent) in sorted(rows.items())]
+
+
+def cause(c: Collective, mesh: Mesh, weights: frozenset[int]) -> str:
+    """Why a collective is there; `unexplained: ...` is one that should not be.
+
+    `weights` are the sizes of weights that are gathered before use.
+    """
+    coordinates = np.unravel_index(np.asarray(c.group), tuple(mesh.shape.values()))
+    axes = {name for name, where in zip(mesh.shape, coordinates) if len(set(where.tolist())) > 1}
+    where = " (blocks)" if c.times > 1 else " (others)"
+    if "tensor" in axes:
+        return "tensor parallelism"
+    if c.kind == "all-gather" and weights.issuperset(c.elements):
+        return "weights gathered" + where
+    if c.size <= 4096:
+        return "scalars and labels"
+    # XLA names neither its own reduce-scatters nor the moves that take padded shards to their place
+    backward = "transpose(" in c.op_name or not c.op_name
+    if backward and c.kind in ("all-reduce", "reduce-scatter"):
+        return "gradients summed" + where
+    if backward and c.kind == "collective-permute" and c.size <= 4 * max(weights, default=0):
+        return "gradients to their shards" + where
+    return f"unexplained: {c.op_name}"
+
+
+def gathered_sizes(program: Program, mesh: Mesh, depth: int) -> frozenset[int]:
+    """Elements of every weight that is split over `fsdp`, as it is when gathered."""
+    sizes = set()
+    leaves = jax.tree_util.tree_leaves_with_path(program.abstract["params"])
+    for (path, leaf), sharding in zip(leaves, jax.tree.leaves(program.shardings["params"])):
+        if any("fsdp" in (axis or ()) for axis in sharding.spec):
+            here = math.prod(sharding.shard_shape(leaf.shape)) * mesh.shape["fsdp"]
+            sizes.add(here // depth if leaf_path(path).startswith("blocks/") else here)
+    return frozenset(sizes)
+
+
+def dry_run(config: ConfigDict, target: Target, *, sampler: bool = True) -> Report:
+    """Compile the training step, and the sampler of its sample grids, for `target`.
+
+    Raises:
+      InputError: a configuration that is wrong, or does not fit the number of devices.
+    """
+    if target.chip and config.model.attention == "auto":  # not that of this machine
+        config = ConfigDict(config)
+        config.model.attention = "xla"
+    experiment = Experiment.from_config(config)
+    mesh = make_mesh(**config.mesh, devices=target.devices)
+    program = make_program(experiment, mesh)
+    model = experiment.card.model
+    state = jax.tree.map(_placed, program.abstract, program.shardings)
+    size = config.data.batch_size
+    batch = _inputs(size, model.shape, mesh)
+    whole = {k: _bytes(v) for k, v in program.abstract.items() if k != "step"}
+    parts = {k: _bytes(v, on_device=True) for k, v in state.items() if k != "step"}
+    parts["batch"] = _bytes(batch, on_device=True)
+    programs = [_train_step(experiment, program, mesh, state, batch)]
+    if sampler:
+        programs.append(_sampler(experiment, program, mesh, state["ema"]))
+    gathered = gathered_sizes(program, mesh, model.depth)
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.abstract["params"]))
+    return Report(target, mesh, count, parts, whole, programs, gathered)
+
+
+def _placed(leaf, sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _inputs(size: int, shape: tuple[int, ...], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    place = batch_sharding(mesh)
+    return {
+        "x": jax.ShapeDtypeStruct((size, *shape), np.float32, sharding=place),
+        "label": jax.ShapeDtypeStruct((size,), np.int32, sharding=place),
+    }
+
+
+def _bytes(tree: Any, *, on_device: bool = False) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape) if on_device else leaf.shape)
+        * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _train_step(experiment, program: Program, mesh: Mesh, state, batch) -> Compiled:
+    config, model = experiment.config, experiment.card.model
+    pattern, size = experiment.objective.pattern, config.data.batch_size
+    passes = 4 if config.model.remat == "full" else 3
+    images = {stage: pattern.count(stage) / len(pattern) * size / mesh.size for stage in pattern}
+    traffic = 2 * _bytes(state, on_device=True) + passes * _traffic(experiment, program, images)
+    key = _placed(jax.eval_shape(lambda: jax.random.key(0)), replicated(mesh))
+    return _compile(
+        "training step",
+        [program.step.lower(state, batch, key)],
+        training_flops(model, pattern, size),
+        traffic,
+    )
+
+
+def _sampler(experiment, program: Program, mesh: Mesh, ema) -> Compiled:
+    config, model = experiment.config, experiment.card.model
+    sampler = Sampler(program.apply, model, experiment.card.flow, experiment.sampler)
+    size = -(-config.sample.count // data_shards(mesh)) * data_shards(mesh)
+    inputs = _inputs(size, model.shape, mesh)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
+    lowered = sampler.lower(ema, inputs["x"], inputs["label"], _placed(keys, batch_sharding(mesh)))
+    traffic = sum(
+        segment.steps * _traffic(experiment, program, {stage: (1 + guided) * size / mesh.size})
+        for segment in sampler.segments
+        for stage, guided in zip(segment.stages, segment.guided)
+    )
+    return _compile(
+        f"sampler of {size} images",
+        lowered,
+        size * sampling_flops(model, sampler.segments),
+        traffic,
+    )
+
+
+def _traffic(experiment: Experiment, program: Program, images: dict[int, float]) -> float:
+    """Bytes through one device's HBM in one evaluation of so many images by stage, by formula."""
+    model, config = experiment.card.model, experiment.config
+    weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.abstract["params"]))
+    activations = sum(count * block_traffic(model, stage) for stage, count in images.items())
+    return (weights + activations) * jax.numpy.dtype(config.model.dtype).itemsize
+
+
+def _compile(name: str, lowered: list[Any], flops: int, traffic: float) -> Compiled:
+    """One `Compiled` of programs that run one after another."""
+    temporaries, network = 0, []
+    for program in lowered:
+        try:
+            executable = program.compile()
+        except jax.errors.JaxRuntimeError as e:
+            if "RESOURCE_EXHAUSTED" not in str(e):
+                raise
+            said = re.search(r"total memory required[^.]*\.\d+\w\)[^.]*\.\d+\w\)", str(e))
+            reason = said[0] if said else str(e).splitlines()[0][:200]
+            return Compiled(name, flops, traffic, None, failure=reason)
+        memory = executable.memory_analysis()
+        needed = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+        needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
+        temporaries = max(temporaries, needed)
+        network += collectives(executable.as_text())
+    return Compiled(name, flops, traffic, temporaries, network)
+
+
+def text(report: Report) -> str:
+    """The report as a person reads it."""
+    mesh, chip = report.mesh, report.target.chip
+    lines = [
+        f"{report.parameters:,} parameters on {report.target.name}, mesh {dict(mesh.shape)}",
+        f"{'bytes a device':>24}{'of the whole':>14}",
+    ]
+    for name, size in report.parts.items():
+        whole = f"1/{report.whole[name] / size:.2f}" if name in report.whole else ""
+        lines.append(f"{name:>10}{size:>14,}{whole:>14}")
+    for program in report.programs:
+        lines += ["", f"{program.name}: {program.flops / 1e12:,.2f} TFLOPs by formula"]
+        if program.failure:
+            lines.append(f"  out of memory: {program.failure}")
+            continue
+        lines.append(f"  temporaries {program.temporaries:,} bytes a device")
+        lines.append(f"  {'collective':20}{'operations':>11}{'runs':>8}{'MB sent':>10}  cause")
+        for why, kind, operations, runs, sent in report.causes(program):
+            lines.append(f"  {kind:20}{operations:>11}{runs:>8}{sent / 1e6:>10,.1f}  {why}")
+        if chip:
+            limits = report.seconds(program)
+            parts = ", ".join(f"{name} {1e3 * s:,.2f} ms" for name, s in limits.items())
+            lines.append(f"  at least, by published peaks: {parts} (an estimate, not measured)")
+    if report.peak is not None:
+        fits = "" if chip is None else ", does not fit" if report.misfit else ", fits"
+        lines += ["", f"peak {report.peak / 1e9:.2f} GB a device{fits}"]
+    return "\n".join(lines)

@@ -1,0 +1,276 @@
+"""What `bench` measures: one row is one program with its FLOPs, times, memory and compile times."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppflow_jax.flow.cost import sampling_flops, training_flops
+from ppflow_jax.flow.loss import Objective
+from ppflow_jax.flow.path import Flow
+from ppflow_jax.flow.plan import SamplerConfig, evaluations
+from ppflow_jax.flow.sampler import Sampler
+from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.network import Apply, abstract_params, make_apply
+from ppflow_jax.train.optimizer import OptimConfig, make_optimizer
+from ppflow_jax.train.state import init_state
+from ppflow_jax.train.step import compiled, make_train_step
+
+
+class Ceiling:
+    """What the device reaches in plain square matrix products of one dtype, one after another."""
+
+    def __init__(self, dtype: jnp.dtype):
+        self.side, self.count = (2048, 2) if jax.default_backend() == "cpu" else (8192, 16)
+        self.seconds: list[float] = []
+        a = jax.random.normal(jax.random.key(0), (self.side, self.side)).astype(dtype)
+        a = a / self.side**0.5
+
+        @jax.jit
+        def products(a):
+            return jax.lax.fori_loop(0, self.count, lambda _, b: (a @ b).astype(dtype), a)
+
+        self.call = lambda: products(a).block_until_ready()
+        self.call()
+
+    def time(self) -> None:
+        self.seconds.append(_seconds(self.call))
+
+    @property
+    def rate(self) -> float:
+        """FLOP/s, the median over the rounds."""
+        return 2 * self.side**3 * self.count / statistics.median(self.seconds)
+
+
+@dataclass
+class Row:
+    """One program.
+
+    Attributes:
+      flops, xla_flops: of one call, by formula and as XLA counts.
+      images: of one call.
+      nfe: evaluations of the network for an image, a guided one counted once; training: 1.
+      memory: bytes of arguments, results and temporaries, as the compiler counts.
+      compile_cold, compile_cached: seconds of tracing and compiling, without anything cached, and
+        with a persistent cache that has the program.
+      seconds: of every timed call.
+    """
+
+    name: str
+    size: str
+    detail: str
+    call: Callable[[], Any]
+    flops: int
+    xla_flops: float
+    images: int
+    nfe: int
+    memory: int
+    compile_cold: float
+    compile_cached: float
+    seconds: list[float] = field(default_factory=list)
+
+    def time(self) -> None:
+        self.seconds.append(_seconds(self.call))
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def xla_forward_flops(model: ModelConfig, apply: Apply, stage: int, *, gradient: bool) -> float:
+    """FLOPs that XLA counts in a forward pass of one image, or in its gradient.
+
+    XLA counts the body of a loop once, so the blocks are counted as one less none, times depth.
+    """
+
+    def count(blocks: int) -> float:
+        def trunk(stacked, h, c):
+            return stacked_block(stacked)(h, c) if blocks else h, None
+
+        def run(params, x, t, y):
+            return jnp.sum(apply(params, x, t, y, stage, trunk=trunk)[0])
+
+        x = jax.ShapeDtypeStruct((1, *model.shape), jnp.float32)
+        t, y = (jax.ShapeDtypeStruct((1,), d) for d in (jnp.float32, jnp.int32))
+        work = jax.grad(run) if gradient else run
+        lowered = jax.jit(work).lower(abstract_params(model), x, t, y)
+        return lowered.cost_analysis()["flops"]
+
+    ends = count(0)
+    return ends + model.depth * (count(1) - ends)
+
+
+def stacked_block(stacked: Any) -> Any:
+    """The first of a stack of blocks."""
+    return jax.tree.map(lambda leaf: leaf[0], stacked)
+
+
+def _compiled(lower: Callable[[], list[Any]]) -> tuple[int, float, float]:
+    """Memory and both compile times of programs that run one after another.
+
+    The persistent cache must be on, and not have them.
+    """
+    times, programs = [], []
+    for _ in range(2):
+        jax.clear_caches()
+        start = time.perf_counter()
+        programs = [lowered.compile() for lowered in lower()]
+        times.append(time.perf_counter() - start)
+    sizes = [p.memory_analysis() for p in programs]
+    memory = max(
+        m.argument_size_in_bytes
+        + m.output_size_in_bytes
+        - m.alias_size_in_bytes
+        + m.temp_size_in_bytes
+        for m in sizes
+    )
+    return memory, *times
+
+
+@functools.cache
+def _leaf(name: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return 0.02 * jax.random.normal(jax.random.key(0), shape, dtype)
+
+
+@functools.cache
+def _params(model: ModelConfig) -> Any:
+    """Random parameters. Models of one size share what has the same shape: one trunk for all."""
+    return jax.tree.map_with_path(
+        lambda path, leaf: _leaf(jax.tree_util.keystr(path), leaf.shape, leaf.dtype),
+        abstract_params(model),
+    )
+
+
+def sampling_row(
+    name: str,
+    size: str,
+    model: ModelConfig,
+    config: SamplerConfig,
+    batch: int,
+    settings: dict[str, Any],
+) -> Row:
+    """Sampling of `batch` images; `settings` are those of `make_apply`."""
+    apply = make_apply(model, **settings)
+    sampler = Sampler(apply, model, Flow(), config)
+    x = jax.ShapeDtypeStruct((batch, *model.shape), jnp.float32)
+    y = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    memory = _compiled(lambda: sampler.lower(abstract_params(model), x, y, None))
+    counts = [
+        xla_forward_flops(model, apply, stage, gradient=False)
+        for stage in range(len(model.pyramid))
+    ]
+    xla = sum(
+        s.steps * (1 + guided) * counts[stage]
+        for s in sampler.segments
+        for stage, guided in zip(s.stages, s.guided)
+    )
+
+    def call():
+        noise = jax.random.normal(jax.random.key(1), x.shape)
+        sampler(_params(model), noise, jnp.zeros(batch, jnp.int32)).block_until_ready()
+
+    scales = ",".join(f"{s:g}" for s in config.scales(model.pyramid))
+    flops = batch * sampling_flops(model, sampler.segments)
+    return Row(
+        name, size, scales, call, flops, batch * xla, batch, evaluations(sampler.segments), *memory
+    )
+
+
+def training_row(
+    name: str, size: str, model: ModelConfig, batch: int, settings: dict[str, Any]
+) -> Row:
+    """A training step: draws, loss, gradients, AdamW and EMA."""
+    unrolled = jax.default_backend() == "cpu" and settings["remat"] == "none"  # as in training
+    apply, tx = make_apply(model, **settings, unrolled=unrolled), make_optimizer(OptimConfig(), 1)
+    objective = Objective(model.pyramid, Flow(), model.null_label)
+    objective.check_batch(batch, 1)
+    step = compiled(make_train_step(objective, apply, tx, ema=0.9999), unrolled=unrolled)
+    init = functools.partial(init_state, model, tx)
+    key = jax.random.key(0)
+    x = jax.ShapeDtypeStruct((batch, *model.shape), jnp.float32)
+    y = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    inputs = {"x": x, "label": y}
+    memory = _compiled(lambda: [step.lower(jax.eval_shape(init, key), inputs, key)])
+    counts = [
+        xla_forward_flops(model, apply, stage, gradient=True) for stage in range(len(model.pyramid))
+    ]
+    xla = sum(counts[stage] for stage in objective.pattern) / len(objective.pattern)
+    state: Any = None
+    data = {"x": jnp.zeros(x.shape), "label": jnp.zeros(batch, jnp.int32)}
+
+    def call():
+        nonlocal state
+        state = jax.jit(init)(key) if state is None else state
+        state, metrics = step(state, data, key)
+        jax.block_until_ready((state, metrics))
+
+    flops = training_flops(model, objective.pattern, batch)
+    return Row(name, size, "", call, flops, batch * xla, batch, 1, *memory)
+
+
+def row_figures(row: Row, base: Row, ceiling: float) -> dict[str, Any]:
+    """Everything about a timed row; `base` is SiT's, `ceiling` in FLOP/s."""
+    seconds = np.array(row.seconds)
+    median = float(np.median(seconds))
+    low, high = (float(q) for q in np.quantile(seconds, (0.25, 0.75)))
+    # Within each round, so that a slow spell hits both.
+    speedup = statistics.median(b / a for a, b in zip(row.seconds, base.seconds))
+    stats = jax.devices()[0].memory_stats() or {}
+    return {
+        "model": row.name,
+        "size": row.size,
+        "guidance": row.detail,
+        "nfe": row.nfe,
+        "images": row.images,
+        "seconds": median,
+        "quartiles": [low, high],
+        "images_per_second": row.images / median,
+        "seconds_per_image": median / row.images,
+        "flops": row.flops,
+        "xla_flops": row.xla_flops,
+        "flop_share": row.flops / base.flops,
+        "speedup_implied": base.flops / row.flops,
+        "speedup": speedup,
+        "matmul_ceiling": ceiling,
+        "mfu": row.flops / median / ceiling,
+        "memory_bytes": row.memory,
+        "device_peak_bytes": stats.get("peak_bytes_in_use"),  # so far, of all rows; no CPU has it
+        "compile_seconds": row.compile_cold,
+        "cached_compile_seconds": row.compile_cached,
+    }
+
+
+def table(figures: list[dict[str, Any]]) -> str:
+    """The figures as a person reads them.
+
+    `of SiT` is the share of FLOPs, `implied` the speed-up that it implies, `reached` how much of
+    that was measured, `MFU` the rate over that of plain matrix products.
+    """
+    head = (
+        f"{'model':9}{'guidance':>12}{'NFE':>5}{'s/image':>10}{'quartiles':>18}{'images/s':>10}"
+        f"{'GFLOPs':>9}{'XLA':>9}{'MFU':>6}{'of SiT':>8}{'implied':>9}{'measured':>10}"
+        f"{'reached':>9}{'MB':>8}{'compile s':>11}{'cached':>8}"
+    )
+    lines = [head]
+    for f in figures:
+        n = f["images"]
+        low, high = (q / n for q in f["quartiles"])
+        lines.append(
+            f"{f['model']:9}{f['guidance']:>12}{f['nfe']:5}{f['seconds_per_image']:10.4f}"
+            f"{f'{low:.4f}-{high:.4f}':>18}{f['images_per_second']:10.2f}"
+            f"{f['flops'] / n / 1e9:9.1f}{f['xla_flops'] / n / 1e9:9.1f}{f['mfu']:6.0%}"
+            f"{f['flop_share']:8.1%}{f['speedup_implied']:8.2f}x{f['speedup']:9.2f}x"
+            f"{f['speedup'] / f['speedup_implied']:9.0%}{f['memory_bytes'] / 1e6:8.0f}"
+            f"{f['compile_seconds']:11.1f}{f['cached_compile_seconds']:8.1f}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,32 @@
+"""Where arrays live on a device mesh while a network runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Array
+
+# Attention: (q, k, v) [b, n, h, e] -> [b, n, h, e]
+Attend = Callable[[Array, Array, Array], Array]
+
+
+def _as_it_is(tree: Any, prefix: str = "") -> Any:
+    return tree
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where arrays live on a device mesh while the network runs (see `sharding.layout`).
+
+    Attributes:
+      batch: keeps activations split over their first axis.
+      weights: (tree, prefix of its paths) -> the weights as they are needed for computing. Blocks
+        pass through it one at a time, so that no device ever holds all of them.
+      heads: runs attention on each device's part of batch and heads.
+    """
+
+    batch: Callable[[Array], Array] = _as_it_is
+    weights: Callable[[Any, str], Any] = _as_it_is
+    heads: Callable[[Attend], Attend] = _as_it_is

@@ -1,0 +1,225 @@
+"""A folder of samples in the making: it can be left at any moment and gone on with.
+
+    DIR/card.json                          what makes the images; at the end also how it went
+    DIR/shards/000000.npy                  pictures 0 to SHARD - 1, uint8 NHWC, and so on
+    DIR/shards/000000.latents.npy          if asked, their latents
+    DIR/samples.npz, grid.png, ...         at the end, then the shards go
+
+Image k lies in shard k // SHARD, and process p of n makes every n-th shard from p on. They meet
+in this folder, which all of them see, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from io import BufferedIOBase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from ppflow_jax.console import progress
+from ppflow_jax.data.save import save_grid, save_png
+from ppflow_jax.errors import InputError, RunError
+from ppflow_jax.files.disk import atomic, writable_directory
+
+SHARD = 256
+GRID = 100  # pictures in grid.png
+
+
+class SampleFolder:
+    """The folder of `count` images.
+
+    Attributes:
+      settings: everything the images depend on, as JSON values.
+      complete: all is done; there is nothing to do.
+
+    Raises:
+      InputError: images of other settings are there.
+    """
+
+    def __init__(self, path: str | Path, settings: dict[str, Any]):
+        self.path = Path(path).absolute()
+        self.shards = self.path / "shards"
+        self.settings = json.loads(json.dumps(settings))  # tuples become lists, as on disk
+        self.count, self.with_latents = settings["num"], settings["save_latents"]
+        self.complete = self._check()
+
+    def _check(self) -> bool:
+        path = self.path / "card.json"
+        try:
+            card = json.loads(path.read_text())
+            found, complete = card["settings"], card["complete"]
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except (ValueError, KeyError, TypeError) as e:
+            raise InputError(f"{path} cannot be read ({e!r}): choose another --out") from e
+        changed = [
+            f"{k}: {found.get(k)} -> {self.settings.get(k)}"
+            for k in dict.fromkeys([*found, *self.settings])
+            if found.get(k) != self.settings.get(k)
+        ]
+        if changed:
+            raise InputError(
+                f"{self.path} holds {'' if complete else 'part of '}{found.get('num')} images of "
+                f"other settings ({', '.join(changed)}): choose another --out, remove that folder, "
+                "or go on with its settings"
+            )
+        return complete
+
+    def start(self, first: bool) -> None:
+        """Make the folder; the `first` process writes the card, the others wait for it.
+
+        Raises:
+          InputError: it cannot be written; images of other settings are there.
+        """
+        writable_directory(self.shards)
+        card = self.path / "card.json"
+        if first and not card.exists():
+            self._write_card(complete=False)
+        wait_for(card.exists)
+        self._check()
+
+    def claim(self, process: int, processes: int) -> list[int]:
+        """Shards that this process has to make; a damaged one of them is removed."""
+        shards = [s for s in range(process, self.shard_count, processes) if not self._whole(s)]
+        for shard in shards:
+            self._file(shard).unlink(missing_ok=True)
+        return shards
+
+    def whole(self) -> bool:
+        """All shards are there, those of all processes."""
+        return all(self._whole(s) for s in range(self.shard_count))
+
+    @property
+    def shard_count(self) -> int:
+        return -(-self.count // SHARD)
+
+    def images_of(self, shard: int) -> range:
+        """Numbers of its images."""
+        return range(shard * SHARD, min((shard + 1) * SHARD, self.count))
+
+    def images_done(self) -> int:
+        """Images in the shards that are there, those of all processes."""
+        shards = range(self.shard_count)
+        return sum(len(self.images_of(s)) for s in shards if self._file(s).exists())
+
+    def write(
+        self,
+        shard: int,
+        pictures: UInt8[np.ndarray, "b y x k"],
+        latents: Float[np.ndarray, "b h w c"],
+    ) -> None:
+        """Write a shard; it is there when its pictures are.
+
+        Raises:
+          RunError: the disk is full.
+        """
+        with self._room():
+            if self.with_latents:
+                _save(self._file(shard, ".latents"), latents)
+            _save(self._file(shard), pictures)
+
+    def finish(self, labels: Int[np.ndarray, " n"], pngs: bool, results: dict[str, Any]) -> None:
+        """From all shards to the files that stay; one shard at a time is in memory.
+
+        `samples.npz` is that of ADM: `arr_0` the pictures, `arr_1` their labels as int64.
+        `results` is what the card says besides the settings.
+
+        Raises:
+          RunError: the disk is full.
+        """
+        with self._room():
+            with atomic(self.path / "samples.npz") as temporary:
+                with zipfile.ZipFile(temporary, "w") as archive:
+                    for name, arrays in (
+                        ("arr_0", self._arrays()),
+                        ("arr_1", iter([labels.astype(np.int64)])),
+                    ):
+                        entry = zipfile.ZipInfo(f"{name}.npy")  # of no date: equal files
+                        with archive.open(entry, "w", force_zip64=True) as file:
+                            _join(file, arrays, self.count)
+            if self.with_latents:
+                with atomic(self.path / "latents.npy") as temporary, temporary.open("wb") as file:
+                    _join(file, self._arrays(".latents"), self.count)
+                _save(self.path / "labels.npy", labels)
+            if pngs:
+                self._write_pngs(labels)
+            shown = np.load(self._file(0))[:GRID]
+            save_grid(self.path / "grid.png", shown, columns=min(10, len(shown)))
+            self._write_card(complete=True, **results)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove the shards of a complete folder."""
+        shutil.rmtree(self.shards, ignore_errors=True)
+
+    def wait_until_complete(self) -> None:
+        """Until another process has finished the folder."""
+        wait_for(lambda: self._check())
+
+    def _write_card(self, complete: bool, **results: Any) -> None:
+        values = {"complete": complete, "settings": self.settings, **results}
+        with atomic(self.path / "card.json") as temporary:
+            temporary.write_text(json.dumps(values, indent=1) + "\n")
+
+    def _write_pngs(self, labels: np.ndarray) -> None:
+        folder = self.path / "images"
+        folder.mkdir(exist_ok=True)
+        with progress(self.count, 0, "png", "images") as bar:
+            for k, picture in enumerate(p for pictures in self._arrays() for p in pictures):
+                save_png(folder / f"{k:06d}_class{labels[k]}.png", picture)
+                bar.update()
+
+    def _file(self, shard: int, kind: str = "") -> Path:
+        return self.shards / f"{shard:06d}{kind}.npy"
+
+    def _arrays(self, kind: str = "") -> Iterator[np.ndarray]:
+        for shard in range(self.shard_count):
+            yield np.load(self._file(shard, kind))
+
+    def _whole(self, shard: int) -> bool:
+        kinds = ["", ".latents"] if self.with_latents else [""]
+        try:
+            # Mapping compares the size of the file with its header, and reads nothing else.
+            found = [np.load(self._file(shard, kind), mmap_mode="r") for kind in kinds]
+        except (OSError, ValueError, EOFError):
+            return False
+        return all(len(array) == len(self.images_of(shard)) for array in found)
+
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            raise RunError(
+                f"cannot write in {self.path} ({e.strerror or e}); {self.images_done()} of "
+                f"{self.count} images are kept: make room, and give the same command to go on"
+            ) from e
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 0.5) -> None:
+    """Look again and again until `what()`; a peer that died is jax's to notice."""
+    while not what():
+        time.sleep(seconds)
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    # Not np.save, which does not see that the last bytes did not fit on the disk.
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        _join(file, iter([array]), len(array))
+
+
+def _join(file: BufferedIOBase, arrays: Iterator[np.ndarray], count: int) -> None:
+    """One .npy of `count` rows from arrays along the first axis, written one after the other."""
+    first = next(arrays)
+    header = np.lib.format.header_data_from_array_1_0(first)
+    np.lib.format.write_array_header_1_0(file, header | {"shape": (count, *first.shape[1:])})
+    for array in (first, *arrays):
+        file.write(np.ascontiguousarray(array).data)

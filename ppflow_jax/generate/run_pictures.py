@@ -1,0 +1,79 @@
+"""The pictures that a run is judged by: the same in training and by `evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import UInt8
+
+from ppflow_jax.autoencoders.decode import Decoder
+from ppflow_jax.devices.layout import Layout
+from ppflow_jax.devices.sharding import layout
+from ppflow_jax.flow.plan import ADAPTIVE, SamplerConfig, evaluations
+from ppflow_jax.flow.sampler import Sampler
+from ppflow_jax.generate.images import MICROBATCH, Generator, choose_labels
+from ppflow_jax.models.network import Params, make_apply
+
+
+class RunPictures:
+    """Image k of `count` has the noise of (seed, k); the trained classes come in turn.
+
+    In float32 at highest precision, however the model is trained. Between meshes of other sizes
+    the last bits of the samples differ, and so a few pictures by one grey level.
+    """
+
+    def __init__(
+        self, decoder: Decoder, config: SamplerConfig, *, count: int, seed: int, mesh: Mesh
+    ):
+        """
+        Args:
+          decoder: makes the pictures; its card is that of the model.
+          mesh: of the parameters that will be given.
+        """
+        card = decoder.card
+        self.count, self.seed, self.microbatch = count, seed, min(MICROBATCH, count)
+        cut = mesh.size > mesh.shape["data"]
+        apply = make_apply(card.model, layout=layout(mesh) if cut else Layout())
+        self.sampler = Sampler(apply, card.model, card.flow, config)
+        self.labels = choose_labels("balanced", count, card.model.num_classes, seed, card.classes)
+        self._generator = Generator(
+            self.sampler, decoder, seed=seed, microbatch=self.microbatch, mesh=mesh
+        )
+
+    def __call__(
+        self, params: Params, done: Callable[[int], Any] = lambda images: None
+    ) -> UInt8[np.ndarray, "n h w c"]:
+        """The pictures of `params`; `done` is told how many more there are after every group.
+
+        All processes of the mesh call this at once, and get the same.
+
+        Raises:
+          RunError: an image is not finite.
+        """
+        parts = []
+        for images in self._generator(params, np.arange(self.count), self.labels):
+            parts.append(images.pictures)
+            done(len(images.ids))
+        return np.concatenate(parts)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything but weights and decoder that the pictures depend on, for JSON."""
+        return {
+            **asdict(self.sampler.config),
+            "seed": self.seed,
+            "labels": "balanced",
+            "num": self.count,
+            "microbatch": self.microbatch,
+        }
+
+    @property
+    def nfe(self) -> int | str:
+        """Network evaluations of an image."""
+        if self.sampler.config.solver == ADAPTIVE:
+            return "adaptive"
+        return evaluations(self.sampler.segments)

@@ -1,0 +1,84 @@
+"""Architecture of a model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from ppflow_jax.errors import InputError
+from ppflow_jax.pyramid import Pyramid
+
+# DiT, arXiv 2212.09748, Table 1.
+SIZES = {
+    "S": dict(width=384, depth=12, heads=6),
+    "B": dict(width=768, depth=12, heads=12),
+    "L": dict(width=1024, depth=24, heads=16),
+    "XL": dict(width=1152, depth=28, heads=16),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Architecture, as stored inside every checkpoint.
+
+    Attributes:
+      pyramid: patch size over time.
+      latent_size: side of the square latent, in latent pixels.
+      channels: channels of the latent.
+      width, depth, heads: trunk.
+      num_classes: classes without the null class, whose label is `num_classes`.
+      mlp_ratio: hidden width of the MLP over `width`.
+      learn_sigma: the final projection also has the unused variance channels of DiT; the public
+        PyTorch weights have them.
+      level_embedding: several stages are told apart by a learned embedding (PPFlow, Sec. 3.2).
+
+    Raises:
+      InputError: a patch does not divide the latent, or heads do not divide the width.
+    """
+
+    pyramid: Pyramid
+    latent_size: int
+    channels: int
+    width: int
+    depth: int
+    heads: int
+    num_classes: int
+    mlp_ratio: float = 4.0
+    learn_sigma: bool = True
+    level_embedding: bool = True
+
+    def __post_init__(self):
+        sizes = (self.latent_size, self.channels, self.width, self.depth, self.heads)
+        if min(*sizes, self.num_classes) < 1:
+            raise InputError(f"model sizes must all be at least 1, got {self}")
+        for stage in range(len(self.pyramid)):
+            self.pyramid.grid(stage, self.latent_size)
+        if self.width % self.heads or self.width % 4:
+            raise InputError(
+                f"width {self.width} must be divisible by heads ({self.heads}) and by 4 "
+                "(sin-cos positions)"
+            )
+
+    @property
+    def has_levels(self) -> bool:
+        """Whether there is a table of level embeddings: never with one stage."""
+        return self.level_embedding and len(self.pyramid) > 1
+
+    @property
+    def null_label(self) -> int:
+        return self.num_classes
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Latent shape (h, w, c)."""
+        return (self.latent_size, self.latent_size, self.channels)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"pyramid": str(self.pyramid)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> ModelConfig:
+        known = {f.name for f in fields(cls)}
+        if unknown := set(values) - known:
+            raise InputError(f"model config has unknown keys {sorted(unknown)}: update ppflow_jax")
+        return cls(**(values | {"pyramid": Pyramid.parse(values["pyramid"])}))

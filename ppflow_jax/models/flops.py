@@ -1,0 +1,44 @@
+"""Floating-point operations of a network by formula (XLA counts the body of a scan once)."""
+
+from __future__ import annotations
+
+from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.layers import FREQUENCIES
+
+
+def block_flops(
+    model: ModelConfig, stage: int, attention: int | None = None, mlp: int | None = None
+) -> int:
+    """FLOPs of the matrix products of one block for one image, 2 per multiply-add.
+
+    8 N D^2 (attention projections) + 4 N^2 D (attention) + 4 r M D^2 (MLP of ratio r) + 12 D^2
+    (adaLN), for N tokens that enter attention and M that enter the MLP; all, where not given.
+    """
+    rows, cols = model.pyramid.grid(stage, model.latent_size)
+    d = model.width
+    n = rows * cols if attention is None else attention
+    m = rows * cols if mlp is None else mlp
+    return 8 * n * d * d + 4 * n * n * d + 4 * m * d * int(model.mlp_ratio * d) + 12 * d * d
+
+
+def ends_flops(model: ModelConfig) -> int:
+    """FLOPs of what is not in the blocks: patch, final and time projections, of one image."""
+    d, pixels = model.width, model.latent_size**2 * model.channels
+    ends = 2 * d * pixels * (3 if model.learn_sigma else 2) + 4 * d * d
+    return ends + 2 * d * (2 * FREQUENCIES + d)
+
+
+def forward_flops(model: ModelConfig, stage: int) -> int:
+    """FLOPs of one plain evaluation of one image."""
+    return model.depth * block_flops(model, stage) + ends_flops(model)
+
+
+def block_traffic(model: ModelConfig, stage: int) -> int:
+    """Elements that the matrix products and the softmax of all blocks read and write, one image.
+
+    Per block: (12 + 2 r) N D + 4 h N^2 with h heads; an estimate of what crosses HBM if each
+    product is one kernel. Weights are not counted.
+    """
+    rows, cols = model.pyramid.grid(stage, model.latent_size)
+    n, d = rows * cols, model.width
+    return model.depth * (int((12 + 2 * model.mlp_ratio) * n * d) + 4 * model.heads * n * n)

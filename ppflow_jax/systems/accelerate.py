@@ -1,0 +1,164 @@
+"""One configuration for everything that makes sampling cheaper, and its text form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from ppflow_jax.errors import InputError
+from ppflow_jax.flow.path import Flow
+from ppflow_jax.flow.plan import ADAPTIVE, SamplerConfig, Segment, plan
+from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.systems.forecast import ForecastConfig, forecasted
+from ppflow_jax.systems.sdtm import MergeConfig, merged
+
+
+@dataclass(frozen=True)
+class AccelerateConfig:
+    """What is added to the pyramid; the default adds nothing.
+
+    A scale of 1 is never evaluated with the null class, with or without this.
+
+    Attributes:
+      guidance: guide only in these times, low < t <= high, instead of the sampler's interval.
+      forecast: forecasting of features.
+      merge: merging of tokens, in other stages than forecasts.
+    """
+
+    guidance: tuple[float, float] | None = None
+    forecast: ForecastConfig | None = None
+    merge: MergeConfig | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> AccelerateConfig:
+        """`"balanced"`, `"forecast=taylor,interval=1/4,order=2"` or a preset and changes to it.
+
+        Values for each stage are joined by `/`, ranges by `-`. `forecast=none` takes forecasting
+        out of a preset. `merge=sdtm` or any other field of `MergeConfig` adds merging.
+
+        Raises:
+          InputError: an unknown key or preset, or a value that cannot be read.
+        """
+        first, *rest = text.replace(" ", "").split(",")
+        preset, pairs = cls(), [first, *rest]
+        if "=" not in first:
+            if first not in PRESETS:
+                raise InputError(
+                    f"unknown preset {first!r}: one of {', '.join(PRESETS)}, or key=value pairs"
+                )
+            preset, pairs = PRESETS[first], rest
+        changes: dict[str, dict[str, Any]] = {part: {} for part in _PARTS}
+        guidance = preset.guidance
+        for pair in pairs:
+            key, _, value = pair.partition("=")
+            try:
+                if key == "guidance":
+                    guidance = _pair(float)(value)
+                else:
+                    part = next(p for p, c in _PARTS.items() if key in _readers(c))
+                    changes[part][key] = _readers(_PARTS[part])[key](value)
+            except StopIteration:
+                known = ["guidance", *(k for c in _PARTS.values() for k in _readers(c))]
+                raise InputError(f"cannot read {pair!r}: keys are {', '.join(known)}") from None
+            except ValueError as e:
+                raise InputError(
+                    f"cannot read {pair!r}: {e}; write e.g. interval=4, interval=1/4 (one for "
+                    "each stage), blocks=4-8, guidance=0.2-1, merge_stages=0/1"
+                ) from e
+        parts = {name: _changed(getattr(preset, name), name, changes[name]) for name in _PARTS}
+        return cls(guidance=guidance, **parts)
+
+
+# The field with the part's own name switches it on: forecast=taylor.
+_PARTS: dict[str, type] = {"forecast": ForecastConfig, "merge": MergeConfig}
+
+PRESETS = {
+    "exact": AccelerateConfig(),
+    "balanced": AccelerateConfig(forecast=ForecastConfig(order=2, interval=(3,))),
+    "fast": AccelerateConfig(forecast=ForecastConfig(order=2, interval=(5,))),
+}
+
+
+def _changed(config: Any, name: str, changes: dict[str, Any]) -> Any:
+    """A part with some fields replaced, made if it is not there."""
+    if changes.get(name) == "none":
+        if len(changes) > 1:
+            raise InputError(f"{name}=none with {', '.join(k for k in changes if k != name)}")
+        return None
+    if not changes:
+        return config
+    return replace(config or _PARTS[name](), **changes)
+
+
+def _readers(config: type) -> dict[str, Callable[[str], Any]]:
+    """How the text of every field is read, by its annotation."""
+    return {f.name: _READERS[str(f.type)] for f in fields(config)}
+
+
+def _pair(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    def pair(text: str) -> tuple:
+        low, dash, high = text.partition("-")
+        if not dash:
+            raise ValueError("a range is two numbers, LOW-HIGH")
+        return read(low), read(high)
+
+    return pair
+
+
+def _each(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda text: tuple(read(part) for part in text.split("/"))
+
+
+def _bool(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise ValueError("true or false is expected")
+    return text == "true"
+
+
+_READERS: dict[str, Callable[[str], Any]] = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "bool": _bool,
+    "tuple[int, ...]": _each(int),
+    "tuple[float, ...]": _each(float),
+    "tuple[tuple[int, int], ...]": _each(_pair(int)),
+}
+
+
+def accelerated(
+    config: SamplerConfig, model: ModelConfig, flow: Flow, accelerate: AccelerateConfig
+) -> tuple[Segment, ...]:
+    """The plan of `config` with everything of `accelerate` in it, for `Sampler(segments=...)`.
+
+    Raises:
+      InputError: a combination that is not possible, and why.
+    """
+    if accelerate.guidance is not None:
+        config = replace(config, cfg_interval=accelerate.guidance)
+    segments = list(plan(config, model.pyramid, flow))
+    forecast, merge = accelerate.forecast, accelerate.merge
+    parts = [name for name in _PARTS if getattr(accelerate, name) is not None]
+    if not parts:
+        return tuple(segments)
+    if config.solver == ADAPTIVE:
+        raise InputError(
+            f"{ADAPTIVE} chooses its own steps, so no schedule of full steps can be made for it: "
+            f"choose euler or heun with {parts[0]}"
+        )
+    if config.stochastic:
+        raise InputError(
+            f"{config.solver} adds noise at every step, which breaks the smoothness that values "
+            f"taken from earlier steps rest on: choose euler or heun with {parts[0]}"
+        )
+    if forecast is not None:
+        if forecast.forecast == "adams" and config.solver != "euler":
+            raise InputError(
+                f"forecast=adams is a multistep rule in place of the solver's own, not on top of "
+                f"{config.solver}: choose euler"
+            )
+        segments = forecasted(segments, model, forecast)
+    if merge is not None:
+        segments = merged(segments, model, merge)
+    return tuple(segments)

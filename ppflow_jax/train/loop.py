@@ -1,0 +1,295 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from clu import parameter_overview
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ppflow_jax.autoencoders.encode import Encoder
+from ppflow_jax.checkpoints.card import read_card
+from ppflow_jax.checkpoints.run import Checkpoints, latest_card
+from ppflow_jax.checkpoints.weights import load_weights
+from ppflow_jax.checks import stream_seed
+from ppflow_jax.console import progress, say
+from ppflow_jax.data.classes import describe
+from ppflow_jax.data.pipeline import Source, batches, suspect
+from ppflow_jax.data.save import save_grid, to_uint8
+from ppflow_jax.devices.sharding import (
+    batch_sharding,
+    data_shards,
+    fetch,
+    local_rows,
+    make_mesh,
+    replicated,
+    spread,
+    to_global,
+)
+from ppflow_jax.devices.stop import StopRequest
+from ppflow_jax.errors import InputError, RunError, Stopped
+from ppflow_jax.files.disk import locked, writable_directory
+from ppflow_jax.files.store import FOLDER, find_checkpoint
+from ppflow_jax.flow.sampler import Sampler, image_noise
+from ppflow_jax.train.ema import reminder
+from ppflow_jax.train.experiment import Experiment
+from ppflow_jax.train.inputs import Batch, make_inputs, open_inputs
+from ppflow_jax.train.metrics_log import MetricWriter, read_metrics, save_loss_plot
+from ppflow_jax.train.optimizer import learning_rate
+from ppflow_jax.train.program import Program, make_program
+from ppflow_jax.train.resume import going_on, record
+from ppflow_jax.train.state import TrainState, state_from
+from ppflow_jax.train.step import Metrics
+from ppflow_jax.train.validate import make_judge
+
+
+def train(config: ConfigDict, workdir: str) -> None:
+    """Train `config` in `workdir`, going on from its latest checkpoint.
+
+    What the run starts from, first match: the latest checkpoint of the workdir;
+    `config.init_from` (weights only); fresh parameters. A run that is beyond `config.train.steps`
+    is left as it is.
+
+    Raises:
+      InputError: bad configuration, data or checkpoint; other settings than those of the run in
+        `workdir` (see resume.py); another run is in `workdir`.
+      RunError: the loss is not finite, or a checkpoint cannot be written.
+      Stopped: SIGTERM or Ctrl-C came; the step is finished and saved.
+    """
+    experiment = Experiment.from_config(config)
+    mesh = make_mesh(**config.mesh)
+    program = make_program(experiment, mesh)
+    source, encoder, card = open_inputs(config.data, experiment.card)
+    experiment = replace(experiment, card=card)
+    if jax.process_index() == 0:
+        for line in describe(source, experiment.card.model.num_classes):
+            print(line, flush=True)
+
+    root = writable_directory(workdir)
+    lock = locked(root) if jax.process_index() == 0 else contextlib.nullcontext()
+    with lock, StopRequest() as stop:
+        if (latest := latest_card(root)) is not None:
+            step, stored = latest
+            if step > config.train.steps:
+                _say(f"the run is at step {step}, train.steps={config.train.steps}: nothing to do")
+                return
+            experiment = going_on(experiment, step, stored, root / FOLDER / str(step))
+            program = make_program(experiment, mesh)
+        _run(experiment, program, mesh, source, encoder, root, stop)
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
+def _run(
+    experiment: Experiment,
+    program: Program,
+    mesh: Mesh,
+    source: Source,
+    encoder: Encoder | None,
+    root: Path,
+    stop: StopRequest,
+) -> None:
+    config, card = experiment.config, experiment.card
+    batch_size, steps = config.data.batch_size, config.train.steps
+    checkpoints = Checkpoints(root, card, keep=config.train.keep)
+    state = _first_state(experiment, program, checkpoints, mesh)
+    first = int(state["step"])
+    _announce(experiment, state, mesh, first, root)
+
+    key = jax.jit(jax.random.key, out_shardings=replicated(mesh))(stream_seed(config.seed, 1))
+    stream = _inputs(experiment, source, encoder, mesh, first)
+    draw_samples = _sample_grid(experiment, program, mesh, root)
+    judge = make_judge(config, card, source, mesh, root)
+    finite = functools.partial(_finite, experiment, source, checkpoints)
+    schedule = learning_rate(experiment.optim, steps)
+    clock, logged = time.monotonic(), first
+    pending: tuple[int, Metrics] | None = None
+    step, stopped = first, first < steps and stop.reached(first)
+    with (
+        contextlib.closing(checkpoints),
+        contextlib.closing(MetricWriter(root, first)) as writer,
+        contextlib.closing(progress(steps * batch_size, first * batch_size, "img", "train")) as bar,
+    ):
+        while step < steps and not stopped:
+            step += 1
+            state, metrics = program.step(state, next(stream), key)
+            stopped = stop.reached(step) and step < steps
+            # Read the step before while this one runs; wait only where it must be known.
+            log, save = step % config.train.log_every == 0, step % config.train.save_every == 0
+            sample = config.sample.every and step % config.sample.every == 0
+            last = step == steps
+            judged = judge is not None and (last or step % config.eval.every == 0)
+            values = finite(*pending) if pending else {}
+            pending = (step, metrics)
+            if log or save or sample or judged or last or stopped:
+                values, pending = finite(*pending), None
+            bar.update(batch_size)
+            if log or last or stopped:
+                checkpoints.check()
+                now = time.monotonic()
+                values |= {
+                    "lr": float(schedule(step - 1)),
+                    "images_per_s": (step - logged) * batch_size / (now - clock),
+                }
+                writer.write(step, values)
+                bar.set_postfix(step=step, loss=f"{values['loss']:.4f}")
+                clock, logged = now, step
+            if save or last or stopped:
+                checkpoints.save(step, state)
+            if sample or last:
+                draw_samples(state["ema"], step)
+                clock, logged = time.monotonic(), step
+            if judged:
+                writer.write(step, judge(state["ema"], step))
+                clock, logged = time.monotonic(), step
+    _end(experiment, root, step, stopped)
+
+
+def _inputs(
+    experiment: Experiment, source: Source, encoder: Encoder | None, mesh: Mesh, first: int
+) -> Iterator[Batch]:
+    """What the model sees in every step from `first` on."""
+    config, place = experiment.config, batch_sharding(mesh)
+    batch_size = config.data.batch_size
+    stream = batches(
+        source,
+        batch_size=batch_size,
+        seed=config.seed,
+        first_step=first,
+        num_classes=experiment.card.model.num_classes,
+        flip=config.data.flip,
+        workers=config.data.workers,
+        skip_unreadable=config.data.unreadable == "skip",
+        report=say,
+        rows=local_rows(place, batch_size),
+    )
+    inputs = make_inputs(encoder, mesh, config.seed)
+    for step, batch in enumerate(stream, first):
+        yield inputs(to_global(batch, place, batch_size), step)
+
+
+def _end(experiment: Experiment, root: Path, step: int, stopped: bool) -> None:
+    """Plot the loss and say where the run has come to.
+
+    Raises:
+      Stopped: it is not done.
+    """
+    save_loss_plot(root / "loss.png", read_metrics(root / "metrics.jsonl"))
+    if stopped:
+        raise Stopped(
+            f"stopped at step {step} of {experiment.config.train.steps}, everything saved in "
+            f"{root}: the same command goes on from there"
+        )
+    _say(f"done: step {step}; checkpoints, samples/, loss.png, metrics.jsonl in {root}")
+    if line := reminder(experiment.card.experiment, step):
+        _say(line)
+
+
+def _first_state(
+    experiment: Experiment, program: Program, checkpoints: Checkpoints, mesh: Mesh
+) -> TrainState:
+    """State to go on from, made or restored straight into its shardings."""
+    config, shardings = experiment.config, program.shardings
+    if (latest := checkpoints.latest()) is not None:
+        target = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            program.abstract,
+            shardings,
+        )
+        return checkpoints.restore(latest, target)
+    if config.init_from:
+        path = find_checkpoint(config.init_from)
+        found = read_card(path)
+        if difference := found.differences(experiment.card):
+            raise InputError(
+                f"config.init_from={path} holds another model ({difference}): use a "
+                "configuration of the same model"
+            )
+        params = load_weights(path, found, mesh)
+        return jax.jit(lambda p: state_from(p, program.optimizer), out_shardings=shardings)(params)
+    return jax.jit(program.init, out_shardings=shardings)(jax.random.key(config.seed))
+
+
+def _announce(experiment: Experiment, state: Any, mesh: Mesh, first: int, root: Path) -> None:
+    if jax.process_index():
+        return
+    config = experiment.config
+    record(root, experiment.card, first)
+    if first:
+        origin = f"going on from step {first}"
+    else:
+        origin = f"weights from {config.init_from}" if config.init_from else "fresh parameters"
+    print(
+        f"{parameter_overview.count_parameters(state['params']):,} parameters; stages "
+        f"{experiment.card.model.pyramid}; batch {config.data.batch_size}; mesh "
+        f"{dict(mesh.shape)} of {jax.devices()[0].device_kind}; {origin}",
+        flush=True,
+    )
+
+
+def _finite(
+    experiment: Experiment, source: Source, checkpoints: Checkpoints, step: int, metrics: Metrics
+) -> dict[str, float]:
+    """Metrics of a step on the host.
+
+    Raises:
+      RunError: loss or gradient is not finite; nothing of that step has been saved.
+    """
+    values = {k: float(v) for k, v in metrics.items()}
+    bad = [k for k, v in values.items() if not np.isfinite(v)]
+    if bad:
+        checkpoints.wait()
+        latest = checkpoints.latest()
+        kept = (
+            "no checkpoint was saved"
+            if latest is None
+            else f"the checkpoint of step {latest} is good"
+        )
+        config = experiment.config
+        example = suspect(
+            source,
+            batch_size=config.data.batch_size,
+            seed=config.seed,
+            step=step - 1,
+            flip=config.data.flip,
+        )
+        remedy = (
+            f"{example}: mend or remove it"
+            if example
+            else "lower config.optim.lr, set config.optim.clip=1, or use config.model.dtype=float32"
+        )
+        raise RunError(f"{', '.join(bad)} not finite at step {step}; {kept}: {remedy}")
+    return values
+
+
+def _sample_grid(experiment: Experiment, program: Program, mesh: Mesh, root: Path):
+    """Function that writes a grid of EMA samples, always of the same noise and labels."""
+    model = experiment.card.model
+    sampler = Sampler(program.apply, model, experiment.card.flow, experiment.sampler)
+    count = experiment.config.sample.count
+    ids = np.arange(-(-count // data_shards(mesh)) * data_shards(mesh))
+    noise, keys = image_noise(experiment.config.seed, ids, model.shape)
+    labels = np.resize(experiment.card.classes.trained(model.num_classes), len(ids))
+    inputs = (np.asarray(noise), labels, keys)
+    folder = root / "samples"
+    folder.mkdir(exist_ok=True)
+
+    def write(ema, step: int) -> None:
+        images = fetch(sampler(ema, *spread(inputs, batch_sharding(mesh))))[:count]
+        if jax.process_index() == 0:
+            pictures = to_uint8(images, experiment.card.space)
+            save_grid(folder / f"step_{step:07d}.png", pictures, columns=min(10, count))
+
+    return write

@@ -1,0 +1,78 @@
+"""Metrics of a run: files, TensorBoard events, the loss plot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+
+from ppflow_jax.files.disk import atomic
+
+
+class MetricWriter:
+    """Scalars to `metrics.jsonl` and to TensorBoard event files.
+
+    On resume, lines of steps after `step` are dropped, so that the file is that of one run. Only
+    process 0 reads and writes.
+    """
+
+    def __init__(self, workdir: Path, step: int):
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._writes = jax.process_index() == 0
+        if not self._writes:
+            return
+        self.path = workdir / "metrics.jsonl"
+        kept = [r for r in read_metrics(self.path) if r["step"] <= step]
+        with atomic(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        self._file = self.path.open("a")
+        self._events = EventFileWriter(str(workdir / "tensorboard"))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        if not self._writes:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        summary = [Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
+        self._events.add_event(Event(step=step, summary=Summary(value=summary)))
+
+    def close(self) -> None:
+        if self._writes:
+            self._file.close()
+            self._events.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, int | float]]:
+    """Rows of a `metrics.jsonl`; a last line cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def save_loss_plot(path: Path, rows: list[dict[str, int | float]]) -> None:
+    """Loss over steps, total and by stage."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    names = sorted({k for r in rows for k in r if k.startswith("loss")})
+    for name in names:
+        points = [(r["step"], r[name]) for r in rows if name in r]
+        axes.plot(*zip(*points), label=name, linewidth=2 if name == "loss" else 1)
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    if names:
+        axes.legend()
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

@@ -1,0 +1,84 @@
+import pytest
+
+from ppflow_jax.errors import InputError
+from ppflow_jax.flow.cost import sampling_flops
+from ppflow_jax.flow.path import Flow
+from ppflow_jax.flow.plan import SamplerConfig
+from ppflow_jax.models.config import SIZES, ModelConfig
+from ppflow_jax.pyramid import PPFLOW2, SIT
+from ppflow_jax.systems.accelerate import PRESETS, AccelerateConfig, accelerated
+from ppflow_jax.systems.forecast import ForecastConfig
+from ppflow_jax.systems.sdtm import MergeConfig
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("exact", AccelerateConfig()),
+        ("forecast=newton", AccelerateConfig(forecast=ForecastConfig("newton"))),
+        (
+            "interval=1/4, order=1, guidance=0.25-1",
+            AccelerateConfig((0.25, 1.0), ForecastConfig(order=1, interval=(1, 4))),
+        ),
+        (
+            "place=blocks,blocks=14-28/0-14,order=0",
+            AccelerateConfig(
+                forecast=ForecastConfig(order=0, place="blocks", blocks=((14, 28), (0, 14)))
+            ),
+        ),
+        ("fast,forecast=none", AccelerateConfig()),
+        (
+            "merge=tome,frequency=-0.05,merge_stages=0/1,proportional=true",
+            AccelerateConfig(
+                merge=MergeConfig("tome", frequency=-0.05, proportional=True, merge_stages=(0, 1))
+            ),
+        ),
+        ("balanced,interval=7", AccelerateConfig(forecast=ForecastConfig(interval=(7,)))),
+    ],
+)
+def test_text_is_read(text, expected):
+    assert AccelerateConfig.parse(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("warp", "unknown preset 'warp': one of exact, balanced, fast"),
+        ("", "unknown preset"),
+        ("speed=3", "keys are guidance, forecast, order"),
+        ("interval=often", "cannot read 'interval=often'"),
+        ("blocks=3", "LOW-HIGH"),
+        ("order=9", "0 to 8"),
+        ("interval=0", "at least 1"),
+        ("forecast=chebyshev", "unknown forecast"),
+        ("schedule=random", "unknown schedule"),
+        ("place=blocks", "a range of blocks"),
+        ("blocks=1-2", "only then"),
+        ("forecast=adams", "place=velocity"),
+        ("centre=1", "centre"),
+        ("forecast=none,order=2", "with order"),
+        ("ratio=0.2,merge=none", "with ratio"),
+        ("proportional=yes", "true or false"),
+    ],
+)
+def test_bad_text_is_refused(text, words):
+    with pytest.raises(InputError, match=words):
+        AccelerateConfig.parse(text)
+
+
+def test_cost_of_the_presets():
+    def cost(pyramid, text, cfg):
+        model = ModelConfig(pyramid, 32, 4, **SIZES["XL"], num_classes=1000)
+        config = SamplerConfig("euler", 50, cfg=cfg)
+        segments = accelerated(config, model, Flow(), AccelerateConfig.parse(text))
+        return sampling_flops(model, segments)
+
+    sit = cost(SIT, "exact", (1.5,))
+    shares = [cost(PPFLOW2, text, (1.0, 1.5)) / sit for text in PRESETS]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] == pytest.approx(0.561, abs=0.005)
+    # 7 + 7 full steps of 25 + 25, the first half unguided: 15.7% before the gates
+    taylor = cost(PPFLOW2, "interval=4,order=0", (1.0, 1.5)) / sit
+    assert taylor == pytest.approx(0.157, abs=0.005)
+    guided_late = cost(PPFLOW2, "guidance=0.75-1", (1.5,)) / sit
+    assert guided_late == pytest.approx((0.243 / 2 + 1.5 / 2) / 2, abs=0.01)
