@@ -17,6 +17,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -328,7 +329,7 @@ class Network:
             if scale == 1:
                 apply(self.params, x, t, y, 0)
             else:
-                guided(apply, self.params, x, t, y, 0, scale, self.model.null_label, 3)
+                guided(partial(apply, self.params), x, t, y, 0, scale, self.model.null_label, 3)
             return extra
 
         for i in range(steps):

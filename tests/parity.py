@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import einops
@@ -33,6 +34,7 @@ from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig, plan
 from ppflow_jax.flow.sampler import Sampler
 from ppflow_jax.flow.solvers import DIFFUSIONS, ODE_SOLVERS
+from ppflow_jax.flow.tables import Facts, Networks, Tables
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.layers import modulate, timestep_features
 from ppflow_jax.models.network import PPFlow, make_apply, nnx
@@ -156,7 +158,7 @@ def guidance(case: Case, ref: dict) -> Iterator[Row]:
     x, y, null = nhwc(ref["x"])[:n], ref["y"][:n], case.config.null_label
     run = jax.jit(
         lambda params, x, t, scale, stage: guided(
-            case.apply, params, x, t, y, stage, scale, null, GUIDED_CHANNELS
+            partial(case.apply, params), x, t, y, stage, scale, null, GUIDED_CHANNELS
         ),
         static_argnums=4,
     )
@@ -376,9 +378,14 @@ def ode(case: Case, ref: dict) -> Iterator[Row]:
             stage = case.pyramid.stage_at((t0 + t1) / 2)
             scale = run.config.scales(case.pyramid)[stage]
             final, _ = run.compiled(
-                case.params, None, z, y, np.float32([t0, t1]), np.float32([[scale]]), None, 0, None,
-                kind="adaptive", stages=(stage,), guide=(scale != 1,), trajectory=False,
-            )  # fmt: skip
+                z,
+                Networks(case.params, None, y),
+                Tables(np.float32([t0, t1]), np.float32([[scale]])),
+                Facts("adaptive", (stage,), (scale != 1,), None, False),
+                None,
+                0,
+                None,
+            )
             for name in ("traj", "f64_final"):
                 theirs = ref[f"dopri5smooth_{mode}_{name}"]
                 theirs = nhwc(theirs[-1] if name == "traj" else theirs)[:n]

@@ -47,13 +47,8 @@ def log_likelihood(
             t0, t1, index = inputs
 
             def field(state, t, i):
-                shape = x.shape
-                count = index * slots + i
-                if jnp.issubdtype(probes.dtype, jax.dtypes.prng_key):
-                    e = jax.random.rademacher(jax.random.fold_in(probes, count), shape, jnp.float32)
-                else:
-                    e = probes[count]
-                ts = jnp.full(shape[:1], t)
+                e = _probe(probes, index * slots + i, x.shape)
+                ts = jnp.full(x.shape[:1], t)
 
                 def velocity(x):
                     return velocity_from(flow, apply(params, x, ts, labels, stages[i]), x, ts)
@@ -75,6 +70,12 @@ def log_likelihood(
     size = np.prod(x.shape[1:])
     prior = -0.5 * (size * np.log(2 * np.pi) + jnp.sum(jnp.square(z), axis=(1, 2, 3)))
     return prior - gained, z
+
+
+def _probe(probes, count, shape):
+    if jnp.issubdtype(probes.dtype, jax.dtypes.prng_key):
+        return jax.random.rademacher(jax.random.fold_in(probes, count), shape, jnp.float32)
+    return probes[count]
 
 
 def plan_backwards(

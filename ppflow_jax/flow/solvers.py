@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,11 +75,21 @@ def rk_step(
     return advance(tableau.weights, slopes)
 
 
+class Sde(NamedTuple):
+    """The reverse SDE: its flow, the form of the diffusion (one of `DIFFUSIONS`) and its factor."""
+
+    flow: Flow
+    diffusion: str
+    norm: float
+
+    def d(self, t: Float[Array, " b"]) -> Float[Array, " b"]:
+        """Diffusion at time t."""
+        return DIFFUSIONS[self.diffusion](self.flow.interpolant, t, self.norm)
+
+
 def sde_step(
     solver: str,
-    flow: Flow,
-    diffusion: str,
-    norm: float,
+    sde: Sde,
     field: Field,
     x: Float[Array, "b h w c"],
     t0: Float[Array, ""],
@@ -94,11 +104,11 @@ def sde_step(
     def drift(x, t, i):
         times = jnp.full(x.shape[:1], t)
         prediction = field(x, t, i)
-        d = DIFFUSIONS[diffusion](flow.interpolant, times, norm)
-        velocity = velocity_from(flow, prediction, x, times)
-        return velocity + expand(d) * score_from(flow, prediction, x, times)
+        d = sde.d(times)
+        velocity = velocity_from(sde.flow, prediction, x, times)
+        return velocity + expand(d) * score_from(sde.flow, prediction, x, times)
 
-    d0 = DIFFUSIONS[diffusion](flow.interpolant, jnp.full(x.shape[:1], t0), norm)
+    d0 = sde.d(jnp.full(x.shape[:1], t0))
     kick = expand(jnp.sqrt(2 * d0 * (t1 - t0))) * noise
     if solver == "sde-euler":
         return x + drift(x, t0, 0) * (t1 - t0) + kick
@@ -107,22 +117,20 @@ def sde_step(
 
 def sde_last_step(
     last_step: str,
-    flow: Flow,
-    diffusion: str,
-    norm: float,
+    sde: Sde,
     prediction: Float[Array, "b h w c"],
     x: Float[Array, "b h w c"],
     t: Float[Array, ""],
     size: float,
 ) -> Float[Array, "b h w c"]:
     """Noise-free way from t over the last `size` of time (SiT, Appendix C)."""
-    times = jnp.full(x.shape[:1], t)
+    times, flow = jnp.full(x.shape[:1], t), sde.flow
     velocity = velocity_from(flow, prediction, x, times)
     score = score_from(flow, prediction, x, times)
     if last_step == "euler":
         return x + velocity * size
     if last_step == "mean":
-        d = DIFFUSIONS[diffusion](flow.interpolant, times, norm)
+        d = sde.d(times)
         return x + (velocity + expand(d) * score) * size
     alpha, sigma = flow.interpolant.alpha(times), flow.interpolant.sigma(times)
     return x / expand(alpha) + expand(sigma**2 / alpha) * score
