@@ -26,7 +26,7 @@ from PIL import Image
 
 from configs import ppflow_s2
 from ppflow_jax.data.cache import WRITER_OPTIONS, Manifest, Shard, encode_record, sha256
-from ppflow_jax.data.pipeline import Source, batches
+from ppflow_jax.data.pipeline import Source, Stream
 from ppflow_jax.data.sources import open_source
 from ppflow_jax.models.network import make_apply
 from ppflow_jax.train.experiment import Experiment
@@ -78,16 +78,8 @@ def make_folder(folder: Path, count: int) -> None:
 
 def images_per_s(source: Source, workers: int, count: int, rounds: int) -> tuple[float, float]:
     """Per second and per second of this process's processor time: medians of `count` batches."""
-    stream = batches(
-        source,
-        batch_size=BATCH,
-        seed=0,
-        first_step=0,
-        num_classes=1000,
-        flip=True,
-        workers=workers,
-        skip_unreadable=True,
-    )
+    options = dict(num_classes=1000, flip=True, workers=workers, skip_unreadable=True)
+    stream = Stream(source, BATCH, seed=0, **options).batches()
     for _ in range(2 + 4 * max(workers, 1)):  # what was read ahead must not count
         next(stream)
     wall, processor = [], []

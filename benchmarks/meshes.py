@@ -24,7 +24,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ppflow_jax.data.pipeline import batches
+from ppflow_jax.data.pipeline import Stream
 from ppflow_jax.data.sources import digits
 from ppflow_jax.devices import processes
 from ppflow_jax.devices.sharding import (
@@ -116,7 +116,7 @@ def read_share(out: Path, sizes: tuple[int, int, int]) -> None:
 
 
 def stream(rows=None):
-    return batches(digits(), batch_size=BATCH, seed=0, first_step=0, num_classes=10, rows=rows)
+    return Stream(digits(), BATCH, seed=0, num_classes=10, rows=rows).batches()
 
 
 def shares_make_the_batch(out: Path) -> str:

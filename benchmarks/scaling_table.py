@@ -15,7 +15,8 @@ import json
 import time
 from pathlib import Path
 
-from ppflow_jax.cost.dry_run import Report, Target, dry_run, text
+from ppflow_jax.cost.dry_run import Report, dry_run, text
+from ppflow_jax.cost.targets import Target
 from ppflow_jax.files.disk import atomic
 
 DOCS = Path(__file__).parents[1] / "docs"

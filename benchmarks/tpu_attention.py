@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from ppflow_jax.cost.dry_run import Target
+from ppflow_jax.cost.targets import Target
 from ppflow_jax.models.attention import pallas_attention
 from ppflow_jax.models.config import SIZES, ModelConfig
 from ppflow_jax.models.network import abstract_params, make_apply

@@ -21,7 +21,8 @@ from ppflow_jax.data.sources import open_source
 from ppflow_jax.devices import processes
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.disk import locked, writable_directory
-from ppflow_jax.generate.latent_cache import Job, finish, prepare_shards
+from ppflow_jax.generate.encoding import Job
+from ppflow_jax.generate.latent_cache import finish, prepare_shards
 
 _OUT = flags.DEFINE_string("out", None, "Folder of the latent cache; made if needed.")
 _SOURCE = flags.DEFINE_enum("source", "folder", ["folder", "tfds"], "Kind of dataset.")

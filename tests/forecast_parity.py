@@ -27,7 +27,8 @@ from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import make_apply
 from ppflow_jax.pyramid import SIT
 from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
-from ppflow_jax.systems.forecast import ForecastConfig, combine
+from ppflow_jax.systems.forecast import ForecastConfig
+from ppflow_jax.systems.forecast_blocks import combine
 from ppflow_jax.systems.forecast_schedule import full_steps, weight_table
 from tests.parity import Row, max_abs, nhwc
 

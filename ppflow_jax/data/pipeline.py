@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import grain
@@ -43,105 +43,107 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """Reads what one process sees of the global batch of a step.
+class Stream:
+    """Shuffled batches of a source, reshuffled every epoch.
 
-    Position p of the stream is example p mod n of a shuffle that is new every epoch; the batch of
-    a step is `batch_size` positions, of which a process reads those of its `rows`.
+    Position p of the stream is example p mod n of a shuffle that is new every epoch; the batch of a
+    step is `batch_size` positions, of which row i is the same for any number of processes.
+
+    Attributes:
+      num_classes: labels must be below.
+      flip: mirror every example with probability 1/2, drawn anew at every visit.
+      workers: processes that read; 0 reads in threads of this one.
+      skip_unreadable: the next picture stands in for one that cannot be read.
+      rows: those of every global batch that this process reads (`sharding.local_rows`), in its
+        order; None reads all of them.
     """
 
     source: Source
-    order: grain.MapDataset
     batch_size: int
     seed: int
-    flip: bool
+    num_classes: int
+    flip: bool = False
+    workers: int = 0
+    skip_unreadable: bool = False
+    rows: Int[np.ndarray, " b"] | None = None
+
+    def batches(
+        self, first_step: int = 0, report: Callable[[str], None] = print
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Endless batches from `first_step` on: "label", and what else `source.read` gives.
+
+        Resuming starts at a step instead of restoring an iterator, so it is exact for any number
+        of processes and workers. The name of a picture that cannot be read goes to `report` once,
+        with the number so far.
+
+        Raises:
+          InputError: a picture cannot be read (without `skip_unreadable`); a label is not in
+            [0, num_classes); a latent is not finite, or its standard deviation negative.
+        """
+        read, source = _Batch.of(self), self.source
+        steps = grain.MapDataset.range(first_step, sys.maxsize)
+        skipped: set[int] = set()
+        for step, batch in enumerate(iter(parallel(steps.map(read), self.workers)), first_step):
+            unreadable = set(batch.pop("unreadable", np.int64([])).tolist())
+            for index in sorted(unreadable - skipped - {-1}):
+                skipped.add(index)
+                problem = explain(source, index)
+                if not self.skip_unreadable:
+                    raise InputError(
+                        f"cannot read {problem} of {source.name}: mend or remove it, or set "
+                        "config.data.unreadable=skip"
+                    )
+                report(
+                    f"cannot read {problem}; the next one stands in ({len(skipped)} of "
+                    f"{len(source)} so far)"
+                )
+            labels = batch["label"]
+            check_labels(source.name, int(labels.min()), int(labels.max()), self.num_classes)
+            if bad := bad_values(batch):
+                raise InputError(
+                    f"{read.named(step, bad[0], batch)}: {bad[1]}: mend or remove it, or make the "
+                    "latents again"
+                )
+            yield batch
+
+    def suspect(self, step: int) -> str | None:
+        """The example of the global batch of `step` with the largest values, if they are absurd.
+
+        For a loss that is not finite.
+        """
+        read = _Batch.of(replace(self, rows=None))
+        batch = read(step)
+        found = large_values(batch)
+        return f"{read.named(step, found[0], batch)}: {found[1]}" if found else None
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Reads what one process sees of the global batch of a step; pickled into worker processes."""
+
+    stream: Stream
+    order: grain.MapDataset
     rows: Int[np.ndarray, " b"]
 
     @classmethod
-    def of(
-        cls, source: Source, batch_size: int, seed: int, flip: bool, rows: np.ndarray | None
-    ) -> _Batch:
-        order = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat()
-        rows = np.arange(batch_size) if rows is None else rows
-        return cls(source, order, batch_size, seed, flip, rows)
+    def of(cls, stream: Stream) -> _Batch:
+        order = grain.MapDataset.range(len(stream.source)).shuffle(seed=stream.seed).repeat()
+        every = np.arange(stream.batch_size)
+        return cls(stream, order, every if stream.rows is None else stream.rows)
 
     def indices(self, step: int) -> Int[np.ndarray, " b"]:
-        positions = (step * self.batch_size + self.rows).tolist()
+        positions = (step * self.stream.batch_size + self.rows).tolist()
         return np.fromiter((self.order[p] for p in positions), np.int64, len(positions))
 
     def named(self, step: int, row: int, batch: Mapping[str, np.ndarray]) -> str:
         """One of the examples of `batch`, for messages."""
-        return (
-            f"example {self.indices(step)[row]} (label {batch['label'][row]}) of {self.source.name}"
-        )
+        index, label = self.indices(step)[row], batch["label"][row]
+        return f"example {index} (label {label}) of {self.stream.source.name}"
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
-        flips = np.random.default_rng((self.seed, step)).random(self.batch_size)[self.rows] < 0.5
-        return self.source.read(self.indices(step), flips & self.flip)
-
-
-def batches(
-    source: Source,
-    *,
-    batch_size: int,
-    seed: int,
-    first_step: int,
-    num_classes: int,
-    flip: bool = False,
-    workers: int = 0,
-    skip_unreadable: bool = False,
-    report: Callable[[str], None] = print,
-    rows: Int[np.ndarray, " b"] | None = None,
-) -> Iterator[dict[str, np.ndarray]]:
-    """Endless shuffled batches from `first_step` on, reshuffled every epoch.
-
-    Resuming starts at a step instead of restoring an iterator, so it is exact for any number of
-    processes and workers. `rows` are those of every global batch that this process reads
-    (`sharding.local_rows`), in its order; None reads all of them. Arrays have these rows as their
-    leading axis: "label" and what else `source.read` gives. Row i of a batch is the same example
-    whatever the number of processes. `flip` mirrors every example with probability 1/2, drawn anew
-    at every visit. `workers` are processes; 0 reads in threads of this one. The name of a picture
-    that cannot be read goes to `report` once, with the number so far.
-
-    Raises:
-      InputError: a picture cannot be read (without `skip_unreadable`); a label is not in
-        [0, num_classes); a latent is not finite, or its standard deviation negative.
-    """
-    read = _Batch.of(source, batch_size, seed, flip, rows)
-    stream = iter(parallel(grain.MapDataset.range(first_step, sys.maxsize).map(read), workers))
-    skipped: set[int] = set()
-    for step, batch in enumerate(stream, first_step):
-        for index in sorted(set(batch.pop("unreadable", np.int64([])).tolist()) - skipped - {-1}):
-            skipped.add(index)
-            problem = explain(source, index)
-            if not skip_unreadable:
-                raise InputError(
-                    f"cannot read {problem} of {source.name}: mend or remove it, or set "
-                    "config.data.unreadable=skip"
-                )
-            report(
-                f"cannot read {problem}; the next one stands in ({len(skipped)} of "
-                f"{len(source)} so far)"
-            )
-        labels = batch["label"]
-        check_labels(source.name, int(labels.min()), int(labels.max()), num_classes)
-        if bad := bad_values(batch):
-            raise InputError(
-                f"{read.named(step, bad[0], batch)}: {bad[1]}: mend or remove it, or make the "
-                "latents again"
-            )
-        yield batch
-
-
-def suspect(source: Source, *, batch_size: int, seed: int, step: int, flip: bool) -> str | None:
-    """The example of the global batch of `step` with the largest values, if they are absurd.
-
-    For a loss that is not finite; step and settings as in `batches`.
-    """
-    read = _Batch.of(source, batch_size, seed, flip, None)
-    batch = read(step)
-    found = large_values(batch)
-    return f"{read.named(step, found[0], batch)}: {found[1]}" if found else None
+        drawn = np.random.default_rng((self.stream.seed, step)).random(self.stream.batch_size)
+        flips = (drawn[self.rows] < 0.5) & self.stream.flip
+        return self.stream.source.read(self.indices(step), flips)
 
 
 def parallel(dataset: grain.MapDataset, workers: int) -> grain.IterDataset:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Bool, Float
 
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.method import either
@@ -24,6 +24,14 @@ from ppflow_jax.flow.plan import Segment
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.flops import block_flops, ends_flops
 from ppflow_jax.models.layers import Block
+from ppflow_jax.systems.forecast_blocks import (
+    combine,
+    depth_of,
+    forecast_branches,
+    record_branches,
+    run_blocks,
+    write,
+)
 from ppflow_jax.systems.forecast_schedule import BASES, SCHEDULES, full_steps, weight_table
 
 PLACES = ("branch", "blocks", "velocity")
@@ -119,7 +127,7 @@ class Forecast:
             return value, self._ring(value)
 
         def record(memory):
-            return _write(memory, call(), inputs["slot"])
+            return write(memory, call(), inputs["slot"])
 
         # Not `either`: its loop would change nothing that the call reads, so that the compiler
         # moves the call out of it, into every step. The weights of a full step name the slot it has
@@ -139,7 +147,7 @@ class Forecast:
         """The trunk with the branches of every block recorded, or forecast; and the memory."""
         if memory is None:
             branch = self._ring(h.astype(blocks.attention.dtype))
-            return h, [jnp.stack([branch] * _depth(blocks))] * 2
+            return h, [jnp.stack([branch] * depth_of(blocks))] * 2
 
         def record(h, memory):
             return record_branches(memory, inputs["slot"], blocks, h, c)
@@ -164,14 +172,14 @@ class Forecast:
         first, last = self.blocks
 
         def record(h, memory):
-            end = _run(blocks, h, c, first, last)
-            return end, _write(memory, end - h, inputs["slot"])
+            end = run_blocks(blocks, h, c, first, last)
+            return end, write(memory, end - h, inputs["slot"])
 
         def forecast(h, memory):
             return h + combine(memory, inputs["weights"])
 
-        h, memory = either(full, record, forecast, _run(blocks, h, c, 0, first), memory)
-        return _run(blocks, h, c, last, _depth(blocks)), memory
+        h, memory = either(full, record, forecast, run_blocks(blocks, h, c, 0, first), memory)
+        return run_blocks(blocks, h, c, last, depth_of(blocks)), memory
 
     def _ring(self, value: Array) -> Float[Array, "s ..."]:
         """A new ring of such values."""
@@ -190,69 +198,6 @@ class Forecast:
             return model.depth * (gates + 4 * self.slots * value) + ends_flops(model)
         left = model.depth - (self.blocks[1] - self.blocks[0])
         return left * block_flops(model, stage) + 2 * self.slots * value + ends_flops(model)
-
-
-def combine(ring: Float[Array, "slots ..."], weights: Float[Array, " slots"]) -> Array:
-    """Weighted sum of the slots in float32."""
-    return sum(slot.astype(jnp.float32) * weight for slot, weight in zip(ring, weights))
-
-
-def _write(ring: Float[Array, "s ..."], value: Array, slot: Integer[Array, ""]) -> Array:
-    return jax.lax.dynamic_update_index_in_dim(ring, value, slot, 0)
-
-
-def _depth(blocks: Block) -> int:
-    return jax.tree.leaves(blocks)[0].shape[0]
-
-
-def record_branches(
-    rings: list[Float[Array, "depth s b n d"]],
-    slot: Integer[Array, ""],
-    blocks: Block,
-    h: Float[Array, "b n d"],
-    c: Float[Array, "b d"],
-) -> tuple[Float[Array, "b n d"], list[Float[Array, "depth s b n d"]]]:
-    """The plain trunk; besides, the rings with the raw branches of every block in one slot."""
-
-    def body(carry, xs):
-        h, rings = carry
-        block, layer = xs
-        h, *branches = block.branches(h, c)
-        place = (layer, slot, *[jnp.zeros_like(slot)] * 3)
-        rings = [
-            jax.lax.dynamic_update_slice(ring, branch[None, None], place)
-            for ring, branch in zip(rings, branches)
-        ]
-        return (h, rings), None
-
-    layers = np.arange(_depth(blocks), dtype=slot.dtype)
-    return jax.lax.scan(body, (h, rings), (blocks, layers))[0]
-
-
-def forecast_branches(
-    memory: Any,
-    weights: Float[Array, " h"],
-    blocks: Block,
-    h: Float[Array, "b n d"],
-    c: Float[Array, "b d"],
-):
-    """The trunk with forecast branches, under the gates of this evaluation."""
-
-    def body(h, layer):
-        block, rings = layer
-        return block.gated(h, c, *(combine(ring, weights) for ring in rings)), None
-
-    return jax.lax.scan(body, h, (blocks, memory))[0]
-
-
-def _run(blocks: Block, h: Float[Array, "b n d"], c: Float[Array, "b d"], first: int, last: int):
-    """Blocks `first` to `last` (exclusive), taken from the stack one by one."""
-
-    def body(h, i):
-        block = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, i, keepdims=False), blocks)
-        return block(h, c), None
-
-    return jax.lax.scan(body, h, jnp.arange(first, last))[0]
 
 
 def forecasted(

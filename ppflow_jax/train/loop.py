@@ -23,7 +23,7 @@ from ppflow_jax.checkpoints.weights import load_weights
 from ppflow_jax.checks import stream_seed
 from ppflow_jax.console import progress, say
 from ppflow_jax.data.classes import describe
-from ppflow_jax.data.pipeline import Source, batches, suspect
+from ppflow_jax.data.pipeline import Source, Stream
 from ppflow_jax.data.save import save_grid, to_uint8
 from ppflow_jax.devices.sharding import (
     batch_sharding,
@@ -109,14 +109,15 @@ def _run(
     _announce(experiment, state, mesh, first, root)
 
     key = jax.jit(jax.random.key, out_shardings=replicated(mesh))(stream_seed(config.seed, 1))
-    stream = _inputs(experiment, source, encoder, mesh, first)
+    stream = _stream(experiment, source, mesh)
+    inputs = _inputs(stream, encoder, mesh, first)
     draw_samples = _sample_grid(experiment, program, mesh, root)
     judge = make_judge(config, card, source, mesh, root)
-    finite = functools.partial(_finite, experiment, source, checkpoints)
+    finite = functools.partial(_finite, stream, checkpoints)
     schedule = learning_rate(experiment.optim, steps)
     clock, logged = time.monotonic(), first
     pending: tuple[int, Metrics] | None = None
-    step, stopped = first, first < steps and stop.reached(first)
+    step, stopped, every = first, first < steps and stop.reached(first), config.train
     with (
         contextlib.closing(checkpoints),
         contextlib.closing(MetricWriter(root, first)) as writer,
@@ -124,10 +125,10 @@ def _run(
     ):
         while step < steps and not stopped:
             step += 1
-            state, metrics = program.step(state, next(stream), key)
+            state, metrics = program.step(state, next(inputs), key)
             stopped = stop.reached(step) and step < steps
             # Read the step before while this one runs; wait only where it must be known.
-            log, save = step % config.train.log_every == 0, step % config.train.save_every == 0
+            log, save = step % every.log_every == 0, step % every.save_every == 0
             sample = config.sample.every and step % config.sample.every == 0
             last = step == steps
             judged = judge is not None and (last or step % config.eval.every == 0)
@@ -139,10 +140,8 @@ def _run(
             if log or last or stopped:
                 checkpoints.check()
                 now = time.monotonic()
-                values |= {
-                    "lr": float(schedule(step - 1)),
-                    "images_per_s": (step - logged) * batch_size / (now - clock),
-                }
+                speed = (step - logged) * batch_size / (now - clock)
+                values |= {"lr": float(schedule(step - 1)), "images_per_s": speed}
                 writer.write(step, values)
                 bar.set_postfix(step=step, loss=f"{values['loss']:.4f}")
                 clock, logged = now, step
@@ -150,34 +149,33 @@ def _run(
                 checkpoints.save(step, state)
             if sample or last:
                 draw_samples(state["ema"], step)
-                clock, logged = time.monotonic(), step
             if judged:
                 writer.write(step, judge(state["ema"], step))
+            if sample or last or judged:
                 clock, logged = time.monotonic(), step
     _end(experiment, root, step, stopped)
 
 
-def _inputs(
-    experiment: Experiment, source: Source, encoder: Encoder | None, mesh: Mesh, first: int
-) -> Iterator[Batch]:
-    """What the model sees in every step from `first` on."""
-    config, place = experiment.config, batch_sharding(mesh)
-    batch_size = config.data.batch_size
-    stream = batches(
+def _stream(experiment: Experiment, source: Source, mesh: Mesh) -> Stream:
+    """The part of the batches that this process reads."""
+    config = experiment.config
+    return Stream(
         source,
-        batch_size=batch_size,
-        seed=config.seed,
-        first_step=first,
-        num_classes=experiment.card.model.num_classes,
+        config.data.batch_size,
+        config.seed,
+        experiment.card.model.num_classes,
         flip=config.data.flip,
         workers=config.data.workers,
         skip_unreadable=config.data.unreadable == "skip",
-        report=say,
-        rows=local_rows(place, batch_size),
+        rows=local_rows(batch_sharding(mesh), config.data.batch_size),
     )
-    inputs = make_inputs(encoder, mesh, config.seed)
-    for step, batch in enumerate(stream, first):
-        yield inputs(to_global(batch, place, batch_size), step)
+
+
+def _inputs(stream: Stream, encoder: Encoder | None, mesh: Mesh, first: int) -> Iterator[Batch]:
+    """What the model sees in every step from `first` on."""
+    inputs, place = make_inputs(encoder, mesh, stream.seed), batch_sharding(mesh)
+    for step, batch in enumerate(stream.batches(first, say), first):
+        yield inputs(to_global(batch, place, stream.batch_size), step)
 
 
 def _end(experiment: Experiment, root: Path, step: int, stopped: bool) -> None:
@@ -240,7 +238,7 @@ def _announce(experiment: Experiment, state: Any, mesh: Mesh, first: int, root: 
 
 
 def _finite(
-    experiment: Experiment, source: Source, checkpoints: Checkpoints, step: int, metrics: Metrics
+    stream: Stream, checkpoints: Checkpoints, step: int, metrics: Metrics
 ) -> dict[str, float]:
     """Metrics of a step on the host.
 
@@ -257,14 +255,7 @@ def _finite(
             if latest is None
             else f"the checkpoint of step {latest} is good"
         )
-        config = experiment.config
-        example = suspect(
-            source,
-            batch_size=config.data.batch_size,
-            seed=config.seed,
-            step=step - 1,
-            flip=config.data.flip,
-        )
+        example = stream.suspect(step - 1)
         remedy = (
             f"{example}: mend or remove it"
             if example

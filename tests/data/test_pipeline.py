@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ppflow_jax.data.pipeline import batches
+from ppflow_jax.data.pipeline import Stream
 from ppflow_jax.data.sources import ArraySource, digits, open_source
 from ppflow_jax.errors import InputError
 from tests.pictures import encoded
@@ -18,7 +18,8 @@ def counting(n):
 
 def labels(count, **options):
     options = dict(batch_size=4, seed=0, first_step=0, num_classes=10) | options
-    stream = batches(counting(10), **options)
+    first = options.pop("first_step")
+    stream = Stream(counting(10), **options).batches(first)
     return [b["label"].tolist() for b in itertools.islice(stream, count)]
 
 
@@ -104,7 +105,8 @@ def numbered(tmp_path, broken=()):
 
 def take(source, count, **options):
     options = dict(batch_size=4, seed=0, first_step=0, num_classes=3) | options
-    return list(itertools.islice(batches(source, **options), count))
+    first = options.pop("first_step")
+    return list(itertools.islice(Stream(source, **options).batches(first), count))
 
 
 def same(a, b):

@@ -17,7 +17,7 @@ from ppflow_jax.data.cache import (
     encode_record,
     sha256,
 )
-from ppflow_jax.data.pipeline import batches, suspect
+from ppflow_jax.data.pipeline import Stream
 from ppflow_jax.data.sources import ArraySource
 from ppflow_jax.errors import InputError
 from tests.commands import train
@@ -58,8 +58,8 @@ def flawed(array, value, dtype=np.float32, row=7):
 
 
 def epoch(source, **options):
-    options = dict(batch_size=8, seed=0, first_step=0, num_classes=10) | options
-    return list(itertools.islice(batches(source, **options), 3))
+    options = dict(batch_size=8, seed=0, num_classes=10) | options
+    return list(itertools.islice(Stream(source, **options).batches(), 3))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -89,9 +89,7 @@ def test_only_the_process_that_reads_it_complains():
     source, blamed = flawed("x", np.nan), 0
     for rows in ([0, 1, 2], [3, 5], [4, 6, 7]):
         for first in range(3):
-            stream = batches(
-                source, batch_size=8, seed=0, first_step=first, num_classes=10, rows=np.array(rows)
-            )
+            stream = Stream(source, 8, seed=0, num_classes=10, rows=np.array(rows)).batches(first)
             try:
                 next(stream)
             except InputError as e:
@@ -117,7 +115,8 @@ def test_good_values_pass(tmp_path):
 )
 def test_absurd_values_are_found_when_they_are_looked_for(array, value, said):
     source = flawed(array, value)
-    found = [suspect(source, batch_size=8, seed=0, step=step, flip=False) for step in range(3)]
+    stream = Stream(source, batch_size=8, seed=0, num_classes=10)
+    found = [stream.suspect(step) for step in range(3)]
     assert sum(f is not None for f in found) == (said is not None)
     if said:
         with pytest.raises(AssertionError, match=said):
