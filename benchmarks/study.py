@@ -170,7 +170,7 @@ def _judged(folder: Path, evaluator: Evaluator) -> None:
             params = load_weights(checkpoint, card, local_mesh())
         sampler = _sampler(card, guidance.scales, guidance.interval)
         decoder = Decoder.parse(_DECODE.value, card)
-        generator = Generator(sampler, decoder, seed=0, microbatch=BATCH)
+        generator = Generator(sampler, decoder, microbatch=BATCH)
         labels = choose_labels("balanced", _NUM.value, card.model.num_classes, 0)
         parts = []
         start = time.monotonic()

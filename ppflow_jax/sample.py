@@ -115,7 +115,6 @@ def main() -> None:
     generator = Generator(
         sampler,
         decoder,
-        seed=_SEED.value,
         microbatch=min(_MICROBATCH.value, len(labels)),
         dtype=_DTYPE.value,
     )
@@ -319,7 +318,8 @@ def _sample(
     inputs = (labels[ids], None if noise is None else noise[ids])
     pictures, latents = [], []
     with progress(len(labels), done, "img", "sample") as bar:
-        for part in generator(params[0], ids, *inputs, weak=params[1], batch=_BATCH.value):
+        options = dict(seed=_SEED.value, weak=params[1], batch=_BATCH.value)
+        for part in generator(params[0], ids, *inputs, **options):
             pictures.extend(part.pictures)
             latents.extend(part.latents)
             while shards and len(pictures) >= (size := len(folder.images_of(shards[0]))):

@@ -46,7 +46,7 @@ def make(solver="heun", microbatch=2):
     autoencoder = Autoencoder(TAESDConfig(width=8))
     decoder = Decoder(CARD, autoencoder, autoencoder.init(0))
     sampler = Sampler(make_apply(MODEL), MODEL, CARD.flow, config)
-    return Generator(sampler, decoder, seed=3, microbatch=microbatch)
+    return Generator(sampler, decoder, microbatch=microbatch)
 
 
 def gather(parts):
@@ -57,7 +57,7 @@ def gather(parts):
 def eight(params):
     """A generator on eight devices and its twenty images."""
     generator = make("sde-euler")
-    return generator, gather(generator(params, IDS, LABELS))
+    return generator, gather(generator(params, IDS, LABELS, seed=3))
 
 
 def test_all_images_in_order(eight):
@@ -72,22 +72,27 @@ def test_one_device_makes_the_arrays_of_eight(eight, params, monkeypatch):
     monkeypatch.setattr(images, "local_mesh", one_device)
     generator = make("sde-euler")
     assert (eight[0].group, generator.group) == (16, 2)
-    for ours, theirs in zip(gather(generator(params, IDS, LABELS, batch=7)), eight[1]):
+    for ours, theirs in zip(gather(generator(params, IDS, LABELS, seed=3, batch=7)), eight[1]):
         np.testing.assert_array_equal(ours, theirs)
 
 
 def test_an_image_does_not_depend_on_those_beside_it(eight, params):
     generator, (_, latents, pictures) = eight
     chosen = np.int32([19, 4, 7])
-    part = gather(generator(params, chosen, LABELS[chosen]))
+    part = gather(generator(params, chosen, LABELS[chosen], seed=3))
     np.testing.assert_array_equal(part[1], latents[chosen])
     np.testing.assert_array_equal(part[2], pictures[chosen])
 
 
 def test_one_program_for_all_calls(eight, params):
-    generator, _ = eight
-    list(generator(params, IDS[:3], LABELS[:3]))
-    assert generator.compiled._cache_size() == 1
+    """Also for other labels, seeds, noise and guidance scales."""
+    generator, (_, latents, _) = eight
+    list(generator(params, IDS[:3], LABELS[:3], seed=9))
+    list(generator(params, IDS, LABELS[::-1], latents, seed=2**32 - 1))
+    scales = tuple(np.where(s == 2, np.float32(5), s) for s in generator.scales)
+    other = gather(generator(params, IDS, LABELS, seed=3, scales=scales))[1]
+    assert np.abs(other - latents).max() > 1e-3
+    assert generator.compiled._cache_size() == generator.drawn._cache_size() == 1
 
 
 def test_devices_do_not_talk():
@@ -97,12 +102,10 @@ def test_devices_do_not_talk():
         return params["factor"] * x + y[:, None, None, None]
 
     sampler = Sampler(apply, MODEL, CARD.flow, SamplerConfig("euler", 2, cfg=(2.0,)))
-    generator, rows = Generator(sampler, Decoder(CARD), seed=0), np.zeros(128, np.int32)
-    text = (
-        generator.compiled.lower({"factor": np.float32(1)}, None, rows, rows, None)
-        .compile()
-        .as_text()
-    )
+    generator, rows = Generator(sampler, Decoder(CARD)), np.zeros(128, np.int32)
+    noise, keys = jax.eval_shape(generator.drawn, np.uint32(0), rows)
+    given = {"factor": np.float32(1)}, None, generator.scales, noise, rows, keys
+    text = generator.compiled.lower(*given).compile().as_text()
     collectives = ("all-gather", "all-reduce", "all-to-all", "collective-permute")
     assert "s32[16]" in text  # each of eight devices has its part of the labels
     assert not [c for c in collectives if c in text]

@@ -16,13 +16,22 @@ from ppflow_jax.flow.guidance import autoguided, guided
 from ppflow_jax.flow.path import Flow, velocity_from
 from ppflow_jax.flow.plan import SamplerConfig, Segment, plan
 from ppflow_jax.flow.solvers import ODE_SOLVERS, Sde, rk_step, sde_last_step, sde_step
-from ppflow_jax.flow.tables import Facts, Networks, Tables, padded, row, runs_of, unwritten
+from ppflow_jax.flow.tables import (
+    Facts,
+    Networks,
+    Scales,
+    Tables,
+    row,
+    runs_of,
+    tables_of,
+    unwritten,
+)
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Apply, Params
 
 
 def image_noise(
-    seed: int, ids: Int[np.ndarray, " b"] | Int[Array, " b"], shape: tuple[int, ...]
+    seed: Any, ids: Int[np.ndarray, " b"] | Int[Array, " b"], shape: tuple[int, ...]
 ) -> tuple[Float[Array, "b h w c"], Key[Array, " b"]]:
     """Initial N(0, 1) noise and the SDE key of every image.
 
@@ -79,6 +88,7 @@ class Sampler:
         keys: Key[Array, " b"] | None = None,
         *,
         weak: Params | None = None,
+        scales: Scales | None = None,
         replay: Float[Array, "n b h w c"] | None = None,
         trajectory: bool = False,
     ) -> Float[Array, "b h w c"] | Float[Array, "points b h w c"]:
@@ -90,6 +100,7 @@ class Sampler:
           labels: class of every image.
           keys: of every image, for stochastic solvers.
           weak: parameters of the weaker network.
+          scales: guidance scales instead of the plan's, as `tables.scales_of` makes them.
           replay: N(0, 1) noise of every stochastic step, instead of `keys`.
           trajectory: return the state at every grid point, the initial one included (the
             adaptive solver's: at every stage boundary).
@@ -98,11 +109,12 @@ class Sampler:
           Latents, float32.
         """
         x, states, first = noise, [noise[None]], 0
-        for run in runs_of(self.segments):
+        for number, run in enumerate(runs_of(self.segments)):
             steps = sum(s.steps for s in run)
             noises = None if replay is None else replay[first : first + steps]
             nets = Networks(params, weak, labels)
             program, tables, facts = self._program(run, trajectory)
+            tables = tables if scales is None else tables._replace(scales=scales[number])
             x, passed = program(x, nets, tables, facts, keys, first, noises)
             states.append(passed[:steps] if trajectory else None)
             first += steps
@@ -124,15 +136,8 @@ class Sampler:
     def _program(self, run: list[Segment], trajectory: bool):
         """What to call for segments that share a program, with what tables."""
         segment = run[0]
-        times = np.float32([segment.times[0], *(t for s in run for t in s.times[1:])])
-        scales = np.float32([s.scales for s in run for _ in range(s.steps)])
         facts = Facts(segment.kind, segment.stages, segment.guided, segment.method, trajectory)
-        if segment.method is None:
-            return self.compiled, Tables(times, scales), facts
-        full = np.concatenate([s.full for s in run])
-        inputs = jax.tree.map(lambda *a: np.concatenate(a), *(s.inputs for s in run))
-        tables = jax.tree.map(padded, Tables(times, scales, inputs, full))
-        return self.accelerated, tables._replace(steps=len(full)), facts
+        return self.compiled if segment.method is None else self.accelerated, tables_of(run), facts
 
     def memory_of(
         self, segment: Segment, params: Params, weak: Params | None, x: Any, y: Any

@@ -14,6 +14,9 @@ from ppflow_jax.flow.method import Method
 from ppflow_jax.flow.plan import Segment
 from ppflow_jax.models.network import Params
 
+# Of every program of a plan: a row a step, a column an evaluation
+Scales = tuple[Float[Array, "steps evaluations"] | Float[np.ndarray, "steps evaluations"], ...]
+
 
 def unwritten(shape: jax.ShapeDtypeStruct) -> Array:
     """Memory before its first use: numbers that show in any result, unless their weight is 0."""
@@ -44,6 +47,24 @@ def runs_of(segments: tuple[Segment, ...]) -> list[list[Segment]]:
         else:
             runs.append([s])
     return runs
+
+
+def tables_of(run: list[Segment]) -> Tables:
+    """Tables of segments that share a program."""
+    first = run[0]
+    times = np.float32([first.times[0], *(t for s in run for t in s.times[1:])])
+    scales = np.float32([s.scales for s in run for _ in range(s.steps)])
+    if first.method is None:
+        return Tables(times, scales)
+    full = np.concatenate([s.full for s in run])
+    inputs = jax.tree.map(lambda *a: np.concatenate(a), *(s.inputs for s in run))
+    tables = jax.tree.map(padded, Tables(times, scales, inputs, full))
+    return tables._replace(steps=len(full))
+
+
+def scales_of(segments: tuple[Segment, ...]) -> Scales:
+    """Guidance scales of every program of a plan; others of the same shapes compile nothing."""
+    return tuple(tables_of(run).scales for run in runs_of(segments))
 
 
 class Networks(NamedTuple):

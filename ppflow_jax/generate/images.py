@@ -22,6 +22,7 @@ from ppflow_jax.data.classes import Classes
 from ppflow_jax.devices.sharding import batch_sharding, data_shards, fetch, local_mesh, spread
 from ppflow_jax.errors import InputError, RunError
 from ppflow_jax.flow.sampler import Sampler, image_noise
+from ppflow_jax.flow.tables import Scales, scales_of
 from ppflow_jax.models.network import Params
 
 MICROBATCH = 16
@@ -39,7 +40,8 @@ class Images(NamedTuple):
 class Generator:
     """Samples a model on the devices of a mesh, a compiled program for all calls.
 
-    Image k is a function of the weights, the sampler, the seed, k and its label. On the devices of
+    Image k is a function of the weights, the sampler, the seed, k and its label; none of them but
+    the sampler, without its guidance scales, is compiled in. On the devices of
     one process (the default) processes do not talk to each other: each may be given its own
     numbers. On a mesh of several all are given the same, and get the same.
     """
@@ -49,7 +51,6 @@ class Generator:
         sampler: Sampler,
         decoder: Decoder,
         *,
-        seed: int,
         microbatch: int = MICROBATCH,
         dtype: str = "float32",
         mesh: Mesh | None = None,
@@ -73,23 +74,21 @@ class Generator:
         self.place = batch_sharding(mesh)
         self.precision = "highest" if dtype == "float32" else "default"
 
-        def images(params, weak, ids, labels, noise):
-            drawn, keys = image_noise(seed, ids, shape)
-            start = drawn if noise is None else noise
-            return sampler(params, start, labels, keys, weak=weak)
+        def drawn(seed, ids):
+            return image_noise(seed, ids, shape)
+
+        def images(params, weak, scales, noise, labels, keys):
+            return sampler(params, noise, labels, keys, weak=weak, scales=scales)
 
         # shard_map, not automatic partitioning: guidance doubles the batch, and doubling a sharded
         # axis would move images between the devices. Parameters that are cut it would gather whole.
         rows = self.place.spec
         if mesh.size == mesh.shape["data"]:
-            images = jax.shard_map(
-                images,
-                mesh=mesh,
-                in_specs=(P(), P(), rows, rows, rows),
-                out_specs=rows,
-                check_vma=False,
-            )
-        self.compiled = jax.jit(images)
+            shared = functools.partial(jax.shard_map, mesh=mesh, out_specs=rows, check_vma=False)
+            drawn = shared(drawn, in_specs=(P(), rows))
+            images = shared(images, in_specs=(P(), P(), P(), rows, rows, rows))
+        self.drawn, self.compiled = jax.jit(drawn), jax.jit(images)
+        self.scales = scales_of(sampler.segments)
 
     def __call__(
         self,
@@ -98,6 +97,8 @@ class Generator:
         labels: Int[np.ndarray, " n"],
         noise: Float[np.ndarray, "n h w c"] | None = None,
         *,
+        seed: int = 0,
+        scales: Scales | None = None,
         weak: Params | None = None,
         batch: int = 1,
     ) -> Iterator[Images]:
@@ -107,6 +108,8 @@ class Generator:
           params: of the model, on the devices of the mesh.
           labels: class of each.
           noise: initial noise of each, instead of that of the seed.
+          seed: of the noise.
+          scales: guidance scales instead of the sampler's, see `flow.tables.scales_of`.
           weak: parameters of the sampler's weaker network.
           batch: images that the devices are given before the first are waited for; at least two
             groups, so that devices work while the host writes. Changes no image.
@@ -119,19 +122,21 @@ class Generator:
         for first in range(0, len(ids), self.group):
             part = slice(first, first + self.group)
             rows = ids[part], labels[part], None if noise is None else noise[part]
-            waiting.append((ids[part], self._start(params, weak, *rows)))
+            started = self._start((params, weak, scales or self.scales), seed, *rows)
+            waiting.append((ids[part], started))
             if len(waiting) == ahead:
                 yield self._finish(*waiting.popleft())
         while waiting:
             yield self._finish(*waiting.popleft())
 
-    def _start(self, params, weak, *rows) -> jax.Array:
+    def _start(self, given, seed, *rows) -> jax.Array:
         def pad(x):
             return np.pad(x, [(0, self.group - len(x))] + [(0, 0)] * (x.ndim - 1), mode="edge")
 
         with jax.default_matmul_precision(self.precision):
-            placed = spread(jax.tree.map(pad, rows), self.place)
-            return self.compiled(params, weak, *placed)
+            ids, labels, noise = spread(jax.tree.map(pad, rows), self.place)
+            drawn, keys = self.drawn(np.uint32(seed), ids)
+            return self.compiled(*given, drawn if noise is None else noise, labels, keys)
 
     def _finish(self, ids, started: jax.Array) -> Images:
         latents = fetch(started)[: len(ids)]

@@ -40,9 +40,7 @@ class RunPictures:
         apply = make_apply(card.model, layout=layout(mesh) if cut else Layout())
         self.sampler = Sampler(apply, card.model, card.flow, config)
         self.labels = choose_labels("balanced", count, card.model.num_classes, seed, card.classes)
-        self._generator = Generator(
-            self.sampler, decoder, seed=seed, microbatch=self.microbatch, mesh=mesh
-        )
+        self._generator = Generator(self.sampler, decoder, microbatch=self.microbatch, mesh=mesh)
 
     def __call__(
         self, params: Params, done: Callable[[int], Any] = lambda images: None
@@ -55,7 +53,8 @@ class RunPictures:
           RunError: an image is not finite.
         """
         parts = []
-        for images in self._generator(params, np.arange(self.count), self.labels):
+        ids = np.arange(self.count)
+        for images in self._generator(params, ids, self.labels, seed=self.seed):
             parts.append(images.pictures)
             done(len(images.ids))
         return np.concatenate(parts)
