@@ -19,6 +19,7 @@ from ppflow_jax.generate.images import Generator, choose_labels
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import abstract_params, make_apply
 from ppflow_jax.pyramid import Pyramid
+from tests.compilations import compilations
 
 MODEL = ModelConfig(
     Pyramid.parse("4x4@0.5,2x2@1"), 8, 4, 32, 1, 2, num_classes=5, learn_sigma=False
@@ -87,12 +88,16 @@ def test_an_image_does_not_depend_on_those_beside_it(eight, params):
 def test_one_program_for_all_calls(eight, params):
     """Also for other labels, seeds, noise and guidance scales."""
     generator, (_, latents, _) = eight
-    list(generator(params, IDS[:3], LABELS[:3], seed=9))
-    list(generator(params, IDS, LABELS[::-1], latents, seed=2**32 - 1))
     scales = tuple(np.where(s == 2, np.float32(5), s) for s in generator.scales)
-    other = gather(generator(params, IDS, LABELS, seed=3, scales=scales))[1]
+    with compilations() as found:
+        gather(generator(params, IDS[:3], LABELS[:3], seed=9))
+        gather(generator(params, IDS, LABELS[::-1], latents, seed=2**32 - 1))
+        other = gather(generator(params, IDS, LABELS, seed=3, scales=scales))[1]
     assert np.abs(other - latents).max() > 1e-3
-    assert generator.compiled._cache_size() == generator.drawn._cache_size() == 1
+    assert not found
+    with compilations() as found:
+        gather(make("heun")(params, IDS[:3], LABELS[:3]))
+    assert found
 
 
 def test_devices_do_not_talk():

@@ -15,7 +15,7 @@ from ppflow_jax.flow.plan import Segment
 from ppflow_jax.models.network import Params
 
 # Of every program of a plan: a row a step, a column an evaluation
-Scales = tuple[Float[Array, "steps evaluations"] | Float[np.ndarray, "steps evaluations"], ...]
+Scales = tuple[Float[Array, "_ _"] | Float[np.ndarray, "_ _"], ...]
 
 
 def unwritten(shape: jax.ShapeDtypeStruct) -> Array:
