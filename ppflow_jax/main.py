@@ -10,7 +10,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from ppflow_jax import cli
-from ppflow_jax.cost import dry_run
+from ppflow_jax.cost import dry_run, targets
 from ppflow_jax.devices import processes
 from ppflow_jax.devices.host_memory import keep_scratch
 from ppflow_jax.errors import RunError
@@ -21,13 +21,13 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; a run found there goes on.")
 _DRY_RUN = flags.DEFINE_string(
-    "dry_run", None, f"Only compile, for devices that need not be there: {dry_run.EXAMPLES}."
+    "dry_run", None, f"Only compile, for devices that need not be there: {targets.EXAMPLES}."
 )
 
 
 def main() -> None:
     if _DRY_RUN.value:
-        report = dry_run.dry_run(_CONFIG.value, dry_run.Target.parse(_DRY_RUN.value))
+        report = dry_run.dry_run(_CONFIG.value, targets.Target.parse(_DRY_RUN.value))
         print(dry_run.text(report), flush=True)
         if report.misfit:
             raise RunError(report.misfit)

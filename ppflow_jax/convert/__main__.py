@@ -22,26 +22,23 @@ from absl import flags
 
 from ppflow_jax import cli
 from ppflow_jax.autoencoders.decode import save_autoencoder
-from ppflow_jax.checkpoints.card import Card, read_card
+from ppflow_jax.checkpoints.card import read_card
 from ppflow_jax.checkpoints.weights import save_weights
 from ppflow_jax.console import progress
 from ppflow_jax.convert.autoencoder_keys import autoencoder_config, autoencoder_params, dropped_keys
 from ppflow_jax.convert.export import export, stored_weights
 from ppflow_jax.convert.inception_keys import dropped, inception_params
-from ppflow_jax.convert.infer import KINDS, find_config, find_kind
+from ppflow_jax.convert.infer import KINDS, find_kind
 from ppflow_jax.convert.known import ADD_ONS, BOOKKEEPING
-from ppflow_jax.convert.load import DTYPES, EXACT, load_state
+from ppflow_jax.convert.load import DTYPES, EXACT
 from ppflow_jax.convert.names import Wanted
+from ppflow_jax.convert.reading import Reading, read_model
 from ppflow_jax.convert.shards import find_weights
 from ppflow_jax.convert.source import Source, open_source
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.store import check_new, find_checkpoint
-from ppflow_jax.flow.path import Flow
 from ppflow_jax.metrics.networks import save_inception
-from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, Pyramid
 from ppflow_jax.systems.expand import expand, expanded_config
-
-_PYRAMIDS = {"ppflow2": PPFLOW2, "ppflow3": PPFLOW3}
 
 _SOURCE = flags.DEFINE_list(
     "source", None, "File, index or folder of weights; encoder,decoder of TAESD; checkpoint folder."
@@ -127,26 +124,21 @@ def import_model(source: Source, kind: str, target: Path) -> None:
     Raises:
       InputError: see `find_config`, `load_state`, `expand`.
     """
-    pyramid = _pyramid()
-    state = source.state
-    config = find_config(
-        state, kind, pyramid=pyramid, heads=_HEADS.value, latent_size=_LATENT.value
+    reading = Reading(
+        pyramid=_PYRAMID.value,
+        seed=_SEED.value,
+        heads=_HEADS.value,
+        latent_size=_LATENT.value,
+        path=_PATH.value,
+        prediction=_PREDICTION.value,
+        space=_SPACE.value,
+        dtype=_DTYPE.value,
     )
-    expanding = pyramid is not None and pyramid != config.pyramid
-    if expanding:
-        expanded_config(config, pyramid)  # before anything is read
-    path = _PATH.value or source.argument("path_type")
-    prediction = _PREDICTION.value or source.argument("prediction")
-    flow = Flow(path or "linear", prediction or "velocity")
-    with progress(len(state), 0, "tensor", "convert") as bar:
-        dtype = np.dtype(_DTYPE.value) if _DTYPE.value else None
-        loaded = load_state(config, state, dtype=dtype, on_tensor=bar.update)
-        params, positions = loaded.params, loaded.positions
-        if expanding:
-            config, params = expand(config, params, pyramid, _SEED.value)
-            positions = {}
+    with progress(len(source.state), 0, "tensor", "convert") as bar:
+        loaded = read_model(source, kind, reading, bar.update)
         bar.set_postfix_str("writing")
-        save_weights(target, Card(config, flow, _SPACE.value), params, positions)
+        save_weights(target, loaded.card, loaded.params, loaded.positions)
+    config, flow, params = loaded.card.model, loaded.card.flow, loaded.params
     if loaded.drift > EXACT:
         print(
             f"positions of the file differ from the sin-cos values by up to {loaded.drift:.1e}, as "
@@ -158,18 +150,16 @@ def import_model(source: Source, kind: str, target: Path) -> None:
             "REPA and SRA train SiT with time running from data to noise, the other way round: the "
             "weights are a start for training here, and samples of them are noise"
         )
-    if source.arguments and not (path and prediction):
+    said = source.argument("path_type"), source.argument("prediction")
+    if source.arguments and not all(
+        a or b for a, b in zip(said, (reading.path, reading.prediction))
+    ):
         print(f"not said by the file's arguments: taken as a {flow.path} path, {flow.prediction}")
     print(
         f"stages {config.pyramid}; latent {'x'.join(map(str, config.shape))}, {config.num_classes} "
         f"classes, width {config.width}, depth {config.depth}, heads {config.heads}; "
         f"{flow.path} path, {flow.prediction}"
     )
-
-
-def _pyramid() -> Pyramid | None:
-    text = _PYRAMID.value
-    return (_PYRAMIDS.get(text) or Pyramid.parse(text)) if text else None
 
 
 def expand_checkpoint(source: str, target: Path) -> None:
@@ -179,7 +169,7 @@ def expand_checkpoint(source: str, target: Path) -> None:
       InputError: see `expand`, `load_stored`.
     """
     folder = find_checkpoint(source)
-    card, pyramid = read_card(folder), _pyramid()
+    card, pyramid = read_card(folder), Reading(pyramid=_PYRAMID.value).stages
     expanded_config(card.model, pyramid)  # before anything is read
     config, params = expand(
         card.model, stored_weights(folder, card, _WEIGHTS.value), pyramid, _SEED.value
