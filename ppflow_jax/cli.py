@@ -83,9 +83,10 @@ def _check_flags() -> None:
     Raises:
       InputError: see `checks`.
     """
-    if "seed" in flags.FLAGS and flags.FLAGS.seed is not None:
-        check_seed(flags.FLAGS.seed, "--seed")
-    config = flags.FLAGS.config if "config" in flags.FLAGS else None
+    values = {name: flags.FLAGS[name].value for name in ("seed", "config") if name in flags.FLAGS}
+    if values.get("seed") is not None:
+        check_seed(values["seed"], "--seed")
+    config = values.get("config")
     for name, value in _leaves(config, "--config") if isinstance(config, ConfigDict) else ():
         if name == "--config.seed":
             check_seed(value, name)

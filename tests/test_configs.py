@@ -50,7 +50,7 @@ def test_every_config_builds(name):
         ("flow.path", "spline", "unknown path"),
         ("flow.stage_share", (1, 2, 3), "stage_share"),
         ("flow.stage_times", ((0, 1),), "stage_times"),
-        ("optim.lr", -1.0, "lr > 0"),
+        ("optim.lr", -1.0, "lr -1.0 .expected > 0"),
         ("optim.schedule", "step", "constant, cosine"),
         ("train.ema", 1.0, "ema"),
         ("train.accumulate", 0, "at least 1"),

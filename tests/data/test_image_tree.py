@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import subprocess
 
 import numpy as np
 import pytest
@@ -100,7 +101,10 @@ def test_trees_of_any_depth(tmp_path):
             folder = inner
     finally:
         os.close(folder)
-    assert read(here)[0] == {"cat": 1}
+    try:
+        assert read(here)[0] == {"cat": 1}
+    finally:
+        subprocess.run(["rm", "-rf", str(here)], check=True)  # shutil.rmtree recurses
 
 
 def test_class_names_and_missing_classes_are_said():
