@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ppflow_jax.convert.source import open_source
 from ppflow_jax.convert.keys import key_table, position_values
+from ppflow_jax.convert.source import open_source
 from ppflow_jax.convert.torch_writer import save_torch_file
 from ppflow_jax.models.config import SIZES, ModelConfig
 from ppflow_jax.models.network import abstract_params

@@ -28,8 +28,9 @@ from ppflow_jax.data.sources import ArraySource, arrays, digits
 from ppflow_jax.devices.sharding import local_mesh
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.disk import atomic, writable_directory
-from ppflow_jax.files.store import check_new, digest, find_checkpoint
+from ppflow_jax.files.store import check_new, find_checkpoint
 from ppflow_jax.flow.plan import SamplerConfig
+from ppflow_jax.generate.provenance import ROUNDING, decoded_by, made_from, origin
 from ppflow_jax.generate.run_pictures import RunPictures
 from ppflow_jax.metrics.evaluator import (
     METRICS,
@@ -167,14 +168,13 @@ class _Model:
             print(line)
         self.card = {
             "settings": {
-                "checkpoint_sha256": digest(folder),
-                "weights": "ema",
-                "pyramid": str(card.model.pyramid),
-                "decode": _DECODE.value,
+                **made_from(folder, "ema", self._pictures.sampler, card.model.pyramid),
+                **decoded_by(_DECODE.value),
+                "rounding": ROUNDING,
                 **self._pictures.settings,
             },
             "nfe": self._pictures.nfe,
-            "checkpoint": str(folder),
+            **origin(folder, card),
         }
 
     def generate(self) -> ImageSet:

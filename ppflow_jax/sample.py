@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
-import platform
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +31,8 @@ from ppflow_jax.flow.sampler import Sampler
 from ppflow_jax.flow.solvers import DIFFUSIONS, LAST_STEPS
 from ppflow_jax.generate.folder import SampleFolder
 from ppflow_jax.generate.images import MICROBATCH, Generator, choose_labels
+from ppflow_jax.generate.noise import load_noise
+from ppflow_jax.generate.provenance import ROUNDING, decoded_by, made_from, origin
 from ppflow_jax.models.network import Params, make_apply
 from ppflow_jax.systems.accelerate import PRESETS, AccelerateConfig, accelerated
 from ppflow_jax.train.ema import reminder_of
@@ -135,7 +135,8 @@ def main() -> None:
         results = {
             "nfe": nfe,
             **_sample(folder, generator, (params, weaker), labels, noise),
-            **_origin(step_folder, card),
+            **origin(step_folder, card),
+            "decode": _DECODE.value,
         }
         if first:
             folder.finish(labels, settings["pngs"], results)
@@ -214,20 +215,13 @@ def _settings(
     count: int,
 ) -> dict[str, Any]:
     """Everything that the images depend on; a folder of others is not gone on with."""
-    kind, _, autoencoder = _DECODE.value.partition(":")
-    pyramid = card.model.pyramid
     return {
-        "checkpoint_sha256": digest(step_folder),
+        **made_from(step_folder, _WEIGHTS.value, sampler, card.model.pyramid),
         "weak_sha256": digest(find_checkpoint(_WEAK.value)) if _WEAK.value else None,
-        "weights": _WEIGHTS.value,
-        "pyramid": str(pyramid),
-        **asdict(sampler.config),
-        "cfg": sampler.config.scales(pyramid),
         "accelerate": asdict(added),
         "dtype": _DTYPE.value,
-        "decode": kind,
-        "autoencoder_sha256": digest(autoencoder) if autoencoder else None,
-        "rounding": "clamp(127.5 x + 128, 0, 255), truncated",
+        **decoded_by(_DECODE.value),
+        "rounding": ROUNDING,
         "seed": _SEED.value,
         "noise_sha256": None if noise is None else hashlib.sha256(noise.tobytes()).hexdigest(),
         "labels": _LABELS.value,
@@ -240,28 +234,6 @@ def _settings(
     }
 
 
-def _origin(step_folder: Path, card: Card) -> dict[str, Any]:
-    """What the card says beyond the settings and the run: where things came from."""
-    names = ("ppflow_jax", "jax", "jaxlib", "flax", "diffrax", "numpy", "orbax-checkpoint")
-    return {
-        "checkpoint": str(step_folder),
-        "decode": _DECODE.value,
-        "model": card.model.to_json(),
-        "flow": asdict(card.flow),
-        "space": card.space,
-        "processes": jax.process_count(),
-        "devices": jax.device_count(),
-        "versions": {"python": platform.python_version()} | {n: _version(n) for n in names},
-    }
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed as a package"
-
-
 def _labels_and_noise(card: Card) -> tuple[np.ndarray, np.ndarray | None]:
     """Label of every image and, if given, its noise.
 
@@ -270,7 +242,7 @@ def _labels_and_noise(card: Card) -> tuple[np.ndarray, np.ndarray | None]:
     """
     noise = None
     if _NOISE.value:
-        noise = _load_noise(Path(_NOISE.value), card.model.shape)
+        noise = load_noise(Path(_NOISE.value), card.model.shape)
         if _NUM.value not in (None, len(noise)):
             raise InputError(f"--num={_NUM.value}, but {_NOISE.value} holds {len(noise)} images")
     count = len(noise) if noise is not None else _NUM.value
@@ -280,26 +252,6 @@ def _labels_and_noise(card: Card) -> tuple[np.ndarray, np.ndarray | None]:
         raise InputError(f"--num and --batch must be at least 1, got {count} and {_BATCH.value}")
     classes = card.model.num_classes, _SEED.value, card.classes
     return choose_labels(_LABELS.value, count, *classes), noise
-
-
-def _load_noise(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
-    try:
-        noise = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e:
-        raise InputError(f"cannot read --noise={path} ({e}): give a float32 NHWC .npy") from e
-    if noise.dtype.kind == "V":
-        raise InputError(
-            f"--noise={path} is {noise.dtype}, as NumPy saves bfloat16 and float8 without their "
-            "name: save float32"
-        )
-    if noise.dtype != np.float32 or noise.shape[1:] != shape or not len(noise):
-        raise InputError(
-            f"--noise={path} is {noise.dtype} {noise.shape}, the model needs float32 (N, "
-            f"{', '.join(map(str, shape))})"
-        )
-    if not np.isfinite(noise).all():
-        raise InputError(f"--noise={path} has values that are NaN or infinite: make it anew")
-    return noise
 
 
 def _sample(

@@ -1,6 +1,6 @@
 """From latents to pictures: autoencoders on disk, and what `--decode` names.
 
-An autoencoder lies in the folders of a checkpoint (see checkpoint.py): `state` is its parameters
+An autoencoder lies in the folders of a checkpoint (see files/store.py): `state` is its parameters
 `{"encoder": ..., "decoder": ...}`, of which one may be absent, and `config` says which it is.
 """
 
@@ -72,6 +72,20 @@ def load_autoencoder(
     return values["kind"], config, params, values["dtype"]
 
 
+def kind_and_folder(text: str, flag: str, others: str = "") -> tuple[str, str]:
+    """What `vae:DIR` or `taesd:DIR` says; `others` are further values of the `flag`.
+
+    Raises:
+      InputError: not of that form.
+    """
+    kind, _, folder = text.partition(":")
+    if kind not in KINDS or not folder:
+        raise InputError(
+            f"{flag}={text}: write {others}vae:DIR or taesd:DIR, a converted autoencoder"
+        )
+    return kind, folder
+
+
 @dataclass(frozen=True)
 class Decoder:
     """The pictures of a model's outputs: through an autoencoder, or false colours without one."""
@@ -89,11 +103,9 @@ class Decoder:
         Raises:
           InputError: not of that form, or an autoencoder that does not fit the model.
         """
-        kind, _, folder = text.partition(":")
         if text == "none":
             return cls(card)
-        if kind not in KINDS or not folder:
-            raise InputError(f"--decode={text}: write none, vae:DIR or taesd:DIR")
+        kind, folder = kind_and_folder(text, "--decode", "none, ")
         if card.space != "latents":
             raise InputError(f"--decode={text}: this model makes pixels, not latents; use none")
         found, config, params, _ = load_autoencoder(folder, ("decoder",))

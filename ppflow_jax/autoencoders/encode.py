@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from ppflow_jax.autoencoders.autoencoder import Autoencoder, Config, Params
-from ppflow_jax.autoencoders.decode import KINDS, load_autoencoder
+from ppflow_jax.autoencoders.decode import kind_and_folder, load_autoencoder
 from ppflow_jax.checkpoints.card import LATENT_SCALE
 from ppflow_jax.devices.sharding import leaf_path
 from ppflow_jax.errors import InputError
@@ -33,9 +33,7 @@ class Encoder:
         Raises:
           InputError: not of that form, or no such autoencoder there.
         """
-        kind, _, folder = text.partition(":")
-        if kind not in KINDS or not folder:
-            raise InputError(f"{flag}={text}: write vae:DIR or taesd:DIR, a converted autoencoder")
+        kind, folder = kind_and_folder(text, flag)
         found, config, params, _ = load_autoencoder(folder, ("encoder",))
         if found != kind:
             raise InputError(f"{flag}={text}: that folder holds a {found}; write {found}:{folder}")

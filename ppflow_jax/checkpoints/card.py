@@ -5,7 +5,7 @@
 `state` is the training state, or only `ema` (and `positions`, see `save_weights`) in a converted
 checkpoint; `config` is JSON with the entries `model`, `flow`, `data` and, for a trained one,
 `experiment`. A converted autoencoder or feature network lies in the same folders: see
-decode.py and features.py.
+autoencoders/decode.py and metrics/networks.py.
 
 A checkpoint is written under a temporary name, is given the checksums of its files when all are
 there, and is only then renamed. Every reading compares them, so that damage is never used.

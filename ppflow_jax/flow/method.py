@@ -42,7 +42,7 @@ class Method(Protocol):
 
         Args:
           call: computes the true value. At level `network`, `call()` is the prediction and
-            `call(trunk=T)` is (prediction, what T returned besides), T a `models.ppflow.Trunk`
+            `call(trunk=T)` is (prediction, what T returned besides), T a `models.network.Trunk`
             that replaces the scan over the blocks; at level `velocity`, `call()` is the velocity.
           memory: of this slot and network; None asks for the shapes of a new one, and the result
             is then not used.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -61,9 +60,8 @@ class RunPictures:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Everything but weights and decoder that the pictures depend on, for JSON."""
+        """What the pictures depend on beside weights, sampler and decoder, for JSON."""
         return {
-            **asdict(self.sampler.config),
             "seed": self.seed,
             "labels": "balanced",
             "num": self.count,

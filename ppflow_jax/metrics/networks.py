@@ -1,6 +1,6 @@
 """Networks that turn pictures into features: the Inception of FID, and small ones trained here.
 
-On disk each lies in the folders of a checkpoint (see checkpoint.py): `state` is its parameters, and
+On disk each lies in the folders of a checkpoint (see files/store.py): `state` is its parameters, and
 `config` says which it is and which parts it has.
 """
 
@@ -106,7 +106,7 @@ def inception_features(
 def small_features(
     config: FeatureNetConfig, params: Params, origin: dict[str, Any]
 ) -> FeatureNetwork:
-    """A network trained here; `origin` says on what (see feature_training.py)."""
+    """A network trained here; `origin` says on what (see train_small_network.py)."""
     network = FeatureNet(config)
     card = {"network": "small", "digest": digest(params), **origin}
     return FeatureNetwork(

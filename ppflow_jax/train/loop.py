@@ -101,9 +101,9 @@ def _run(
     root: Path,
     stop: StopRequest,
 ) -> None:
-    config, card = experiment.config, experiment.card
-    batch_size, steps = config.data.batch_size, config.train.steps
-    checkpoints = Checkpoints(root, card, keep=config.train.keep)
+    config, batch_size = experiment.config, experiment.config.data.batch_size
+    steps = config.train.steps
+    checkpoints = Checkpoints(root, experiment.card, keep=config.train.keep)
     state = _first_state(experiment, program, checkpoints, mesh)
     first = int(state["step"])
     _announce(experiment, state, mesh, first, root)
@@ -112,7 +112,7 @@ def _run(
     stream = _stream(experiment, source, mesh)
     inputs = _inputs(stream, encoder, mesh, first)
     draw_samples = _sample_grid(experiment, program, mesh, root)
-    judge = make_judge(config, card, source, mesh, root)
+    judge = make_judge(config, experiment.card, source, mesh, root)
     finite = functools.partial(_finite, stream, checkpoints)
     schedule = learning_rate(experiment.optim, steps)
     clock, logged = time.monotonic(), first
@@ -139,8 +139,7 @@ def _run(
             bar.update(batch_size)
             if log or last or stopped:
                 checkpoints.check()
-                now = time.monotonic()
-                speed = (step - logged) * batch_size / (now - clock)
+                speed = (step - logged) * batch_size / ((now := time.monotonic()) - clock)
                 values |= {"lr": float(schedule(step - 1)), "images_per_s": speed}
                 writer.write(step, values)
                 bar.set_postfix(step=step, loss=f"{values['loss']:.4f}")

@@ -78,7 +78,7 @@ def compiled(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """`step` under `jax.jit`, in place of the state it is given; `shardings` as there.
 
-    Where blocks are `unrolled` (see `models.ppflow.unstacked`), the barriers between them outlive
+    Where blocks are `unrolled` (see `models.network.unstacked`), the barriers between them outlive
     the pass of XLA on CPU that drops them before it fuses: every block would then sum up anew the
     gradients of all blocks after it.
     """
