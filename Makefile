@@ -28,4 +28,6 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m tests.house
+	$(BIN)/mypy
 	$(BIN)/shellcheck -x launch/*.sh launch/slurm.sbatch .ci/run

@@ -77,7 +77,7 @@ def make_plan(
     if not isinstance(solver, str) or not isinstance(accelerate, str):
         raise InputError(f"solver={solver!r}, accelerate={accelerate!r}: give text")
     try:
-        scales = (float(cfg),) if np.ndim(cfg) == 0 else tuple(float(v) for v in cfg)
+        scales = tuple(np.atleast_1d(np.asarray(cfg, float)).tolist())
         config = SamplerConfig(solver, steps, cfg=scales, **settings)
     except InputError:
         raise

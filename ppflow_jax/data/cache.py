@@ -3,7 +3,7 @@
     DIR/manifest.json
     DIR/shard-00000-of-00010.array_record, ...
 
-`prepare` writes them (see generate/latent_cache.py). A record is float32 mean [h, w, c], float32 std [h, w, c]
+`prepare` writes them. A record is float32 mean [h, w, c], float32 std [h, w, c]
 (absent where the autoencoder has none) and int32 label, little-endian, without padding. Latents
 are *scaled*: what the model sees. With both flips, picture i is record 2i, its mirror image 2i+1.
 The manifest appears when everything else is complete.

@@ -1,6 +1,6 @@
 """Networks that turn pictures into features: the Inception of FID, and small ones trained here.
 
-On disk each lies in the folders of a checkpoint (see files/store.py): `state` is its parameters, and
+On disk each lies in the folders of a checkpoint (files/store.py): `state` is its parameters, and
 `config` says which it is and which parts it has.
 """
 

@@ -107,7 +107,6 @@ def _run(
     state = _first_state(experiment, program, checkpoints, mesh)
     first = int(state["step"])
     _announce(experiment, state, mesh, first, root)
-
     key = jax.jit(jax.random.key, out_shardings=replicated(mesh))(stream_seed(config.seed, 1))
     stream = _stream(experiment, source, mesh)
     inputs = _inputs(stream, encoder, mesh, first)
