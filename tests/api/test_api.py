@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import ppflow_jax as pf
 from tests import commands
@@ -108,3 +109,17 @@ def test_wrong_calls_say_what_to_do(run):
     assert done.returncode == 0 and "43 wrong calls, 0 not" in done.stdout, (
         done.stdout + done.stderr
     )
+
+
+def test_the_script_of_the_docs_runs(run, tmp_path, monkeypatch, capsys):
+    text = (commands.ROOT / "docs" / "python.md").read_text()
+    script = text.split("```python\n")[1].split("```")[0]
+    assert script.count("\n") <= 30
+    file = tmp_path / "model.safetensors"
+    args = (f"--source={run}", "--to=safetensors", f"--target={file}")
+    assert commands.run("convert.__main__", *args)[0] == 0
+    monkeypatch.chdir(tmp_path)
+    exec(compile(script, "docs/python.md", "exec"), {})
+    assert capsys.readouterr().out.count("faster by FLOPs") == 2
+    with Image.open("strip.png") as picture:
+        assert picture.size[0] > 1000
