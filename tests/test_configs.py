@@ -9,7 +9,7 @@ from ppflow_jax.models.network import abstract_params
 from ppflow_jax.train.experiment import Experiment
 
 CONFIGS = sorted(p for p in Path(__file__).parents[1].joinpath("configs").glob("*.py"))
-NAMES = [p.name for p in CONFIGS if p.stem not in ("common", "__init__")] + [
+NAMES = [p.name for p in CONFIGS if p.stem not in ("common", "imagenet256", "__init__")] + [
     "digits.py:sit",
     "digits.py:levels3",
     "imagenette.py:sit",
@@ -30,6 +30,13 @@ def load(name):
 def test_all_sizes_and_levels_are_there():
     assert len(NAMES) == 12 + 6
     assert config_flags is not None
+
+
+def test_the_table_has_every_name_and_no_other():
+    table, doc = load("imagenet256.py:ppflow_b2")
+    assert table == load("ppflow_b2.py")[0] and "ppflow_xl3" in doc
+    with pytest.raises(ValueError, match="one of sit_s, .*ppflow_xl3"):
+        load("imagenet256.py:ppflow_m2")
 
 
 @pytest.mark.parametrize("name", NAMES)
