@@ -3,13 +3,13 @@
     python -m ppflow_jax.main --config=configs/imagenet256.py:ppflow_b2 --workdir=DIR \\
         --config.data.source=cache --config.data.path=CACHE
 
-CACHE is the dataset encoded once by ppflow_jax.prepare (README, Data). `configs/ppflow_b2.py` and so
-on are the same. FLOPs are of one sample, of SiT of that size; FIDs (50,000 samples) are the papers'
+CACHE is the dataset encoded once by ppflow_jax.prepare (README, Data). `configs/ppflow_b2.py` and
+so on are the same. FLOPs are of one sample, of SiT of that size; FIDs (50,000 samples) are the papers'
 (arXiv 2506.23543, 2401.08740) and not verified here.
 
 | name | parameters | FLOPs | FID |
 |---|---|---|---|
-| sit_s, sit_b, sit_l, sit_xl | | 100% | B 4.46 (in PPFlow's training), XL 2.15 with guidance (ODE) |
+| sit_s, sit_b, sit_l, sit_xl | | 100% | B 4.46 (trained as PPFlow), XL 2.15 (guided, ODE) |
 | ppflow_s2, ppflow_s3 | 32.9 M, 33.0 M | | |
 | ppflow_b2, ppflow_b3 | 130.5 M | 62.0%, 49.1% | 3.83, 4.43 |
 | ppflow_l2, ppflow_l3 | 458.1 M, 458.3 M | | |

@@ -35,7 +35,7 @@ def test_all_sizes_and_levels_are_there():
 def test_the_table_has_every_name_and_no_other():
     table, doc = load("imagenet256.py:ppflow_b2")
     assert table == load("ppflow_b2.py")[0] and "ppflow_xl3" in doc
-    with pytest.raises(ValueError, match="one of sit_s, .*ppflow_xl3"):
+    with pytest.raises(ValueError, match=r"one of sit_s, .*ppflow_xl3"):
         load("imagenet256.py:ppflow_m2")
 
 
