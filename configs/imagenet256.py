@@ -4,8 +4,8 @@
         --config.data.source=cache --config.data.path=CACHE
 
 CACHE is the dataset encoded once by ppflow_jax.prepare (README, Data). `configs/ppflow_b2.py` and
-so on are the same. FLOPs are of one sample, of SiT of that size; FIDs (50,000 samples) are the papers'
-(arXiv 2506.23543, 2401.08740) and not verified here.
+so on are the same. FLOPs are of one sample, of SiT of that size; FIDs (50,000 samples) are those of
+the papers (arXiv 2506.23543, 2401.08740) and not verified here.
 
 | name | parameters | FLOPs | FID |
 |---|---|---|---|

@@ -16,6 +16,19 @@ def _as_it_is(tree: Any, prefix: str = "") -> Any:
     return tree
 
 
+def is_gather(operation: Any, *_: Any, **params: Any) -> bool:
+    """Whether an operation of a program is the gathering of weights (`sharding.layout`).
+
+    It is the one custom derivative whose body is a sharding constraint and nothing else; any other
+    custom derivative, such as a straight-through estimator, is not taken for it. The arguments are
+    those of a policy of `jax.checkpoint`.
+    """
+    if operation.name != "custom_vjp_call":
+        return False
+    body = [equation.primitive.name for equation in params["call_jaxpr"].eqns]
+    return body == ["sharding_constraint"]
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where arrays live on a device mesh while the network runs (see `sharding.layout`).

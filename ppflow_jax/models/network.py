@@ -17,7 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from ppflow_jax.devices.layout import Layout
+from ppflow_jax.devices.layout import Layout, is_gather
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.attention import choose
 from ppflow_jax.models.config import ModelConfig
@@ -33,9 +33,9 @@ Trunk = Callable[[Block, Float[Array, "b n d"], Float[Array, "b d"]], tuple[Arra
 
 
 REMAT_POLICIES = {
-    # All but the weights gathered by `Layout.weights`, the only custom derivative of one array in a
-    # block: kept for the backward pass, they would be the whole network on every device.
-    "none": lambda operation, *inputs, **_: operation.name != "custom_vjp_call" or len(inputs) > 1,
+    # All but the weights gathered by `Layout.weights`: kept for the backward pass, they would be
+    # the whole network on every device.
+    "none": lambda operation, *inputs, **params: not is_gather(operation, *inputs, **params),
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
