@@ -42,12 +42,7 @@ def run(name: str, *args: str) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of `python -m ppflow_jax.NAME ARGS`."""
     module = _load(name)
     out, err, code = io.StringIO(), io.StringIO(), 0
-    flags.FLAGS.unparse_flags()
-    for flag in list(flags.FLAGS):
-        if flag.startswith("config."):  # made by the overrides of an earlier run
-            delattr(flags.FLAGS, flag)
-        else:
-            flags.FLAGS[flag].unparse()
+    _forget()
     with (
         mock.patch.object(sys, "argv", [f"{name}.py", *map(str, args)]),
         contextlib.redirect_stdout(out),
@@ -58,8 +53,19 @@ def run(name: str, *args: str) -> tuple[int, str, str]:
         except SystemExit as e:
             code = e.code
         finally:
+            _forget()
             flags.FLAGS.mark_as_parsed()
     return code, out.getvalue(), err.getvalue()
+
+
+def _forget() -> None:
+    """Give every flag its default again."""
+    flags.FLAGS.unparse_flags()
+    for flag in list(flags.FLAGS):
+        if flag.startswith("config."):  # made by the overrides of a run
+            delattr(flags.FLAGS, flag)
+        else:
+            flags.FLAGS[flag].unparse()
 
 
 def _load(name: str):

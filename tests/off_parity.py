@@ -31,7 +31,7 @@ from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
 from ppflow_jax.systems.forecast import Forecast
 from ppflow_jax.systems.forecast_schedule import weight_table
 from ppflow_jax.systems.merged_blocks import Merged, Merging
-from tests.accelerate.checks import random_params
+from tests.systems.checks import random_params
 
 MODEL = ModelConfig(SIT, latent_size=8, channels=2, width=8, depth=3, heads=2, num_classes=4)
 PYRAMIDS, SOLVERS = (SIT, PPFLOW2, PPFLOW3), ("euler", "heun")

@@ -15,7 +15,7 @@ MODEL = ModelConfig(PPFLOW2, 16, 4, width=128, depth=3, heads=4, num_classes=10)
 # The command with an S of two blocks instead of twelve, which compiles sooner
 SHALLOW = """
 import runpy
-from ppflow_jax.models.ppflow import SIZES
+from ppflow_jax.models.config import SIZES
 SIZES["S"]["depth"] = 2
 runpy.run_module("ppflow_jax.bench", run_name="__main__", alter_sys=True)
 """

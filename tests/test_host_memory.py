@@ -8,7 +8,7 @@ import pytest
 PROGRAM = """
 import resource, sys
 import jax, jax.numpy as jnp
-from ppflow_jax.host_memory import keep_scratch
+from ppflow_jax.devices.host_memory import keep_scratch
 if sys.argv[1] == "keep":
     keep_scratch()
 x = jnp.ones((8192, 16)) / 16

@@ -105,8 +105,8 @@ def numbered(tmp_path, broken=()):
 
 def take(source, count, **options):
     options = dict(batch_size=4, seed=0, first_step=0, num_classes=3) | options
-    first = options.pop("first_step")
-    return list(itertools.islice(Stream(source, **options).batches(first), count))
+    given = options.pop("first_step"), options.pop("report", print)
+    return list(itertools.islice(Stream(source, **options).batches(*given), count))
 
 
 def same(a, b):

@@ -19,7 +19,7 @@ from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
 from ppflow_jax.systems.merged_blocks import Merged, Merging, full_layer, parts
 from ppflow_jax.systems.sdtm import MergeConfig, on_plateaus, schedule
 from tests import merge_parity
-from tests.accelerate.checks import first_full, random_params, within
+from tests.systems.checks import first_full, random_params, within
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "accelerate" / "sdtm.npz"
 MODEL = ModelConfig(PPFLOW3, latent_size=8, channels=2, width=8, depth=2, heads=2, num_classes=4)

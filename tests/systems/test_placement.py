@@ -13,7 +13,7 @@ from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import make_apply
 from ppflow_jax.pyramid import PPFLOW2
 from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
-from tests.accelerate.checks import random_params
+from tests.systems.checks import random_params
 
 MODEL = ModelConfig(PPFLOW2, latent_size=8, channels=2, width=16, depth=3, heads=4, num_classes=4)
 NOISE = jax.random.normal(jax.random.key(3), (8, *MODEL.shape))
