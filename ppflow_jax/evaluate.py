@@ -12,26 +12,18 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from ppflow_jax import cli
-from ppflow_jax.autoencoders.decode import Decoder
-from ppflow_jax.checkpoints.card import read_card
-from ppflow_jax.checkpoints.weights import load_weights
-from ppflow_jax.console import progress
-from ppflow_jax.data.images import ImageSet, array_images, open_images
+from ppflow_jax.api.run_samples import RunSamples
+from ppflow_jax.data.images import ImageSet, open_images
 from ppflow_jax.data.sources import ArraySource, arrays, digits
-from ppflow_jax.devices.sharding import local_mesh
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.disk import atomic, writable_directory
-from ppflow_jax.files.store import check_new, find_checkpoint
-from ppflow_jax.flow.plan import SamplerConfig
-from ppflow_jax.generate.provenance import ROUNDING, decoded_by, made_from, origin
-from ppflow_jax.generate.run_pictures import RunPictures
+from ppflow_jax.files.store import check_new
 from ppflow_jax.metrics.evaluator import (
     METRICS,
     NOT_COMPARABLE,
@@ -42,9 +34,8 @@ from ppflow_jax.metrics.evaluator import (
 from ppflow_jax.metrics.extract import extract, save_statistics
 from ppflow_jax.metrics.networks import FeatureNetwork, load_features, save_small, small_features
 from ppflow_jax.metrics.resize import CONVENTIONS
+from ppflow_jax.metrics.table import table
 from ppflow_jax.metrics.train_small_network import train_features
-from ppflow_jax.train.ema import reminder_of
-from ppflow_jax.train.experiment import sampler_of
 
 _SAMPLES = flags.DEFINE_string("samples", None, "npz with arr_0, folder of images, or digits.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir or step to sample from instead.")
@@ -77,15 +68,6 @@ _SEED = flags.DEFINE_integer(
     "seed", None, "Of samples, KID's subsets, --train_features; default: the run's, or 0."
 )
 
-_SHOWN = {
-    "fid": "FID",
-    "sfid": "sFID",
-    "is": "Inception Score",
-    "precision": "precision",
-    "recall": "recall",
-    "kid": "KID",
-}
-
 
 def main() -> None:
     if _BATCH.value < 1 or (_SIZE.value is not None and _SIZE.value < 1):
@@ -111,20 +93,20 @@ def main() -> None:
         for line in images.notes:
             print(line, flush=True)
     statistics = check_new(_STATISTICS_OUT.value) if _STATISTICS_OUT.value else None
-    model = _Model(_CHECKPOINT.value) if _CHECKPOINT.value else None
-    out = _card_path() if samples or model else None
+    made = _of_checkpoint(_CHECKPOINT.value) if _CHECKPOINT.value else None
+    out = _card_path() if samples or made else None
     network = _network()
     if statistics:
         if reference.images is None:
             raise InputError(f"{reference.name} holds statistics already: give images")
         _write_statistics(statistics, reference.images, network)
-    if samples or model:
-        seed = model.seed if model else _SEED.value or 0
+    if samples or made:
+        seed = made.seed if made else _SEED.value or 0
         evaluator = Evaluator(
             network, reference, tuple(_METRICS.value), batch=_BATCH.value, seed=seed
         )
-        result = evaluator(samples or model.generate())
-        card = _made_by(Path(_SAMPLES.value)) if samples else model.card
+        result = evaluator(samples or made.images())
+        card = _made_by(Path(_SAMPLES.value)) if samples else made.card
         if card:
             result["samples"]["card"] = card
         _write_json(out, result)
@@ -144,46 +126,11 @@ def _network() -> FeatureNetwork:
     return load_features(_FEATURES.value, _RESIZE.value)
 
 
-class _Model:
-    """A checkpoint to sample from, with the settings of its run's `config.sample`.
-
-    Raises:
-      InputError: no such checkpoint, a model of latents without --decode.
-    """
-
-    def __init__(self, path: str):
-        folder = find_checkpoint(path)
-        card = read_card(folder)
-        if _NUM.value < 2:
-            raise InputError(f"--num must be at least 2, got {_NUM.value}")
-        if card.space == "latents" and _DECODE.value == "none":
-            raise InputError(f"{path} makes latents: give --decode=vae:DIR or taesd:DIR")
-        run = card.experiment
-        config = sampler_of(run["sample"]) if run else SamplerConfig()
-        self.seed = (run["seed"] if run else 0) if _SEED.value is None else _SEED.value
-        decoder, mesh = Decoder.parse(_DECODE.value, card), local_mesh()
-        self._pictures = RunPictures(decoder, config, count=_NUM.value, seed=self.seed, mesh=mesh)
-        self._params = load_weights(folder, card, mesh)
-        if line := reminder_of(folder, card):
-            print(line)
-        self.card = {
-            "settings": {
-                **made_from(folder, "ema", self._pictures.sampler, card.model.pyramid),
-                **decoded_by(_DECODE.value),
-                "rounding": ROUNDING,
-                **self._pictures.settings,
-            },
-            "nfe": self._pictures.nfe,
-            **origin(folder, card),
-        }
-
-    def generate(self) -> ImageSet:
-        start = time.monotonic()
-        with progress(_NUM.value, 0, "img", "sample") as bar:
-            pictures = self._pictures(self._params, bar.update)
-        seconds = time.monotonic() - start
-        self.card |= {"seconds": seconds, "images_in_these_seconds": _NUM.value}
-        return array_images(f"{_NUM.value} of {self.card['checkpoint']}", pictures)
+def _of_checkpoint(path: str) -> RunSamples:
+    found = RunSamples(path, num=_NUM.value, seed=_SEED.value, decode=_DECODE.value)
+    if found.reminder:
+        print(found.reminder)
+    return found
 
 
 def _labelled(text: str) -> ArraySource:
@@ -241,34 +188,6 @@ def _made_by(samples: Path) -> Any:
 def _write_json(path: Path, result: dict[str, Any]) -> None:
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def table(result: dict[str, Any]) -> str:
-    """What a person reads of an evaluation."""
-    samples, reference, network = (result[k] for k in ("samples", "reference", "features"))
-    size = "x".join(map(str, samples["shape"]))
-    known = f"{reference['count']:,} images" if "count" in reference else "statistics of the file"
-    if network["network"] == "inception":
-        made = f"Inception {network['digest']}, resize {network['resize']}"
-    else:
-        made = f"small network {network['digest']} trained on {network['trained_on']}"
-    rows = [
-        ("samples", f"{samples['name']}: {samples['count']:,} images of {size}"),
-        ("reference", f"{reference['name']}: {known}"),
-        ("features", made),
-    ]
-    values = result["metrics"]
-    for metric, value in values.items():
-        if metric in _SHOWN:
-            spread = ""
-            if metric == "kid":
-                size, subsets = (result["settings"][k] for k in ("kid_subset_size", "kid_subsets"))
-                spread = f" ± {values['kid_std']:.5f} ({subsets} subsets of {size:,})"
-            rows.append((_SHOWN[metric], f"{value:.5f}{spread}"))
-    rows += [(f"no {_SHOWN[m]}", why) for m, why in result["left_out"].items()]
-    rows += [("note", note) for note in result["notes"]]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
 
 if __name__ == "__main__":

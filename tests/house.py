@@ -29,8 +29,9 @@ FLOORS = (
     ("metrics",),
     ("generate",),
     ("train",),
-    ("convert", "cost", "report"),
+    ("convert", "cost"),
     ("api",),
+    ("report",),
     ("__init__",),
     ("main", "sample", "evaluate", "prepare", "bench"),
 )

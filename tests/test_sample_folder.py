@@ -31,7 +31,7 @@ def begin(path, **changes):
 
 def write(folder, shards):
     for s in shards:
-        part = np.array(folder.images_of(s))
+        part = np.array(folder.shards.records(s))
         folder.write(s, PICTURES[part], LATENTS[part])
 
 
@@ -39,7 +39,7 @@ def test_files_at_the_end(tmp_path):
     folder = begin(tmp_path)
     assert not folder.complete
     write(folder, [2, 0, 1])
-    assert folder.whole() and folder.images_done() == 10
+    assert folder.shards.done() == 10
     folder.finish(LABELS, pngs=True, results={"nfe": 7})
     with np.load(tmp_path / "samples.npz") as made:
         np.testing.assert_array_equal(made["arr_0"], PICTURES)
@@ -73,7 +73,7 @@ def test_processes_share_the_shards_and_keep_what_is_there(tmp_path):
     write(folder, [0, 1])
     again = begin(tmp_path)
     assert [again.claim(p, 2) for p in range(2)] == [[2], []]
-    assert not again.whole()
+    assert again.shards.done() < 10
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "latents gone", "another length"])
@@ -89,7 +89,7 @@ def test_a_damaged_shard_is_made_again(tmp_path, damage):
         (tmp_path / "shards" / "000001.latents.npy").unlink()
     else:
         np.save(pictures, PICTURES[:3])
-    assert not folder.whole()
+    assert folder.shards.done() < 10
     assert folder.claim(0, 1) == [1] and not pictures.exists()
 
 
@@ -118,7 +118,7 @@ def test_a_full_disk_leaves_what_can_be_gone_on_with(tmp_path, moment):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))  # bytes a file may have
     try:
-        with pytest.raises(RunError, match="of 10 images are kept: make room, and give the same"):
+        with pytest.raises(RunError, match="of 10 are kept: make room, and give the same"):
             if moment == "shard":
                 write(folder, [1])
             else:

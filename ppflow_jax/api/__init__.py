@@ -13,9 +13,9 @@ given and raises `InputError`, one line that says what to do.
 
 from ppflow_jax.api.load import evaluate, load
 from ppflow_jax.api.model import Model, Samples
-from ppflow_jax.api.plan import Plan
 from ppflow_jax.convert.reading import Reading
 from ppflow_jax.errors import InputError, RunError
+from ppflow_jax.generate.plan import Plan
 from ppflow_jax.train.experiment import Experiment
 
 __all__ = [

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from ppflow_jax.api.model import Model, Samples, _check_seed
-from ppflow_jax.checkpoints.card import read_card
-from ppflow_jax.checkpoints.weights import load_weights
+from ppflow_jax.api.inputs import DTYPES, seed_of
+from ppflow_jax.api.model import Model, Samples
+from ppflow_jax.checkpoints.weights import Weights, open_weights
 from ppflow_jax.checks import check_local
 from ppflow_jax.convert.infer import find_kind
 from ppflow_jax.convert.names import Wanted
@@ -20,13 +20,10 @@ from ppflow_jax.convert.reading import Reading, read_model
 from ppflow_jax.convert.shards import find_weights
 from ppflow_jax.convert.source import open_source
 from ppflow_jax.data.images import ImageSet, array_images, open_images
-from ppflow_jax.devices.sharding import local_mesh
 from ppflow_jax.errors import InputError
-from ppflow_jax.files.store import find_checkpoint
 from ppflow_jax.metrics.evaluator import Evaluator, open_reference
 from ppflow_jax.metrics.networks import load_features
 
-DTYPES = ("float32", "bfloat16")
 AS_THE_FILE_SAYS = Reading()
 
 
@@ -58,15 +55,16 @@ def load(
     if file.is_dir() and (found := find_weights(str(file))):
         file = Path(found)
     if file.is_dir() or not file.exists():
-        folder = find_checkpoint(file)
-        card = read_card(folder)
-        return Model(card, load_weights(folder, card, local_mesh(), weights), dtype)
+        model = Model(open_weights(file, weights), dtype)
+        model.params  # noqa: B018  what is damaged is said here
+        return model
     source = open_source(
         str(file), Wanted("sit", "model" if weights == "params" else None, None, None)
     )
     kind = find_kind(source.state)
     loaded = read_model(source, kind, replace(reading, dtype="float32"))
-    return Model(loaded.card, jax.device_put(loaded.params), dtype)
+    params = jax.device_put(loaded.params)
+    return Model(Weights(loaded.card, file, weights, lambda: params), dtype)
 
 
 def evaluate(
@@ -89,9 +87,11 @@ def evaluate(
     Raises:
       InputError: sets or networks that do not fit together.
     """
-    _check_seed(seed)
     evaluator = Evaluator(
-        load_features(features, resize), open_reference(reference), tuple(metrics), seed=seed
+        load_features(features, resize),
+        open_reference(reference),
+        tuple(metrics),
+        seed=seed_of(seed),
     )
     return evaluator(_images(samples))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,20 +11,30 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from ppflow_jax.api.plan import Plan, make_plan, static
+from ppflow_jax.api.inputs import (
+    Labels,
+    config_of,
+    count_of,
+    labels_of,
+    latents_of,
+    seed_of,
+    stage_of,
+    whole,
+)
 from ppflow_jax.autoencoders.decode import Decoder
 from ppflow_jax.checkpoints.card import Card
-from ppflow_jax.checks import check_local, check_seed
+from ppflow_jax.checkpoints.weights import Weights
+from ppflow_jax.checks import check_local
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.likelihood import log_likelihood
 from ppflow_jax.flow.path import velocity_from
 from ppflow_jax.flow.sampler import Sampler, image_noise
 from ppflow_jax.flow.tables import scales_of
-from ppflow_jax.generate.images import MICROBATCH, Generator, choose_labels
+from ppflow_jax.generate.images import MICROBATCH, Generator, Images
+from ppflow_jax.generate.plan import Plan, make_plan
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Apply, Params, make_apply
-
-Labels = str | int | Sequence[int | str] | Int[np.ndarray, " _"]
+from ppflow_jax.systems.accelerate import AccelerateConfig
 
 
 class Samples(NamedTuple):
@@ -40,15 +50,22 @@ class Model:
     """A trained network with its weights on the devices of this process.
 
     Attributes:
-      card: architecture, path and prediction, what it was trained on.
-      params: its parameters.
+      weights: where it came from, and its parameters.
       dtype: of matrix products.
     """
 
-    card: Card
-    params: Params
+    weights: Weights
     dtype: str = "float32"
     _programs: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def card(self) -> Card:
+        """Architecture, path and prediction, what it was trained on."""
+        return self.weights.card
+
+    @property
+    def params(self) -> Params:
+        return self.weights.params
 
     @property
     def config(self) -> ModelConfig:
@@ -77,18 +94,10 @@ class Model:
         Raises:
           InputError: shapes, times, labels or a stage that the model does not have.
         """
-        x, ts = self._latents(x), np.broadcast_to(np.float32(t), np.shape(x)[:1])
-        if not ((ts >= 0) & (ts <= 1)).all():
-            raise InputError(f"times are from 0 (noise) to 1 (data), got {t}")
-        stages = {self.config.pyramid.stage_at(np.float32(v)) for v in np.unique(ts)}
-        if stage is None and len(stages) > 1:
-            raise InputError(f"times of the stages {sorted(stages)} in one call: give stage=")
-        stage = stages.pop() if stage is None else stage
-        if not 0 <= stage < len(self.config.pyramid):
-            raise InputError(
-                f"stage={stage}: the model has stages 0 to {len(self.config.pyramid) - 1}"
-            )
-        y = self._labels(labels, len(ts), 0)
+        x = latents_of(x, self.config.shape)
+        ts = np.broadcast_to(np.float32(t), len(x))
+        stage = stage_of(stage, ts, self.config.pyramid)
+        y = labels_of(labels, len(ts), 0, self.card)
         program = self._once("call", lambda: jax.jit(self.network, static_argnums=4))
         return self._exact(program, self.params, x, ts, y, stage)
 
@@ -108,6 +117,7 @@ class Model:
         solver: str = "heun",
         cfg: float | int | Sequence[float | int] = 1.0,
         accelerate: str = "exact",
+        weak: Model | None = None,
         **settings: Any,
     ) -> Plan:
         """How to sample.
@@ -117,12 +127,18 @@ class Model:
           solver: one of `flow.plan.SOLVERS`.
           cfg: guidance scale, or one of every stage; 1 does not evaluate the null class.
           accelerate: `exact`, `balanced`, `fast` or key=value,... (docs: accelerate).
+          weak: autoguidance by this model in place of the null class (arXiv 2406.02507).
           settings: of `flow.plan.SamplerConfig`, such as grid, cfg_channels, cfg_interval.
 
         Raises:
           InputError: a setting that there is not, or a value out of its range.
         """
-        return make_plan(self.card, steps, solver, cfg, accelerate, settings)
+        if not isinstance(accelerate, str):
+            raise InputError(f"accelerate={accelerate!r}: give text")
+        if not (weak is None or isinstance(weak, Model)):
+            raise InputError(f"weak={weak!r}: give a model, as pf.load makes it")
+        config, added = config_of(steps, solver, cfg, settings), AccelerateConfig.parse(accelerate)
+        return make_plan(self.card, config, added, weak.weights if weak else None)
 
     def sample(
         self,
@@ -150,26 +166,65 @@ class Model:
           InputError: an argument that does not fit the model.
           RunError: images that are not finite.
         """
-        plan, start = self._checked(plan), None if noise is None else self._latents(noise)
-        _check_seed(seed)
-        count = _count(num, labels, start)
-        y = self._labels(labels, count, seed)
-        if not isinstance(microbatch, int) or microbatch < 1:
-            raise InputError(f"microbatch={microbatch!r}: give a whole number from 1 on")
-        generator = self._generator(plan, decode, min(microbatch, count))
-        parts = list(
-            generator(
-                self.params,
-                np.arange(count),
-                y,
-                start,
-                seed=seed,
-                scales=scales_of(plan.segments),
-                batch=4 * microbatch,
-            )
+        count, y, start = self._given(num, labels, seed, noise)
+        microbatch = min(whole("microbatch", microbatch), count)
+        parts = self.images(
+            np.arange(count), y, start, plan=plan, seed=seed, decode=decode, microbatch=microbatch
         )
         _, latents, pictures = (np.concatenate(arrays) for arrays in zip(*parts))
         return Samples(pictures, latents, y)
+
+    def images(
+        self,
+        ids: Int[np.ndarray, " n"],
+        labels: Int[np.ndarray, " n"],
+        noise: Float[np.ndarray, "n h w c"] | None = None,
+        *,
+        plan: Plan | None = None,
+        seed: int = 0,
+        decode: str = "none",
+        microbatch: int = MICROBATCH,
+        batch: int = 4 * MICROBATCH,
+    ) -> Iterator[Images]:
+        """The images of `sample` with the numbers `ids`, in groups as they are done.
+
+        Args:
+          labels, noise: of each; noise None is that of the seed.
+          batch: images in flight, over all devices; changes no image.
+
+        Raises:
+          InputError, RunError: see `sample`.
+        """
+        plan = self._checked(plan)
+        return self.generator(plan, decode, microbatch)(
+            self.params,
+            ids,
+            labels,
+            noise,
+            seed=seed_of(seed),
+            scales=scales_of(plan.segments),
+            weak=None if plan.weak is None else plan.weak.params,
+            batch=whole("batch", batch),
+        )
+
+    def generator(
+        self, plan: Plan, decode: str = "none", microbatch: int = MICROBATCH
+    ) -> Generator:
+        """What makes the images of a plan; the same for all its guidance scales.
+
+        Raises:
+          InputError: an autoencoder that is not there, or not of these latents.
+        """
+        if not isinstance(decode, str):
+            raise InputError(f"decode={decode!r}: write none, vae:DIR or taesd:DIR")
+        check_local(decode, "decode")
+        size = whole("microbatch", microbatch)
+
+        def make() -> Generator:
+            decoder = self._once(("decoder", decode), lambda: Decoder.parse(decode, self.card))
+            return Generator(self._sampler(plan), decoder, microbatch=size, dtype=self.dtype)
+
+        return self._once(("generator", plan.static, decode, size), make)
 
     def trajectory(
         self,
@@ -185,10 +240,8 @@ class Model:
         Raises:
           InputError: see `sample`.
         """
-        plan, start = self._checked(plan), None if noise is None else self._latents(noise)
-        _check_seed(seed)
-        count = _count(num, labels, start)
-        y = self._labels(labels, count, seed)
+        plan = self._checked(plan)
+        count, y, start = self._given(num, labels, seed, noise)
         drawn, keys = image_noise(np.uint32(seed), np.arange(count), self.config.shape)
         sampler = self._sampler(plan)
         states = self._exact(
@@ -210,9 +263,9 @@ class Model:
         Raises:
           InputError: see `__call__`; steps below the number of stages.
         """
-        x = self._latents(x)
-        _check_seed(seed)
-        y, config = self._labels(labels, len(x), seed), self.plan(steps=steps).config
+        x = latents_of(x, self.config.shape)
+        y = labels_of(labels, len(x), seed_of(seed), self.card)
+        config = self.plan(steps=steps).config
         probes = jax.random.key(np.uint32(seed))
         given = (self.params, jnp.asarray(x), jnp.asarray(y), probes)
         args = (self.network, self.config, self.card.flow, config, *given)
@@ -235,57 +288,12 @@ class Model:
         return plan
 
     def _sampler(self, plan: Plan) -> Sampler:
-        args = (self.network, self.config, self.card.flow, plan.config)
-        key = ("sampler", static(plan))
-        return self._once(key, lambda: Sampler(*args, segments=plan.segments))
+        return self._once(("sampler", plan.static), lambda: plan.sampler(self.network, self.dtype))
 
-    def _generator(self, plan: Plan, decode: str, microbatch: int) -> Generator:
-        def make() -> Generator:
-            decoder = self._once(("decoder", decode), lambda: Decoder.parse(decode, self.card))
-            return Generator(self._sampler(plan), decoder, microbatch=microbatch, dtype=self.dtype)
-
-        if not isinstance(decode, str):
-            raise InputError(f"decode={decode!r}: write none, vae:DIR or taesd:DIR")
-        check_local(decode, "decode")
-        return self._once(("generator", static(plan), decode, microbatch), make)
-
-    def _latents(self, x: Any) -> Float[np.ndarray, "b h w c"]:
-        shape = ", ".join(map(str, self.config.shape))
-        try:
-            array = np.asarray(x, np.float32)
-        except (TypeError, ValueError) as e:
-            raise InputError(f"latents must be numbers of shape (n, {shape}): {e}") from e
-        if array.ndim != 4 or array.shape[1:] != self.config.shape or not len(array):
-            raise InputError(
-                f"latents of shape {array.shape}, the model takes (n, {shape}), channels last"
-            )
-        if not np.isfinite(array).all():
-            raise InputError("latents have values that are NaN or infinite")
-        return array
-
-    def _labels(self, labels: Labels, count: int, seed: int) -> Int[np.ndarray, " n"]:
-        if isinstance(labels, str):
-            rule = labels
-        elif isinstance(labels, bool | float) or labels is None:
-            raise InputError(f"labels={labels!r}: give balanced, uniform, a class or several")
-        else:
-            rule = ",".join(map(str, np.atleast_1d(labels).tolist()))
-        return choose_labels(rule, count, self.config.num_classes, seed, self.card.classes)
-
-
-def _check_seed(seed: int) -> None:
-    if not isinstance(seed, int | np.integer) or isinstance(seed, bool):
-        raise InputError(f"seed={seed!r}: a seed is a whole number")
-    check_seed(int(seed), "seed")
-
-
-def _count(num: int | None, labels: Labels, noise: np.ndarray | None) -> int:
-    if num is not None and (not isinstance(num, int | np.integer) or num < 1):
-        raise InputError(f"num={num!r}: give a whole number from 1 on")
-    if noise is not None and num not in (None, len(noise)):
-        raise InputError(f"num={num}, but noise holds {len(noise)} images")
-    if noise is not None:
-        return len(noise)
-    if num is None and not isinstance(labels, str):
-        return len(np.atleast_1d(labels))
-    return 16 if num is None else int(num)
+    def _given(
+        self, num: int | None, labels: Labels, seed: int, noise: Any
+    ) -> tuple[int, Int[np.ndarray, " n"], Float[np.ndarray, "n h w c"] | None]:
+        """Number of images, their labels, and their noise if it is given."""
+        start = None if noise is None else latents_of(noise, self.config.shape)
+        count = count_of(num, labels, start)
+        return count, labels_of(labels, count, seed_of(seed), self.card), start

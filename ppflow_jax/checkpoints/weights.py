@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -10,10 +12,46 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from ppflow_jax.checkpoints.card import Card
-from ppflow_jax.devices.sharding import tree_shardings
-from ppflow_jax.files.store import readable, verify, write_checkpoint
+from ppflow_jax.checkpoints.card import Card, read_card
+from ppflow_jax.devices.sharding import local_mesh, tree_shardings
+from ppflow_jax.files.store import find_checkpoint, readable, verify, write_checkpoint
 from ppflow_jax.models.network import Params, abstract_params
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """Trained weights, loaded on the devices of this process when they are first asked for.
+
+    Attributes:
+      card: of the model.
+      path: of the checkpoint or file.
+      which: `ema`, or `params` as last trained.
+      load: gives the parameters.
+    """
+
+    card: Card
+    path: Path
+    which: str
+    load: Callable[[], Params]
+
+    @functools.cached_property
+    def params(self) -> Params:
+        """
+        Raises:
+          InputError: damaged or unreadable.
+        """
+        return self.load()
+
+
+def open_weights(path: str | Path, which: str = "ema") -> Weights:
+    """Weights of a run (its latest step), one of its steps, or a converted folder.
+
+    Raises:
+      InputError: not there, or of another kind.
+    """
+    folder = find_checkpoint(path)
+    card = read_card(folder)
+    return Weights(card, folder, which, lambda: load_weights(folder, card, local_mesh(), which))
 
 
 def load_weights(path: Path, card: Card, mesh: Mesh, which: str = "ema") -> Params:

@@ -23,7 +23,7 @@ from ppflow_jax.devices.sharding import (
     replicated,
 )
 from ppflow_jax.flow.cost import sampling_flops, training_flops
-from ppflow_jax.flow.sampler import Sampler
+from ppflow_jax.generate.plan import make_plan
 from ppflow_jax.models.flops import block_traffic
 from ppflow_jax.train.experiment import Experiment
 from ppflow_jax.train.program import Program, make_program
@@ -210,7 +210,7 @@ def _train_step(experiment, program: Program, mesh: Mesh, state, batch) -> Compi
 
 def _sampler(experiment, program: Program, mesh: Mesh, ema) -> Compiled:
     config, model = experiment.config, experiment.card.model
-    sampler = Sampler(program.apply, model, experiment.card.flow, experiment.sampler)
+    sampler = make_plan(experiment.card, experiment.sampler).sampler(program.apply)
     size = -(-config.sample.count // data_shards(mesh)) * data_shards(mesh)
     inputs = _inputs(size, model.shape, mesh)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ppflow_jax.checkpoints.card import Card
 from ppflow_jax.flow.cost import sampling_flops, training_flops
 from ppflow_jax.flow.loss import Objective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig, evaluations
-from ppflow_jax.flow.sampler import Sampler
+from ppflow_jax.generate.plan import make_plan
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Apply, abstract_params, make_apply
 from ppflow_jax.train.optimizer import OptimConfig, make_optimizer
@@ -161,7 +162,7 @@ def sampling_row(
 ) -> Row:
     """Sampling of `batch` images; `settings` are those of `make_apply`."""
     apply = make_apply(model, **settings)
-    sampler = Sampler(apply, model, Flow(), config)
+    sampler = make_plan(Card(model, Flow(), "latents"), config).sampler(apply)
     x = jax.ShapeDtypeStruct((batch, *model.shape), jnp.float32)
     y = jax.ShapeDtypeStruct((batch,), jnp.int32)
     memory = _compiled(lambda: sampler.lower(abstract_params(model), x, y, None))

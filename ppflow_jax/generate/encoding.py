@@ -25,6 +25,7 @@ from ppflow_jax.data.cache import (
 from ppflow_jax.data.pictures import Pictures, UnreadablePicture
 from ppflow_jax.data.pipeline import parallel
 from ppflow_jax.errors import InputError
+from ppflow_jax.files.shards import Shards
 
 
 @dataclass(frozen=True)
@@ -41,19 +42,15 @@ class Job:
     process_count: int = 1
 
     @property
-    def shards(self) -> int:
-        return -(-len(self.source) // self.shard_pictures)
+    def shards(self) -> Shards:
+        return Shards(self.out, len(self.source), self.shard_pictures, self._done)
 
     def name(self, shard: int) -> str:
-        return f"shard-{shard:05d}-of-{self.shards:05d}.array_record"
+        return f"shard-{shard:05d}-of-{len(self.shards):05d}.array_record"
 
     def facts(self, shard: int) -> Path:
         """Where the facts of a finished shard are until the manifest has them."""
         return self.out / f"{self.name(shard)}.json"
-
-    def pictures(self, shard: int) -> range:
-        first = shard * self.shard_pictures
-        return range(first, min(first + self.shard_pictures, len(self.source)))
 
     def manifest(
         self, shards: tuple[Shard, ...] = (), labels: dict[str, Any] | None = None
@@ -72,8 +69,7 @@ class Job:
             labels=labels,
         )
 
-    def done(self, shard: int) -> bool:
-        """Whether the shard is there as it was written."""
+    def _done(self, shard: int) -> bool:
         facts = self.facts(shard)
         return (
             facts.exists() and read_shard(json.loads(facts.read_text())).problem(self.out) is None
@@ -116,7 +112,7 @@ def encoded(job: Job, todo: list[int], workers: int) -> Iterator[dict[str, Any]]
     rows = job.batch * mesh.size
     chunks = [
         (first, min(first + rows, pictures.stop))
-        for pictures in map(job.pictures, todo)
+        for pictures in map(job.shards.records, todo)
         for first in range(pictures.start, pictures.stop, rows)
     ]
     autoencoder = job.encoder.autoencoder

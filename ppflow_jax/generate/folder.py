@@ -1,17 +1,16 @@
-"""A folder of samples in the making: it can be left at any moment and gone on with.
+"""A folder of samples; a command that was killed continues from its finished shards.
 
     DIR/card.json                          what makes the images; at the end also how it went
     DIR/shards/000000.npy                  pictures 0 to SHARD - 1, uint8 NHWC, and so on
     DIR/shards/000000.latents.npy          if asked, their latents
     DIR/samples.npz, grid.png, ...         at the end, then the shards go
 
-Image k lies in shard k // SHARD, and process p of n makes every n-th shard from p on. They meet
-in this folder, which all of them see, and nowhere else.
+Image k lies in shard k // SHARD. Processes meet in this folder, which all of them see, and nowhere
+else.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import time
@@ -26,8 +25,9 @@ from jaxtyping import Float, Int, UInt8
 
 from ppflow_jax.console import progress
 from ppflow_jax.data.save import save_grid, save_png
-from ppflow_jax.errors import InputError, RunError
+from ppflow_jax.errors import InputError
 from ppflow_jax.files.disk import atomic, writable_directory
+from ppflow_jax.files.shards import Shards
 
 SHARD = 256
 GRID = 100  # pictures in grid.png
@@ -38,6 +38,7 @@ class SampleFolder:
 
     Attributes:
       settings: everything the images depend on, as JSON values.
+      shards: of its images.
       complete: all is done; there is nothing to do.
 
     Raises:
@@ -46,9 +47,9 @@ class SampleFolder:
 
     def __init__(self, path: str | Path, settings: dict[str, Any]):
         self.path = Path(path).absolute()
-        self.shards = self.path / "shards"
         self.settings = json.loads(json.dumps(settings))  # tuples become lists, as on disk
-        self.count, self.with_latents = settings["num"], settings["save_latents"]
+        self.with_latents = settings["save_latents"]
+        self.shards = Shards(self.path / "shards", settings["num"], SHARD, self._whole)
         self.complete = self._check()
 
     def _check(self) -> bool:
@@ -69,7 +70,7 @@ class SampleFolder:
             raise InputError(
                 f"{self.path} holds {'' if complete else 'part of '}{found.get('num')} images of "
                 f"other settings ({', '.join(changed)}): choose another --out, remove that folder, "
-                "or go on with its settings"
+                "or give its settings"
             )
         return complete
 
@@ -79,7 +80,7 @@ class SampleFolder:
         Raises:
           InputError: it cannot be written; images of other settings are there.
         """
-        writable_directory(self.shards)
+        writable_directory(self.shards.folder)
         card = self.path / "card.json"
         if first and not card.exists():
             self._write_card(complete=False)
@@ -88,27 +89,10 @@ class SampleFolder:
 
     def claim(self, process: int, processes: int) -> list[int]:
         """Shards that this process has to make; a damaged one of them is removed."""
-        shards = [s for s in range(process, self.shard_count, processes) if not self._whole(s)]
+        shards = self.shards.left(process, processes)
         for shard in shards:
             self._file(shard).unlink(missing_ok=True)
         return shards
-
-    def whole(self) -> bool:
-        """All shards are there, those of all processes."""
-        return all(self._whole(s) for s in range(self.shard_count))
-
-    @property
-    def shard_count(self) -> int:
-        return -(-self.count // SHARD)
-
-    def images_of(self, shard: int) -> range:
-        """Numbers of its images."""
-        return range(shard * SHARD, min((shard + 1) * SHARD, self.count))
-
-    def images_done(self) -> int:
-        """Images in the shards that are there, those of all processes."""
-        shards = range(self.shard_count)
-        return sum(len(self.images_of(s)) for s in shards if self._file(s).exists())
 
     def write(
         self,
@@ -121,7 +105,7 @@ class SampleFolder:
         Raises:
           RunError: the disk is full.
         """
-        with self._room():
+        with self.shards.room():
             if self.with_latents:
                 _save(self._file(shard, ".latents"), latents)
             _save(self._file(shard), pictures)
@@ -135,7 +119,7 @@ class SampleFolder:
         Raises:
           RunError: the disk is full.
         """
-        with self._room():
+        with self.shards.room():
             with atomic(self.path / "samples.npz") as temporary:
                 with zipfile.ZipFile(temporary, "w") as archive:
                     for name, arrays in (
@@ -144,10 +128,10 @@ class SampleFolder:
                     ):
                         entry = zipfile.ZipInfo(f"{name}.npy")  # of no date: equal files
                         with archive.open(entry, "w", force_zip64=True) as file:
-                            _join(file, arrays, self.count)
+                            _join(file, arrays, self.shards.count)
             if self.with_latents:
                 with atomic(self.path / "latents.npy") as temporary, temporary.open("wb") as file:
-                    _join(file, self._arrays(".latents"), self.count)
+                    _join(file, self._arrays(".latents"), self.shards.count)
                 _save(self.path / "labels.npy", labels)
             if pngs:
                 self._write_pngs(labels)
@@ -158,7 +142,7 @@ class SampleFolder:
 
     def tidy(self) -> None:
         """Remove the shards of a complete folder."""
-        shutil.rmtree(self.shards, ignore_errors=True)
+        shutil.rmtree(self.shards.folder, ignore_errors=True)
 
     def wait_until_complete(self) -> None:
         """Until another process has finished the folder."""
@@ -172,16 +156,16 @@ class SampleFolder:
     def _write_pngs(self, labels: np.ndarray) -> None:
         folder = self.path / "images"
         folder.mkdir(exist_ok=True)
-        with progress(self.count, 0, "png", "images") as bar:
+        with progress(self.shards.count, 0, "png", "images") as bar:
             for k, picture in enumerate(p for pictures in self._arrays() for p in pictures):
                 save_png(folder / f"{k:06d}_class{labels[k]}.png", picture)
                 bar.update()
 
     def _file(self, shard: int, kind: str = "") -> Path:
-        return self.shards / f"{shard:06d}{kind}.npy"
+        return self.shards.folder / f"{shard:06d}{kind}.npy"
 
     def _arrays(self, kind: str = "") -> Iterator[np.ndarray]:
-        for shard in range(self.shard_count):
+        for shard in range(len(self.shards)):
             yield np.load(self._file(shard, kind))
 
     def _whole(self, shard: int) -> bool:
@@ -191,17 +175,7 @@ class SampleFolder:
             found = [np.load(self._file(shard, kind), mmap_mode="r") for kind in kinds]
         except (OSError, ValueError, EOFError):
             return False
-        return all(len(array) == len(self.images_of(shard)) for array in found)
-
-    @contextlib.contextmanager
-    def _room(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as e:
-            raise RunError(
-                f"cannot write in {self.path} ({e.strerror or e}); {self.images_done()} of "
-                f"{self.count} images are kept: make room, and give the same command to go on"
-            ) from e
+        return all(len(array) == len(self.shards.records(shard)) for array in found)
 
 
 def wait_for(what: Callable[[], bool], seconds: float = 0.5) -> None:

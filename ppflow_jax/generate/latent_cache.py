@@ -1,9 +1,8 @@
-"""Writing a latent cache shard by shard, so that it can be killed at any moment.
+"""Writing a latent cache shard by shard.
 
 While it is made, the folder has `settings.json` and, beside every finished shard, its facts as
-`SHARD.json`; the manifest replaces all of them. Shard s is made by process s mod process_count,
-always from its first picture and in the same batches: it has the same bytes whether or not
-anything was killed before.
+`SHARD.json`; the manifest replaces all of them. A shard is always made from its first picture and
+in the same batches.
 """
 
 from __future__ import annotations
@@ -48,13 +47,13 @@ def prepare_shards(job: Job, *, skip_unreadable: bool, workers: int) -> None:
         be read (without `skip_unreadable`); its encoding is not finite.
     """
     _claim(job)
-    mine = range(job.process_index, job.shards, job.process_count)
+    shards = job.shards
+    mine = range(job.process_index, len(shards), job.process_count)
     complete = (job.out / MANIFEST).exists()
-    todo = [] if complete else [shard for shard in mine if not job.done(shard)]
-    total = sum(len(job.pictures(shard)) for shard in mine)
-    left = sum(len(job.pictures(shard)) for shard in todo)
+    todo = [] if complete else shards.left(job.process_index, job.process_count)
+    total, left = (sum(len(shards.records(s)) for s in some) for some in (mine, todo))
     if left < total and todo:
-        say(f"going on: {len(mine) - len(todo)} of {len(mine)} shards are there")
+        say(f"continuing: {len(mine) - len(todo)} of {len(mine)} shards are there")
     stream = encoded(job, todo, workers)
     with contextlib.closing(progress(total, total - left, "img", "prepare")) as bar:
         for shard in todo:
@@ -67,11 +66,11 @@ def finish(job: Job) -> Manifest | None:
     if job.process_index:
         return None
     if not (job.out / MANIFEST).exists():
-        shards = range(job.shards)
+        shards = range(len(job.shards))
         facts = [json.loads(job.facts(shard).read_text()) for shard in shards]
         labels = _classes(job, facts).to_json()
         job.manifest(tuple(map(read_shard, facts)), labels).write(job.out)
-    for path in [job.out / SETTINGS, *map(job.facts, range(job.shards))]:
+    for path in [job.out / SETTINGS, *map(job.facts, range(len(job.shards)))]:
         path.unlink(missing_ok=True)
     return Manifest.read(job.out)
 
@@ -146,7 +145,7 @@ def _write_shard(
 ) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    path, pictures = job.out / job.name(shard), job.pictures(shard)
+    path, pictures = job.out / job.name(shard), job.shards.records(shard)
     records, labels, unreadable = 0, [], []
     with atomic(path) as temporary:
         writer = ArrayRecordWriter(str(temporary), WRITER_OPTIONS)

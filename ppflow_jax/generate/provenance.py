@@ -13,26 +13,27 @@ import jax
 
 from ppflow_jax.autoencoders.decode import kind_and_folder
 from ppflow_jax.checkpoints.card import Card
+from ppflow_jax.checkpoints.weights import Weights
 from ppflow_jax.files.store import digest
-from ppflow_jax.flow.sampler import Sampler
-from ppflow_jax.pyramid import Pyramid
+from ppflow_jax.generate.plan import Plan
 
 ROUNDING = "clamp(127.5 x + 128, 0, 255), truncated"
 _PACKAGES = ("ppflow_jax", "jax", "jaxlib", "flax", "diffrax", "numpy", "orbax-checkpoint")
 
 
-def made_from(checkpoint: Path, weights: str, sampler: Sampler, pyramid: Pyramid) -> dict[str, Any]:
+def made_from(weights: Weights, plan: Plan) -> dict[str, Any]:
     """Settings of weights and sampler that images depend on, as JSON values.
 
     Raises:
       InputError: a checkpoint without checksums.
     """
+    pyramid = plan.model.pyramid
     return {
-        "checkpoint_sha256": digest(checkpoint),
-        "weights": weights,
+        "checkpoint_sha256": digest(weights.path),
+        "weights": weights.which,
         "pyramid": str(pyramid),
-        **asdict(sampler.config),
-        "cfg": sampler.config.scales(pyramid),
+        **asdict(plan.config),
+        "cfg": plan.config.scales(pyramid),
     }
 
 

@@ -1,4 +1,4 @@
-"""The pictures that a run is judged by: the same in training and by `evaluate`."""
+"""The pictures that a run is judged by while it is trained, the same as `evaluate --checkpoint`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from jaxtyping import UInt8
 from ppflow_jax.autoencoders.decode import Decoder
 from ppflow_jax.devices.layout import Layout
 from ppflow_jax.devices.sharding import layout
-from ppflow_jax.flow.plan import ADAPTIVE, SamplerConfig, evaluations
-from ppflow_jax.flow.sampler import Sampler
+from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.generate.images import MICROBATCH, Generator, choose_labels
+from ppflow_jax.generate.plan import make_plan
 from ppflow_jax.models.network import Params, make_apply
 
 
@@ -34,12 +34,13 @@ class RunPictures:
           mesh: of the parameters that will be given.
         """
         card = decoder.card
-        self.count, self.seed, self.microbatch = count, seed, min(MICROBATCH, count)
+        self.count, self.seed = count, seed
         cut = mesh.size > mesh.shape["data"]
         apply = make_apply(card.model, layout=layout(mesh) if cut else Layout())
-        self.sampler = Sampler(apply, card.model, card.flow, config)
+        sampler = make_plan(card, config).sampler(apply)
         self.labels = choose_labels("balanced", count, card.model.num_classes, seed, card.classes)
-        self._generator = Generator(self.sampler, decoder, microbatch=self.microbatch, mesh=mesh)
+        microbatch = min(MICROBATCH, count)
+        self._generator = Generator(sampler, decoder, microbatch=microbatch, mesh=mesh)
 
     def __call__(
         self, params: Params, done: Callable[[int], Any] = lambda images: None
@@ -57,20 +58,3 @@ class RunPictures:
             parts.append(images.pictures)
             done(len(images.ids))
         return np.concatenate(parts)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What the pictures depend on beside weights, sampler and decoder, for JSON."""
-        return {
-            "seed": self.seed,
-            "labels": "balanced",
-            "num": self.count,
-            "microbatch": self.microbatch,
-        }
-
-    @property
-    def nfe(self) -> int | str:
-        """Network evaluations of an image."""
-        if self.sampler.config.solver == ADAPTIVE:
-            return "adaptive"
-        return evaluations(self.sampler.segments)

@@ -8,14 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from ppflow_jax.api.load import load
 from ppflow_jax.autoencoders.decode import Decoder
-from ppflow_jax.checkpoints.weights import load_weights
-from ppflow_jax.devices.sharding import local_mesh
 from ppflow_jax.flow.path import Flow
-from ppflow_jax.flow.plan import SamplerConfig
-from ppflow_jax.flow.sampler import Sampler, image_noise
 from ppflow_jax.models.flops import forward_flops
-from ppflow_jax.models.network import make_apply
 from ppflow_jax.report.run import Run
 
 PICTURES = 12
@@ -52,16 +48,11 @@ def make_strip(run: Run, decoder: Decoder, *, label: int, seed: int, steps: int)
     """
     card, experiment = run.card, run.card.experiment or {}
     cfg = tuple(experiment.get("sample", {}).get("cfg", (1.0,)))
-    sampler = Sampler(
-        make_apply(card.model), card.model, card.flow, SamplerConfig("euler", steps, cfg=cfg)
-    )
-    params = load_weights(run.checkpoint, card, local_mesh())
-    noise, keys = image_noise(seed, np.arange(1), card.model.shape)
-    labels = jnp.full((1,), label, jnp.int32)
-    path = np.asarray(sampler(params, noise, labels, keys, trajectory=True))[:, 0]
+    model = load(run.checkpoint)
+    plan = model.plan(solver="euler", steps=steps, cfg=cfg)
+    path = model.trajectory(1, plan=plan, labels=label, seed=seed)[:, 0]
 
-    segments = sampler.segments
-    times = (segments[0].times[0], *(t for s in segments for t in s.times[1:]))
+    segments, times = plan.segments, plan.times
     stages = tuple(s.stages[0] for s in segments for _ in range(s.steps))
     rows = [(forward_flops(card.model, i), card.model.pyramid.grid(i, card.model.latent_size))
             for i in range(len(card.model.pyramid))]  # fmt: skip
@@ -69,7 +60,7 @@ def make_strip(run: Run, decoder: Decoder, *, label: int, seed: int, steps: int)
     shown = _shown(stages)
     return Strip(
         label,
-        sampler.config.scales(card.model.pyramid),
+        plan.config.scales(card.model.pyramid),
         times,
         stages,
         tuple(int(np.prod(rows[s][1])) for s in stages),

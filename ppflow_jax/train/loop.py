@@ -39,7 +39,8 @@ from ppflow_jax.devices.stop import StopRequest
 from ppflow_jax.errors import InputError, RunError, Stopped
 from ppflow_jax.files.disk import locked, writable_directory
 from ppflow_jax.files.store import FOLDER, find_checkpoint
-from ppflow_jax.flow.sampler import Sampler, image_noise
+from ppflow_jax.flow.sampler import image_noise
+from ppflow_jax.generate.plan import make_plan
 from ppflow_jax.train.ema import reminder
 from ppflow_jax.train.experiment import Experiment
 from ppflow_jax.train.inputs import Batch, make_inputs, open_inputs
@@ -266,7 +267,7 @@ def _finite(
 def _sample_grid(experiment: Experiment, program: Program, mesh: Mesh, root: Path):
     """Function that writes a grid of EMA samples, always of the same noise and labels."""
     model = experiment.card.model
-    sampler = Sampler(program.apply, model, experiment.card.flow, experiment.sampler)
+    sampler = make_plan(experiment.card, experiment.sampler).sampler(program.apply)
     count = experiment.config.sample.count
     ids = np.arange(-(-count // data_shards(mesh)) * data_shards(mesh))
     noise, keys = image_noise(experiment.config.seed, ids, model.shape)

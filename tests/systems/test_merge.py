@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppflow_jax.cost.explain import explain
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.cost import sampling_flops
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig, plan
 from ppflow_jax.flow.sampler import Sampler
+from ppflow_jax.generate.explain import explain
 from ppflow_jax.models.config import SIZES, ModelConfig
 from ppflow_jax.models.network import make_apply
 from ppflow_jax.pyramid import PPFLOW3, SIT

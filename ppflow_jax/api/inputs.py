@@ -1,0 +1,138 @@
+"""What the library is given, checked at the door."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from ppflow_jax.checkpoints.card import Card
+from ppflow_jax.checks import check_seed
+from ppflow_jax.errors import InputError
+from ppflow_jax.flow.plan import SamplerConfig
+from ppflow_jax.generate.images import choose_labels
+from ppflow_jax.pyramid import Pyramid
+
+Labels = str | int | Sequence[int | str] | Int[np.ndarray, " _"]
+DTYPES = ("float32", "bfloat16")
+
+
+def seed_of(seed: int) -> int:
+    """
+    Raises:
+      InputError: no whole number from 0 to 2^32 - 1.
+    """
+    if not isinstance(seed, int | np.integer) or isinstance(seed, bool):
+        raise InputError(f"seed={seed!r}: a seed is a whole number")
+    check_seed(int(seed), "seed")
+    return int(seed)
+
+
+def whole(name: str, value: int | None) -> int:
+    """
+    Raises:
+      InputError: no whole number from 1 on.
+    """
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{name}={value!r}: give a whole number from 1 on")
+    return int(value)
+
+
+def count_of(num: int | None, labels: Labels, noise: np.ndarray | None) -> int:
+    """Number of images: `num`, or as many as noise or labels, or 16.
+
+    Raises:
+      InputError: no whole number from 1 on, or another one than that of the noise.
+    """
+    if num is not None:
+        whole("num", num)
+    if noise is not None:
+        if num not in (None, len(noise)):
+            raise InputError(f"num={num}, but the noise holds {len(noise)} images")
+        return len(noise)
+    if num is not None:
+        return int(num)
+    if isinstance(labels, str):
+        return 16 if labels in ("balanced", "uniform") else labels.count(",") + 1
+    return len(np.atleast_1d(labels))
+
+
+def labels_of(labels: Labels, count: int, seed: int, card: Card) -> Int[np.ndarray, " n"]:
+    """Class of every image, see `choose_labels`.
+
+    Raises:
+      InputError: no rule, number or name of a class.
+    """
+    if isinstance(labels, str):
+        rule = labels
+    elif isinstance(labels, bool | float) or labels is None:
+        raise InputError(f"labels={labels!r}: give balanced, uniform, a class or several")
+    else:
+        rule = ",".join(map(str, np.atleast_1d(labels).tolist()))
+    return choose_labels(rule, count, card.model.num_classes, seed, card.classes)
+
+
+def latents_of(x: Any, shape: tuple[int, int, int]) -> Float[np.ndarray, "b h w c"]:
+    """
+    Raises:
+      InputError: no finite numbers of (n, *shape).
+    """
+    said = ", ".join(map(str, shape))
+    try:
+        array = np.asarray(x, np.float32)
+    except (TypeError, ValueError) as e:
+        raise InputError(f"latents must be numbers of shape (n, {said}): {e}") from e
+    if array.ndim != 4 or array.shape[1:] != shape or not len(array):
+        raise InputError(
+            f"latents of shape {array.shape}, the model takes (n, {said}), channels last"
+        )
+    if not np.isfinite(array).all():
+        raise InputError("latents have values that are NaN or infinite")
+    return array
+
+
+def stage_of(stage: int | None, ts: Float[np.ndarray, " b"], pyramid: Pyramid) -> int:
+    """`stage`, or the one that all times are in.
+
+    Raises:
+      InputError: times outside [0, 1] or of several stages; no such stage.
+    """
+    if not ((ts >= 0) & (ts <= 1)).all():
+        raise InputError(f"times are from 0 (noise) to 1 (data), got {ts.min()} to {ts.max()}")
+    if stage is None:
+        stages = {pyramid.stage_at(np.float32(t)) for t in np.unique(ts)}
+        if len(stages) > 1:
+            raise InputError(f"times of the stages {sorted(stages)} in one call: give stage=")
+        stage = stages.pop()
+    if stage not in range(len(pyramid)):
+        raise InputError(f"stage={stage}: the model has stages 0 to {len(pyramid) - 1}")
+    return stage
+
+
+def config_of(
+    steps: int,
+    solver: str,
+    cfg: float | int | Sequence[float | int],
+    settings: dict[str, Any],
+) -> SamplerConfig:
+    """
+    Raises:
+      InputError: a setting that there is not, or a value out of its range.
+    """
+    known = [f.name for f in fields(SamplerConfig) if f.name not in ("steps", "solver", "cfg")]
+    if unknown := [k for k in settings if k not in known]:
+        raise InputError(f"plan has no setting {unknown[0]!r}: give some of {', '.join(known)}")
+    if not isinstance(steps, int) or isinstance(steps, bool):
+        raise InputError(f"steps={steps!r}: give a whole number")
+    if not isinstance(solver, str):
+        raise InputError(f"solver={solver!r}: give text")
+    try:
+        scales = tuple(np.atleast_1d(np.asarray(cfg, float)).tolist())
+        return SamplerConfig(solver, steps, cfg=scales, **settings)
+    except InputError:
+        raise
+    except (TypeError, ValueError) as e:
+        raise InputError(f"cfg={cfg!r} {settings or ''}: {e}") from e

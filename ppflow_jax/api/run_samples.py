@@ -1,0 +1,84 @@
+"""Samples of a run to judge it by, with the settings of its own configuration."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from ppflow_jax.api.inputs import labels_of, seed_of
+from ppflow_jax.api.model import Model
+from ppflow_jax.checkpoints.weights import open_weights
+from ppflow_jax.console import progress
+from ppflow_jax.data.images import ImageSet, array_images
+from ppflow_jax.errors import InputError
+from ppflow_jax.flow.plan import SamplerConfig
+from ppflow_jax.generate.images import MICROBATCH
+from ppflow_jax.generate.plan import make_plan
+from ppflow_jax.generate.provenance import ROUNDING, decoded_by, made_from, origin
+from ppflow_jax.train.ema import reminder_of
+from ppflow_jax.train.experiment import sampler_of
+
+
+class RunSamples:
+    """The first `num` pictures of a checkpoint's EMA, the trained classes in turn.
+
+    Attributes:
+      seed: of the noise; the run's, unless another is given.
+      card: what makes the pictures, and when they are made how it went.
+      reminder: a line about an average that is still too much of its first weights.
+
+    Raises:
+      InputError: no such checkpoint, a model of latents without a decoder.
+    """
+
+    def __init__(self, path: str, *, num: int, seed: int | None, decode: str):
+        if num < 2:
+            raise InputError(f"--num must be at least 2, got {num}")
+        weights = open_weights(path)
+        card, run = weights.card, weights.card.experiment
+        if card.space == "latents" and decode == "none":
+            raise InputError(f"{path} makes latents: give --decode=vae:DIR or taesd:DIR")
+        self.num, self.decode, self.microbatch = num, decode, min(MICROBATCH, num)
+        self.seed = seed_of((run["seed"] if run else 0) if seed is None else seed)
+        self.model = Model(weights)
+        self.plan = make_plan(card, sampler_of(run["sample"]) if run else SamplerConfig())
+        self.model.generator(self.plan, decode, self.microbatch)
+        self.reminder = reminder_of(weights.path, card)
+        self.card: dict[str, Any] = {
+            "settings": {
+                **made_from(weights, self.plan),
+                **decoded_by(decode),
+                "rounding": ROUNDING,
+                "seed": self.seed,
+                "labels": "balanced",
+                "num": num,
+                "microbatch": self.microbatch,
+            },
+            "nfe": self.plan.nfe or "adaptive",
+            **origin(weights.path, card),
+        }
+
+    def images(self) -> ImageSet:
+        """
+        Raises:
+          RunError: an image is not finite.
+        """
+        start, pictures = time.monotonic(), []
+        labels = labels_of("balanced", self.num, self.seed, self.model.card)
+        parts = self.model.images(
+            np.arange(self.num),
+            labels,
+            plan=self.plan,
+            seed=self.seed,
+            decode=self.decode,
+            microbatch=self.microbatch,
+        )
+        with progress(self.num, 0, "img", "sample") as bar:
+            for part in parts:
+                pictures.append(part.pictures)
+                bar.update(len(part.ids))
+        seconds = time.monotonic() - start
+        self.card |= {"seconds": seconds, "images_in_these_seconds": self.num}
+        return array_images(f"{self.num} of {self.card['checkpoint']}", np.concatenate(pictures))

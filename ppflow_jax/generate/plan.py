@@ -1,0 +1,120 @@
+"""How a model is sampled, decided before anything is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ppflow_jax.checkpoints.card import Card
+from ppflow_jax.checkpoints.weights import Weights
+from ppflow_jax.errors import InputError
+from ppflow_jax.flow.path import Flow
+from ppflow_jax.flow.plan import ADAPTIVE, SamplerConfig, Segment, evaluations
+from ppflow_jax.flow.sampler import Sampler
+from ppflow_jax.generate.explain import explain
+from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.network import Apply, make_apply
+from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
+
+PLAIN = AccelerateConfig()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every time, stage, scale and shortcut of a sampler.
+
+    Attributes:
+      added: what `segments` have beyond the plain plan of `config`.
+      weak: a weaker network in place of the null class (autoguidance).
+    """
+
+    model: ModelConfig
+    flow: Flow
+    config: SamplerConfig
+    segments: tuple[Segment, ...]
+    added: AccelerateConfig = PLAIN
+    weak: Weights | None = None
+
+    @property
+    def nfe(self) -> int | None:
+        """Network evaluations of an image; None for the adaptive solver."""
+        return None if self.config.solver == ADAPTIVE else evaluations(self.segments)
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """Grid points from noise (0) to data (1)."""
+        return (self.segments[0].times[0], *(t for s in self.segments for t in s.times[1:]))
+
+    def sampler(self, apply: Apply | None = None, dtype: str = "float32") -> Sampler:
+        """What runs the plan.
+
+        Args:
+          apply: the network, if not that of `make_apply` with matrix products in `dtype`.
+
+        Raises:
+          InputError: guidance of more channels than there are.
+        """
+        weak = None
+        if self.weak is not None:
+            weak = make_apply(self.weak.card.model, dtype=jnp.dtype(dtype))
+        apply = apply or make_apply(self.model, dtype=jnp.dtype(dtype))
+        return Sampler(apply, self.model, self.flow, self.config, segments=self.segments, weak=weak)
+
+    def explain(self, batch: int = 1) -> str:
+        """A row for every segment: times, tokens, evaluations, FLOPs; memory for `batch` images."""
+        weak = None if self.weak is None else self.weak.card.model
+        return explain(self.sampler(), self.model, batch, weak)
+
+    def __str__(self) -> str:
+        return self.explain()
+
+    @property
+    def static(self) -> Any:
+        """What its programs are compiled for: all but the guidance scales."""
+        config = replace(self.config, cfg=(1.0,), cfg_until=())
+        facts = [(s.kind, s.stages, s.guided, s.times, s.method) for s in self.segments]
+        tables = [
+            jax.tree.map(lambda a: np.asarray(a).tobytes(), (s.inputs, s.full))
+            for s in self.segments
+        ]
+        weak = None if self.weak is None else self.weak.card.model
+        return config, tuple(facts), repr(tables), weak
+
+
+def make_plan(
+    card: Card,
+    config: SamplerConfig,
+    added: AccelerateConfig = PLAIN,
+    weak: Weights | None = None,
+) -> Plan:
+    """The plan of a model.
+
+    Raises:
+      InputError: settings that do not fit the model or one another; a weak model that does not
+        predict the same thing at the same times.
+    """
+    config.scales(card.model.pyramid)
+    if weak is not None:
+        _check_weak(weak, card)
+    segments = accelerated(config, card.model, card.flow, added)
+    return Plan(card.model, card.flow, config, segments, added, weak)
+
+
+def _check_weak(weak: Weights, card: Card) -> None:
+    same = {
+        "latents": lambda c: c.model.shape,
+        "classes": lambda c: c.model.num_classes,
+        "path and prediction": lambda c: c.flow,
+        "stages": lambda c: c.model.pyramid,
+    }
+    for what, of in same.items():
+        if of(weak.card) != of(card):
+            raise InputError(
+                f"the weak model {weak.path} has other {what} than the model "
+                f"({of(weak.card)}, not {of(card)}): give a smaller or less trained one of the "
+                "same kind"
+            )
