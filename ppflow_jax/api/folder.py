@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from ppflow_jax.api.inputs import count_of, labels_of
+from ppflow_jax.api.inputs import count_of, labels_of, seed_of, whole
 from ppflow_jax.api.model import Model
 from ppflow_jax.console import progress
 from ppflow_jax.files.disk import locked
@@ -55,7 +55,8 @@ def sample_into(out: str | Path, model: Model, plan: Plan, request: Request) -> 
       RunError: images that are not finite, or a full disk.
     """
     count = count_of(request.num, request.labels, request.noise)
-    labels = labels_of(request.labels, count, request.seed, model.card)
+    labels = labels_of(request.labels, count, seed_of(request.seed), model.card)
+    whole("batch", request.batch)
     microbatch = min(request.microbatch, count)
     model.generator(plan, request.decode, microbatch)
     settings = _settings(model, plan, request, count, microbatch)

@@ -37,7 +37,7 @@ def whole(name: str, value: int | None) -> int:
       InputError: no whole number from 1 on.
     """
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{name}={value!r}: give a whole number from 1 on")
+        raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
     return int(value)
 
 
