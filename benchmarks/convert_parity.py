@@ -27,7 +27,7 @@ from ppflow_jax.convert.source import open_source
 from ppflow_jax.convert.torch_writer import save_torch_file
 from ppflow_jax.devices.sharding import make_mesh
 from ppflow_jax.files.store import find_checkpoint
-from tests.parity import Case, Row, forward, guidance, max_abs, nhwc, ode
+from tests.acceptance.parity import Case, Row, forward, guidance, max_abs, nhwc, ode
 
 # solver, points of the reference grid, with guidance, name and bound of what to compare
 RUNS = (
@@ -56,7 +56,7 @@ def convert(source: Path, target: Path, *flags: str) -> Path:
 
 
 def through_commands(case: Case, folder: Path) -> Iterator[Row]:
-    """.pt -> checkpoint -> samples, and the comparisons of tests.parity on what was converted."""
+    """.pt -> checkpoint -> samples, compared as tests.acceptance.parity does."""
     other = {k: np.zeros_like(v) for k, v in case.state.items()}
     save_torch_file(folder / "model.pt", {"model": other, "ema": case.state, "opt": {}})
     target = convert(folder / "model.pt", folder / "converted", f"--heads={case.config.heads}")

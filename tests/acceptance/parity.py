@@ -1,9 +1,10 @@
 """Compares this package with arrays computed by the public PyTorch implementation.
 
-    python -m tests.parity DIR        # prints measured error beside bound, exit code 1 if over
+    python -m tests.acceptance.parity DIR
 
-DIR has the layout of tests/reference (see its README); files that are absent are not compared,
-so the same code serves the compact selection in the repository and a full set.
+prints measured error beside bound; exit code 1 if one is over. DIR has the layout of
+tests/reference (see its README); files that are absent are not compared, so the same code serves
+the compact selection in the repository and a full set.
 """
 
 from __future__ import annotations
@@ -583,7 +584,7 @@ def embeddings(case: Case) -> Iterator[Row]:
 
 def main(argv: list[str]) -> int:
     if len(argv) != 2 or not Path(argv[1]).is_dir():
-        print("usage: python -m tests.parity DIR   (a folder laid out like tests/reference)")
+        print("usage: python -m tests.acceptance.parity DIR   (laid out like tests/reference)")
         return 2
     rows = []
     for name, check in groups(Path(argv[1])).items():

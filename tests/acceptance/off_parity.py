@@ -1,6 +1,6 @@
 """Compares every accelerator, switched off, with the plain sampler, bit by bit.
 
-    python -m tests.off_parity
+    python -m tests.acceptance.off_parity
 
 prints how many values differ for every pyramid, solver, setting and number of (fake) devices; the
 bound is none, and the exit code 1 if there are any. Some settings give the plain plan itself;
