@@ -1,6 +1,6 @@
 """Converted weights against the public PyTorch implementation, through the commands.
 
-    python -m benchmarks.convert_parity REFERENCE OUT
+    python -m tests.acceptance.convert_parity REFERENCE OUT
 
 REFERENCE has the layout of tests/reference and all its files. For SiT and both PPFlow models the
 weights are put into a `.pt` training checkpoint, converted with `ppflow_jax.convert` and sampled
@@ -122,7 +122,7 @@ def real_checkpoint(reference: Path, level: int, folder: Path) -> Iterator[Row]:
 
 def main(argv: list[str]) -> int:
     if len(argv) != 3 or not Path(argv[1]).is_dir():
-        print("usage: python -m benchmarks.convert_parity REFERENCE OUT")
+        print("usage: python -m tests.acceptance.convert_parity REFERENCE OUT")
         return 2
     reference, out = Path(argv[1]), Path(argv[2])
     rows = []

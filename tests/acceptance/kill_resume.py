@@ -1,6 +1,6 @@
 """Ends training runs in every way and compares what they become with runs left alone.
 
-    python -m benchmarks.kill_resume --out=DIR [--kills=30] [--seed=0] [--only=NAME,...]
+    python -m tests.acceptance.kill_resume --out=DIR [--kills=30] [--seed=0] [--only=NAME,...]
 
 A small model is trained by `python -m ppflow_jax.main`. Runs are killed by SIGKILL at random
 moments (while starting, between steps, while a checkpoint is written; with two processes, one of

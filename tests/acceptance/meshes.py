@@ -1,6 +1,6 @@
 """The same training run on several meshes and process counts, over fake CPU devices.
 
-    python -m benchmarks.meshes --out=DIR [--steps=20]
+    python -m tests.acceptance.meshes --out=DIR [--steps=20]
 
 A table of the largest relative difference of the losses from those of one process on one device
 axis; runs that stop halfway and go on with another mesh and another number of processes; what
@@ -123,7 +123,7 @@ def shares_make_the_batch(out: Path) -> str:
     """Two processes' shares put together, against the batch of one."""
     sizes = (4, 2, 1)
     out.mkdir(parents=True, exist_ok=True)
-    if any(start(2, ["benchmarks.meshes", f"--read={json.dumps(sizes)}", f"--out={out}"])):
+    if any(start(2, ["tests.acceptance.meshes", f"--read={json.dumps(sizes)}", f"--out={out}"])):
         raise SystemExit("reading failed")
     read = list(itertools.islice(stream(), 3))
     whole = {k: np.stack([b[k] for b in read]) for k in ("x", "label")}
