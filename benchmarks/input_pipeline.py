@@ -25,6 +25,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 from configs import ppflow_s2
+from ppflow_jax.console import table
 from ppflow_jax.data.cache import WRITER_OPTIONS, Manifest, Shard, encode_record, sha256
 from ppflow_jax.data.pipeline import Source, Stream
 from ppflow_jax.data.sources import open_source
@@ -132,14 +133,14 @@ def main() -> None:
         if not args.folder.exists():
             make_folder(args.folder, 512)
     folder = open_source("folder", str(args.folder), size=256)
-    columns = ("threads", "per cpu-s", "1 worker", "2 workers")
-    print(f"{'images/s':26}" + "".join(f"{c:>12}" for c in columns))
+    rows = [("images/s", "threads", "per cpu-s", "1 worker", "2 workers")]
     for name, source, count in (("cached latents 32x32x4", cache, 40), ("JPEG at 256", folder, 8)):
         rates = list(images_per_s(source, 0, count, args.rounds))
         rates += [images_per_s(source, workers, count, args.rounds)[0] for workers in (1, 2)]
-        print(f"{name:26}" + "".join(f"{r:12,.0f}" for r in rates), flush=True)
+        rows.append((name, *(f"{rate:,.0f}" for rate in rates)))
+    print(table(rows), flush=True)
     if args.step:
-        print(f"{'PPFlow-S/2 training step':26}{step_images_per_s(args.rounds):12,.1f}")
+        print(f"PPFlow-S/2 training step: {step_images_per_s(args.rounds):,.1f} images/s")
 
 
 if __name__ == "__main__":

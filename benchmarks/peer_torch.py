@@ -28,6 +28,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks.peer_calls import Work, serve_ours, serve_theirs
+from ppflow_jax.console import table
 from ppflow_jax.models.config import SIZES, ModelConfig
 from ppflow_jax.models.network import REMAT_POLICIES
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT, Pyramid
@@ -154,21 +155,19 @@ def _report(cases: list[Case], ours: str, theirs: str) -> None:
         f"\n{ours}, {theirs}, {_DTYPE.value}, batch {_BATCH.value} forward and "
         f"{_TRAIN_BATCH.value} in training; medians of {_ROUNDS.value} interleaved rounds"
     )
-    print(
-        f"{'work':30}{'way':18}{'ms':>9}{'quartiles':>18}{'GFLOP/s':>9}{'jax/this':>10}"
-        f"{'cpu ms':>9}{'jax/this':>10}"
-    )
+    head = ("work", "way", "ms", "quartiles", "GFLOP/s", "jax/this", "cpu ms", "jax/this", "")
+    lines = [head]
     for case in cases:
         medians = case.medians()
         processor = {way: statistics.median(s) for way, s in case.processor.items()}
         for way, median in medians.items():
             low, _, high = statistics.quantiles(case.seconds[way], n=4)
-            print(
-                f"{case.work.name if way == 'jax' else '':30}{way:18}{1e3 * median:9.1f}"
-                f"{f'{1e3 * low:.1f}-{1e3 * high:.1f}':>18}{case.work.flops() / median / 1e9:9.0f}"
-                f"{medians['jax'] / median:10.2f}{1e3 * processor[way]:9.1f}"
-                f"{processor['jax'] / processor[way]:10.2f}{' *' if way == case.best() else ''}"
-            )
+            row = [case.work.name if way == "jax" else "", way, f"{1e3 * median:.1f}"]
+            row += [f"{1e3 * low:.1f}-{1e3 * high:.1f}", f"{case.work.flops() / median / 1e9:.0f}"]
+            row += [f"{medians['jax'] / median:.2f}", f"{1e3 * processor[way]:.1f}"]
+            row += [f"{processor['jax'] / processor[way]:.2f}", "*" if way == case.best() else ""]
+            lines.append(row)
+    print(table(lines, left=(0, 1)))
     print(
         "*: the fastest way of PyTorch; its ratio counts. cpu ms: of all threads, on a busy machine"
     )

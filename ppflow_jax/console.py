@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection, Sequence
 
 import jax
 from tqdm import tqdm
@@ -24,3 +25,18 @@ def progress(total: int, done: int, unit: str, what: str) -> tqdm:
 def say(line: str) -> None:
     """A line on stderr, above a progress bar if there is one."""
     tqdm.write(line, file=sys.stderr)
+
+
+def table(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
+    """Rows of text in columns two spaces apart.
+
+    Args:
+      rows: equally many cells each; a head is the first of them.
+      left: columns that begin at the left, as names do; the others end at the right, as numbers do.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        [c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))]
+        for row in rows
+    )
+    return "\n".join("  ".join(line).rstrip() for line in lines)

@@ -1,10 +1,10 @@
-"""Budgets and verdicts of the study (benchmarks/study.py)."""
+"""Budgets and verdicts of the study (study/)."""
 
 import pytest
 
-from benchmarks.study_rows import ROWS, Claim, configured, training_cost
-from benchmarks.study_table import Line, interval, judged
 from configs import digits
+from study.rows import ROWS, Claim, configured, training_cost
+from study.table import Line, interval, judged
 
 BETTER = Claim("", ("a", "one"), ("b", "one"))
 ALIKE = Claim("", ("a", "one"), ("b", "one"), margin=0.05)

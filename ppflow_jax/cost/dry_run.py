@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from ppflow_jax.console import table
 from ppflow_jax.cost.collectives import Collective, collectives
 from ppflow_jax.cost.targets import Target
 from ppflow_jax.devices.sharding import (
@@ -259,22 +261,24 @@ def _compile(name: str, lowered: list[Any], flops: int, traffic: float) -> Compi
 def text(report: Report) -> str:
     """The report as a person reads it."""
     mesh, chip = report.mesh, report.target.chip
-    lines = [
-        f"{report.parameters:,} parameters on {report.target.name}, mesh {dict(mesh.shape)}",
-        f"{'bytes a device':>24}{'of the whole':>14}",
-    ]
+    rows = [("", "bytes a device", "of the whole")]
     for name, size in report.parts.items():
         whole = f"1/{report.whole[name] / size:.2f}" if name in report.whole else ""
-        lines.append(f"{name:>10}{size:>14,}{whole:>14}")
+        rows.append((name, f"{size:,}", whole))
+    lines = [
+        f"{report.parameters:,} parameters on {report.target.name}, mesh {dict(mesh.shape)}",
+        textwrap.indent(table(rows), "  "),
+    ]
     for program in report.programs:
         lines += ["", f"{program.name}: {program.flops / 1e12:,.2f} TFLOPs by formula"]
         if program.failure:
             lines.append(f"  out of memory: {program.failure}")
             continue
         lines.append(f"  temporaries {program.temporaries:,} bytes a device")
-        lines.append(f"  {'collective':20}{'operations':>11}{'runs':>8}{'MB sent':>10}  cause")
+        rows = [("collective", "operations", "runs", "MB sent", "cause")]
         for why, kind, operations, runs, sent in report.causes(program):
-            lines.append(f"  {kind:20}{operations:>11}{runs:>8}{sent / 1e6:>10,.1f}  {why}")
+            rows.append((kind, str(operations), str(runs), f"{sent / 1e6:,.1f}", why))
+        lines.append(textwrap.indent(table(rows, left=(0, 4)), "  "))
         if chip:
             limits = report.seconds(program)
             parts = ", ".join(f"{name} {1e3 * s:,.2f} ms" for name, s in limits.items())

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ppflow_jax import console
 from ppflow_jax.checkpoints.card import Card
 from ppflow_jax.flow.cost import sampling_flops, training_flops
 from ppflow_jax.flow.loss import Objective
@@ -251,27 +252,28 @@ def row_figures(row: Row, base: Row, ceiling: float) -> dict[str, Any]:
     }
 
 
+HEAD = (
+    *("model", "guidance", "NFE", "s/image", "quartiles", "images/s", "GFLOPs", "XLA", "MFU"),
+    *("of SiT", "implied", "measured", "reached", "MB", "compile s", "cached"),
+)
+
+
 def table(figures: list[dict[str, Any]]) -> str:
     """The figures as a person reads them.
 
     `of SiT` is the share of FLOPs, `implied` the speed-up that it implies, `reached` how much of
     that was measured, `MFU` the rate over that of plain matrix products.
     """
-    head = (
-        f"{'model':9}{'guidance':>12}{'NFE':>5}{'s/image':>10}{'quartiles':>18}{'images/s':>10}"
-        f"{'GFLOPs':>9}{'XLA':>9}{'MFU':>6}{'of SiT':>8}{'implied':>9}{'measured':>10}"
-        f"{'reached':>9}{'MB':>8}{'compile s':>11}{'cached':>8}"
-    )
-    lines = [head]
+    rows = [HEAD]
     for f in figures:
         n = f["images"]
         low, high = (q / n for q in f["quartiles"])
-        lines.append(
-            f"{f['model']:9}{f['guidance']:>12}{f['nfe']:5}{f['seconds_per_image']:10.4f}"
-            f"{f'{low:.4f}-{high:.4f}':>18}{f['images_per_second']:10.2f}"
-            f"{f['flops'] / n / 1e9:9.1f}{f['xla_flops'] / n / 1e9:9.1f}{f['mfu']:6.0%}"
-            f"{f['flop_share']:8.1%}{f['speedup_implied']:8.2f}x{f['speedup']:9.2f}x"
-            f"{f['speedup'] / f['speedup_implied']:9.0%}{f['memory_bytes'] / 1e6:8.0f}"
-            f"{f['compile_seconds']:11.1f}{f['cached_compile_seconds']:8.1f}"
-        )
-    return "\n".join(lines)
+        row = [f["model"], f["guidance"], str(f["nfe"]), f"{f['seconds_per_image']:.4f}"]
+        row += [f"{low:.4f}-{high:.4f}", f"{f['images_per_second']:.2f}"]
+        row += [f"{f[name] / n / 1e9:.1f}" for name in ("flops", "xla_flops")]
+        row += [f"{f['mfu']:.0%}", f"{f['flop_share']:.1%}"]
+        row += [f"{f[name]:.2f}x" for name in ("speedup_implied", "speedup")]
+        row += [f"{f['speedup'] / f['speedup_implied']:.0%}", f"{f['memory_bytes'] / 1e6:.0f}"]
+        row += [f"{f[name]:.1f}" for name in ("compile_seconds", "cached_compile_seconds")]
+        rows.append(row)
+    return console.table(rows)

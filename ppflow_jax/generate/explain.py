@@ -7,6 +7,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
+from ppflow_jax.console import table
 from ppflow_jax.flow.cost import sampling_flops, segment_flops
 from ppflow_jax.flow.plan import Segment
 from ppflow_jax.flow.sampler import Sampler
@@ -50,8 +51,7 @@ def explain(
                 "-" if adaptive else f"{cost / total:.1%}",
             ]
         )
-    widths = [max(len(r[k]) for r in [head, *rows]) for k in range(len(head))]
-    lines = ["  ".join(v.rjust(w) for v, w in zip(r, widths)) for r in [head, *rows]]
+    lines = [table([head, *rows], left=())]
     if not adaptive:
         sit = _sit_flops(model, segments)
         lines.append(

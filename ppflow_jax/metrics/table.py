@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ppflow_jax import console
+
 _SHOWN = {
     "fid": "FID",
     "sfid": "sFID",
@@ -38,5 +40,4 @@ def table(result: dict[str, Any]) -> str:
             rows.append((_SHOWN[metric], f"{value:.5f}{spread}"))
     rows += [(f"no {_SHOWN[m]}", why) for m, why in result["left_out"].items()]
     rows += [("note", note) for note in result["notes"]]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+    return console.table(rows, left=(0, 1))

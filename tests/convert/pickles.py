@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import pickle
 import struct
+import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +128,15 @@ def write_legacy(path: Path, value, storages=None, keys=None, little=True) -> Pa
 
 
 CANARY = "touch canary"
+
+
+@contextlib.contextmanager
+def nothing_runs(folder: Path) -> Iterator[None]:
+    """The files of a folder and the modules of Python stay as they are."""
+    before, modules = sorted(os.listdir(folder)), set(sys.modules)
+    yield
+    assert sorted(os.listdir(folder)) == before, "something was run"
+    assert set(sys.modules) == modules, "something was imported"
 
 
 def written(path: Path, data: bytes) -> Path:

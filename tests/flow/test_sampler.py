@@ -11,7 +11,7 @@ from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.sampler import Sampler, image_noise
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3
-from tests.parity import Case, load, max_abs, nhwc
+from tests.acceptance.parity import Case, load, max_abs, nhwc
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 POINTS = ModelConfig(PPFLOW3, latent_size=4, channels=1, width=4, depth=1, heads=1, num_classes=3)

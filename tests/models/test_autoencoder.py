@@ -1,8 +1,7 @@
 """Both autoencoders: parity with diffusers, counts, the shared interface, chunking, rounding.
 
 `tests/reference/vae` holds a small random AutoencoderKL of diffusers 0.42.1 (float32, CPU) with
-its inputs and outputs. The trained TAESD weights are not part of the project: see
-`benchmarks/taesd_photos.py` for the check with them.
+its inputs and outputs. The trained TAESD weights are not part of the project.
 """
 
 from __future__ import annotations

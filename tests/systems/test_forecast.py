@@ -18,7 +18,7 @@ from ppflow_jax.models.network import make_apply
 from ppflow_jax.pyramid import PPFLOW2, SIT
 from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
 from ppflow_jax.systems.forecast import Forecast, ForecastConfig
-from tests import forecast_parity
+from tests.acceptance import forecast_parity
 from tests.systems.checks import first_full, random_params, within
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "accelerate" / "taylorseer.npz"

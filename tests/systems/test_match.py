@@ -8,7 +8,7 @@ import pytest
 
 from ppflow_jax.errors import InputError
 from ppflow_jax.systems import token_groups, tome
-from tests import merge_parity
+from tests.acceptance import merge_parity
 from tests.systems.checks import within
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "accelerate"

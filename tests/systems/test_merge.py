@@ -18,7 +18,7 @@ from ppflow_jax.pyramid import PPFLOW3, SIT
 from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
 from ppflow_jax.systems.merged_blocks import Merged, Merging, full_layer, parts
 from ppflow_jax.systems.sdtm import MergeConfig, on_plateaus, schedule
-from tests import merge_parity
+from tests.acceptance import merge_parity
 from tests.systems.checks import first_full, random_params, within
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "accelerate" / "sdtm.npz"

@@ -1,11 +1,11 @@
-"""Off is off, bitwise; all cases: `python -m tests.off_parity`."""
+"""Off is off, bitwise; all cases: `python -m tests.acceptance.off_parity`."""
 
 import pytest
 
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import plan
 from ppflow_jax.pyramid import PPFLOW2, SIT
-from tests import off_parity
+from tests.acceptance import off_parity
 
 
 @pytest.mark.parametrize("pyramid", off_parity.PYRAMIDS)

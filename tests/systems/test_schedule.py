@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from ppflow_jax.systems.forecast_schedule import full_steps, weight_table
-from tests.forecast_parity import by_step
+from tests.acceptance.forecast_parity import by_step
 
 
 def taylor(steps, interval, warmup=2):

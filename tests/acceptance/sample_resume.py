@@ -1,6 +1,6 @@
 """Samples made in one go, killed and continued, by two processes, otherwise batched: the same.
 
-    python -m benchmarks.sample_resume --checkpoint=DIR --out=DIR [--num=2000] [--kills=3] \
+    python -m tests.acceptance.sample_resume --checkpoint=DIR --out=DIR [--num=2000] [--kills=3] \
         [--seed=0] [-- FLAGS OF sample]
 
 Each is `python -m ppflow_jax.sample --save_latents --nopngs` in processes of its own. Kills are

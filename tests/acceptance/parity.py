@@ -1,9 +1,10 @@
 """Compares this package with arrays computed by the public PyTorch implementation.
 
-    python -m tests.parity DIR        # prints measured error beside bound, exit code 1 if over
+    python -m tests.acceptance.parity DIR
 
-DIR has the layout of tests/reference (see its README); files that are absent are not compared,
-so the same code serves the compact selection in the repository and a full set.
+prints measured error beside bound; exit code 1 if one is over. DIR has the layout of
+tests/reference (see its README); files that are absent are not compared, so the same code serves
+the compact selection in the repository and a full set.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from ppflow_jax.models.layers import modulate, timestep_features
 from ppflow_jax.models.network import PPFlow, make_apply, nnx
 from ppflow_jax.models.patch import patchify, positions, unpatchify
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT
+from tests.acceptance.comparison import Row, report
 
 MODELS = ("ppflow_l2", "ppflow_l3", "ppflow_l2_nosigma", "ppflow_l3_nosigma", "sit")
 SOLVERS = {
@@ -51,20 +53,6 @@ SOLVERS = {
 }
 GUIDED_CHANNELS = 3
 FORMS = {"inccreasing-decreasing": "increasing-decreasing"}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One comparison; `error` is in the unit of `bound` (see `kind`)."""
-
-    name: str
-    error: float
-    bound: float
-    kind: str = "max abs"
-
-    @property
-    def ok(self) -> bool:
-        return bool(self.error <= self.bound)  # a NaN error is not ok
 
 
 def nhwc(x: np.ndarray) -> jax.Array:
@@ -583,21 +571,14 @@ def embeddings(case: Case) -> Iterator[Row]:
 
 def main(argv: list[str]) -> int:
     if len(argv) != 2 or not Path(argv[1]).is_dir():
-        print("usage: python -m tests.parity DIR   (a folder laid out like tests/reference)")
+        print("usage: python -m tests.acceptance.parity DIR   (laid out like tests/reference)")
         return 2
-    rows = []
-    for name, check in groups(Path(argv[1])).items():
-        with jax.default_matmul_precision("highest"):
-            for row in check():
-                rows.append(row)
-                verdict = "ok" if row.ok else "OVER"
-                numbers = f"{row.error:10.2e}  {row.bound:8.1e}  {row.kind:18}{verdict:5}"
-                print(f"{numbers}{name}: {row.name}", flush=True)
-    over = [r for r in rows if not r.ok]
-    print(f"{len(rows)} comparisons, {len(over)} over their bound")
-    for row in over:
-        print(f"  {row.error:.2e} > {row.bound:.1e}  {row.name}")
-    return 1 if over or not rows else 0
+    with jax.default_matmul_precision("highest"):
+        return report(
+            replace(row, name=f"{name}: {row.name}")
+            for name, check in groups(Path(argv[1])).items()
+            for row in check()
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The same training run on several meshes and process counts, over fake CPU devices.
 
-    python -m benchmarks.meshes --out=DIR [--steps=20]
+    python -m tests.acceptance.meshes --out=DIR [--steps=20]
 
 A table of the largest relative difference of the losses from those of one process on one device
 axis; runs that stop halfway and go on with another mesh and another number of processes; what
@@ -24,6 +24,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from ppflow_jax.console import table
 from ppflow_jax.data.pipeline import Stream
 from ppflow_jax.data.sources import digits
 from ppflow_jax.devices import processes
@@ -123,7 +124,7 @@ def shares_make_the_batch(out: Path) -> str:
     """Two processes' shares put together, against the batch of one."""
     sizes = (4, 2, 1)
     out.mkdir(parents=True, exist_ok=True)
-    if any(start(2, ["benchmarks.meshes", f"--read={json.dumps(sizes)}", f"--out={out}"])):
+    if any(start(2, ["tests.acceptance.meshes", f"--read={json.dumps(sizes)}", f"--out={out}"])):
         raise SystemExit("reading failed")
     read = list(itertools.islice(stream(), 3))
     whole = {k: np.stack([b[k] for b in read]) for k in ("x", "label")}
@@ -185,7 +186,7 @@ def main() -> int:
     jax.config.update("jax_num_cpu_devices", DEVICES)
 
     ok, reference = True, None
-    print(f"{'run':34}{'last loss':>12}{'largest relative difference':>30}", flush=True)
+    rows = [("run", "last loss", "largest relative difference")]
     for name, halves in [(k, (v,)) for k, v in MESHES.items()] + list(MOVES.items()):
         workdir = args.out / name.replace(" ", "_").replace(",", "")
         for part, (count, sizes) in enumerate(halves, 1):
@@ -195,14 +196,17 @@ def main() -> int:
         complete = len(found) == args.steps
         worst = np.abs(found / reference - 1).max() if complete else np.inf
         ok &= bool(worst <= BOUND)
-        print(f"{name:34}{found[-1]:>12.6f}{worst:>30.1e}", flush=True)
+        rows.append((name, f"{found[-1]:.6f}", f"{worst:.1e}"))
+    print(table(rows), flush=True)
+    rows = []
     for name, answer in {
         "shares of two processes": shares_make_the_batch(args.out / "shares"),
         "restored on 8x1, 2x4, 2x2x2": restored_equals_stored(workdir),
         "one of two processes fails": failure_ends_all(args.out / "failing"),
     }.items():
         ok &= answer in ("equal", "all ended")
-        print(f"{name:34}{answer:>12}", flush=True)
+        rows.append((name, answer))
+    print(table(rows, left=(0, 1)))
     return 0 if ok else 1
 
 

@@ -1,11 +1,12 @@
 """Pictures to metrics with the reference Inception's random weights, both resizes.
 
-    python -m benchmarks.inception_parity DIR    # images.npz, features.npz, image_set_metrics.json
+    python -m tests.acceptance.inception_parity DIR
 
-Eight pictures of four sizes: pooled, spatial and class features against pytorch-fid's in float64
-(bounds on the relative rms and maximum: 2e-4, 4e-3, those of PyTorch's own float32), and FID, sFID,
-KID and Inception Score of the stored features (1e-6 relative, KID 1e-6 absolute) and of ours (2e-5,
-KID 1e-6 absolute). Exit code 1 where one is over.
+DIR has images.npz, features.npz and image_set_metrics.json. Eight pictures of four sizes: pooled,
+spatial and class features against pytorch-fid's in float64 (bounds on the relative rms and maximum:
+2e-4, 4e-3, those of PyTorch's own float32), and FID, sFID, KID and Inception Score of the stored
+features (1e-6 relative, KID 1e-6 absolute) and of ours (2e-5, KID 1e-6 absolute). Exit code 1 where
+one is over.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def metrics(found: dict[str, np.ndarray]) -> dict[str, float]:
 
 def main(argv: list[str]) -> int:
     if len(argv) != 2:
-        print("usage: python -m benchmarks.inception_parity DIR", file=sys.stderr)
+        print("usage: python -m tests.acceptance.inception_parity DIR", file=sys.stderr)
         return 2
     folder, wrong = Path(argv[1]), 0
     published = json.loads((folder / "image_set_metrics.json").read_text())

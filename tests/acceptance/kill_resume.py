@@ -1,6 +1,6 @@
 """Ends training runs in every way and compares what they become with runs left alone.
 
-    python -m benchmarks.kill_resume --out=DIR [--kills=30] [--seed=0] [--only=NAME,...]
+    python -m tests.acceptance.kill_resume --out=DIR [--kills=30] [--seed=0] [--only=NAME,...]
 
 A small model is trained by `python -m ppflow_jax.main`. Runs are killed by SIGKILL at random
 moments (while starting, between steps, while a checkpoint is written; with two processes, one of
@@ -33,6 +33,7 @@ from PIL import Image
 from ppflow_jax.autoencoders.autoencoder import Autoencoder
 from ppflow_jax.autoencoders.decode import save_autoencoder
 from ppflow_jax.autoencoders.taesd import TAESDConfig
+from ppflow_jax.console import table
 from ppflow_jax.devices.sharding import leaf_path
 from ppflow_jax.files.store import find_checkpoint, load_stored, steps_in, stored_tree, verify
 from ppflow_jax.train.metrics_log import read_metrics
@@ -414,10 +415,11 @@ def main() -> int:
         scenario(rows[-1])
         print(f"{name}: {'FAILED' if rows[-1].failures else 'passed'}", flush=True)
 
-    print(f"\n{'what ended the run':<32}{'times':>6}  same bits or one line")
+    lines = [("what ended the run", "times", "same bits or one line")]
     for row in rows:
         words = "; ".join(row.failures or row.notes)
-        print(f"{row.name:<32}{row.ended:>6}  {'NO' if row.failures else 'yes'}: {words}")
+        lines.append((row.name, str(row.ended), f"{'NO' if row.failures else 'yes'}: {words}"))
+    print("\n" + table(lines, left=(0, 2)))
     kills = sum(row.ended for row in rows if "SIGKILL" in row.name)
     print(f"{kills} SIGKILLs in {time.monotonic() - begun:.0f} s")
     return 1 if any(row.failures for row in rows) else 0

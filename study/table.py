@@ -13,7 +13,6 @@ import matplotlib
 import numpy as np
 from scipy import stats
 
-from benchmarks.study_rows import CLAIMS, ROWS, Claim, guidances
 from ppflow_jax.checkpoints.card import read_card
 from ppflow_jax.data.save import save_png
 from ppflow_jax.files.disk import atomic
@@ -22,6 +21,7 @@ from ppflow_jax.metrics.evaluator import NOT_COMPARABLE
 from ppflow_jax.report.page import page
 from ppflow_jax.report.run import open_runs
 from ppflow_jax.train.validate import EVALUATIONS
+from study.rows import CLAIMS, ROWS, Claim, guidances
 
 SHOWN = 10  # samples of every row in the grid
 CONFIDENCE = 0.9

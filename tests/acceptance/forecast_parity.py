@@ -1,6 +1,6 @@
 """Compares the forecast engine with arrays computed by the public TaylorSeer and FORA code.
 
-    python -m tests.forecast_parity FILE      # taylorseer.npz, compact or full
+    python -m tests.acceptance.forecast_parity FILE      # taylorseer.npz, compact or full
 
 prints measured error beside bound; exit code 1 if one is over. The compact selection in
 tests/reference/accelerate has the same names, fewer runs, and of those only `run/*/steps`.
@@ -9,6 +9,7 @@ tests/reference/accelerate has the same names, fewer runs, and of those only `ru
 from __future__ import annotations
 
 import collections
+import itertools
 import json
 import re
 import sys
@@ -30,7 +31,8 @@ from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
 from ppflow_jax.systems.forecast import ForecastConfig
 from ppflow_jax.systems.forecast_blocks import combine
 from ppflow_jax.systems.forecast_schedule import full_steps, weight_table
-from tests.parity import Row, max_abs, nhwc
+from tests.acceptance.comparison import Row, report
+from tests.acceptance.parity import max_abs, nhwc
 
 _COMBINE = jax.jit(jax.vmap(combine))
 _RUN = re.compile(r"run/((plain|taylor|fora)_K(\d+)(?:_N(\d+))?(?:_O(\d+))?(_cfg)?)/traj")
@@ -165,18 +167,12 @@ class Runs:
 
 def main(argv: list[str]) -> int:
     if len(argv) != 2:
-        print("usage: python -m tests.forecast_parity FILE")
+        print("usage: python -m tests.acceptance.forecast_parity FILE")
         return 2
     ref = dict(np.load(Path(argv[1])))
     runs = Runs(ref)
-    rows = list(sequences(ref))
     with jax.default_matmul_precision("highest"):
-        for name in runs.names():
-            rows.extend(runs.rows(name))
-    for row in rows:
-        print(f"{row.name:40} {row.error:9.2e}  bound {row.bound:.0e}  {'' if row.ok else 'OVER'}")
-    print(f"{len(rows)} comparisons, {sum(not r.ok for r in rows)} over their bound")
-    return int(any(not r.ok for r in rows))
+        return report(itertools.chain(sequences(ref), *(runs.rows(name) for name in runs.names())))
 
 
 if __name__ == "__main__":

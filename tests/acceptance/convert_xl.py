@@ -1,6 +1,6 @@
 """Memory and time of converting the EMA of a large training checkpoint, and of the way back.
 
-    python -m benchmarks.convert_xl --folder=DIR [--size=XL]
+    python -m tests.acceptance.convert_xl --folder=DIR [--size=XL]
 
 Writes DIR/checkpoint.pt (SiT-XL: 675 million parameters in float32 as `model`, `ema` and the two
 moments of `opt`, 10.8 GB), converts it with the command, and prints wall time and the peak

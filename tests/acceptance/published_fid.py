@@ -1,6 +1,6 @@
 """FID and KID of the real Inception against the values in torchmetrics' documentation.
 
-    python -m benchmarks.published_fid --inception=DIR [--batch=25]
+    python -m tests.acceptance.published_fid --inception=DIR [--batch=25]
 
 torchmetrics 1.9 documents, for two sets of 100 random pictures of 299x299 (integers from [0, 200)
 and from [100, 255)), FID with 64 features 12.6388 and KID 0.0312 with a standard deviation of

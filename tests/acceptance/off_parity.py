@@ -1,6 +1,6 @@
 """Compares every accelerator, switched off, with the plain sampler, bit by bit.
 
-    python -m tests.off_parity
+    python -m tests.acceptance.off_parity
 
 prints how many values differ for every pyramid, solver, setting and number of (fake) devices; the
 bound is none, and the exit code 1 if there are any. Some settings give the plain plan itself;
@@ -31,6 +31,7 @@ from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
 from ppflow_jax.systems.forecast import Forecast
 from ppflow_jax.systems.forecast_schedule import weight_table
 from ppflow_jax.systems.merged_blocks import Merged, Merging
+from tests.acceptance.comparison import Row, report
 from tests.systems.checks import random_params
 
 MODEL = ModelConfig(SIT, latent_size=8, channels=2, width=8, depth=3, heads=2, num_classes=4)
@@ -124,23 +125,18 @@ class Comparison:
         return int(np.sum(np.asarray(out) != expected))
 
 
-def main() -> int:
-    wrong = count = 0
-    print(f"{'devices':>7} {'levels':>6}  {'solver':6}  {'setting':25} {'plan':6} differing values")
+def rows() -> Iterator[Row]:
     for devices, pyramid in itertools.product((1, 8), PYRAMIDS):
         jax.clear_caches()  # hundreds of programs need gigabytes
         comparison = Comparison(pyramid, devices)
         for solver in SOLVERS:
             for case in (*same_plans(pyramid, solver), *engines(pyramid, solver)):
-                differing = comparison.differing(case)
-                where = f"{devices:7} {len(pyramid):6}  {solver:6}  {case.name:25}"
-                print(f"{where} {'plain' if case.plain else 'engine':6} {differing}", flush=True)
-                count, wrong = count + 1, wrong + (differing > 0)
-    print(f"{count} comparisons, {wrong} that are not bitwise equal")
-    return int(wrong > 0)
+                made = "plain" if case.plain else "engine"
+                name = f"{devices} devices, {len(pyramid)} levels, {solver}, {case.name}, {made}"
+                yield Row(name, comparison.differing(case), 0, "differing values")
 
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
-    sys.exit(main())
+    sys.exit(report(rows()))

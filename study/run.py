@@ -1,9 +1,9 @@
 """The study: variants of the pyramid trained under one budget, judged, and the paper's claims.
 
-    python -m benchmarks.study --config=configs/digits.py --seeds=3 --out=DIR \\
+    python -m study.run --config=configs/digits.py --seeds=3 --out=DIR \\
         --reference=digits --features=FEATURES --docs=docs/study_digits
 
-Every row of study_rows.py is trained with every seed on `--config` (any experiment; its pyramid is
+Every row of rows.py is trained with every seed on `--config` (any experiment; its pyramid is
 replaced, `--config.a.b=value` sets the budget), sampled from the same noise and labels, and judged
 by `evaluate`'s metrics. Rows are kept in DIR/SEED/ROW, so that the same command goes on where it
 stopped; `--rows` and `--seeds` may grow. It leaves DIR/study.md, plots, a grid of all rows, and
@@ -22,9 +22,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from benchmarks import study_table
 from benchmarks.fast_sampling import timed
-from benchmarks.study_rows import ROWS, Guidance, configured, guidances, training_cost
 from ppflow_jax import cli
 from ppflow_jax.autoencoders.decode import Decoder
 from ppflow_jax.checkpoints.card import Card, read_card
@@ -47,6 +45,8 @@ from ppflow_jax.pyramid import Pyramid
 from ppflow_jax.systems.expand import expand
 from ppflow_jax.train.loop import train
 from ppflow_jax.train.validate import EVALUATIONS
+from study import table
+from study.rows import ROWS, Guidance, configured, guidances, training_cost
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -92,7 +92,7 @@ def main() -> None:
             folder = _trained(out, name, seed)
             _judged(folder, evaluator)
     times = _latencies(out) if _LATENCY.value else {}
-    study_table.write(out, _ROWS.value, _SEEDS.value, times, _DOCS.value)
+    table.write(out, _ROWS.value, _SEEDS.value, times, _DOCS.value)
 
 
 def _same_settings(out: Path) -> None:
@@ -188,7 +188,7 @@ def _judged(folder: Path, evaluator: Evaluator) -> None:
             "seconds": seconds,
             "images_in_these_seconds": _NUM.value,
         }
-        np.save(folder / EVALUATIONS / f"{name}.npy", pictures[: study_table.SHOWN])
+        np.save(folder / EVALUATIONS / f"{name}.npy", pictures[: table.SHOWN])
         with atomic(path) as temporary:
             temporary.write_text(json.dumps(result, indent=1))
         print(

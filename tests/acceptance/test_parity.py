@@ -5,9 +5,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from tests import parity
+from tests.acceptance import parity
 
-REFERENCE = Path(__file__).parent / "reference"
+REFERENCE = Path(__file__).parents[1] / "reference"
 GROUPS = parity.groups(REFERENCE)
 
 

@@ -1,6 +1,6 @@
 """Converted weights against the public PyTorch implementation, through the commands.
 
-    python -m benchmarks.convert_parity REFERENCE OUT
+    python -m tests.acceptance.convert_parity REFERENCE OUT
 
 REFERENCE has the layout of tests/reference and all its files. For SiT and both PPFlow models the
 weights are put into a `.pt` training checkpoint, converted with `ppflow_jax.convert` and sampled
@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -27,7 +29,8 @@ from ppflow_jax.convert.source import open_source
 from ppflow_jax.convert.torch_writer import save_torch_file
 from ppflow_jax.devices.sharding import make_mesh
 from ppflow_jax.files.store import find_checkpoint
-from tests.parity import Case, Row, forward, guidance, max_abs, nhwc, ode
+from tests.acceptance.comparison import Row, report
+from tests.acceptance.parity import Case, forward, guidance, max_abs, nhwc, ode
 
 # solver, points of the reference grid, with guidance, name and bound of what to compare
 RUNS = (
@@ -56,7 +59,7 @@ def convert(source: Path, target: Path, *flags: str) -> Path:
 
 
 def through_commands(case: Case, folder: Path) -> Iterator[Row]:
-    """.pt -> checkpoint -> samples, and the comparisons of tests.parity on what was converted."""
+    """.pt -> checkpoint -> samples, compared as tests.acceptance.parity does."""
     other = {k: np.zeros_like(v) for k, v in case.state.items()}
     save_torch_file(folder / "model.pt", {"model": other, "ema": case.state, "opt": {}})
     target = convert(folder / "model.pt", folder / "converted", f"--heads={case.config.heads}")
@@ -120,31 +123,30 @@ def real_checkpoint(reference: Path, level: int, folder: Path) -> Iterator[Row]:
                 yield Row(f"start + {key}", max_abs(ours[name] - start[name], steps[key]), 1e-7)
 
 
+def checks(reference: Path, out: Path) -> dict[str, Callable[[], Iterator[Row]]]:
+    """By the name of the folder that each of them makes in `out`."""
+    found = {}
+    for name in ("sit", "ppflow_l2", "ppflow_l3"):
+        (out / name).mkdir(parents=True)
+        found[name] = partial(through_commands, Case(reference / name), out / name)
+    for level in (2, 3):
+        name = f"checkpoint_l{level}"
+        (out / name).mkdir()
+        found[name] = partial(real_checkpoint, reference, level, out / name)
+    return found
+
+
 def main(argv: list[str]) -> int:
     if len(argv) != 3 or not Path(argv[1]).is_dir():
-        print("usage: python -m benchmarks.convert_parity REFERENCE OUT")
+        print("usage: python -m tests.acceptance.convert_parity REFERENCE OUT")
         return 2
     reference, out = Path(argv[1]), Path(argv[2])
-    rows = []
-
-    def show(prefix: str, found: Iterator[Row]) -> None:
-        for row in found:
-            rows.append(row)
-            verdict = "ok" if row.ok else "OVER"
-            line = f"{row.error:10.2e}  {row.bound:8.1e}  {row.kind:8}  {verdict:4}"
-            print(f"{line}  {prefix}: {row.name}", flush=True)
-
     with jax.default_matmul_precision("highest"):
-        for name in ("sit", "ppflow_l2", "ppflow_l3"):
-            (out / name).mkdir(parents=True)
-            show(name, through_commands(Case(reference / name), out / name))
-        for level in (2, 3):
-            folder = out / f"checkpoint_l{level}"
-            folder.mkdir()
-            show(folder.name, real_checkpoint(reference, level, folder))
-    over = [row for row in rows if not row.ok]
-    print(f"{len(rows)} comparisons, {len(over)} over their bound")
-    return 1 if over else 0
+        return report(
+            replace(row, name=f"{name}: {row.name}")
+            for name, check in checks(reference, out).items()
+            for row in check()
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Compares token merging with arrays computed by the public SDTM and tomesd code.
 
-    python -m tests.merge_parity FOLDER      # with sdtm.npz and tome.npz, compact or full
+    python -m tests.acceptance.merge_parity FOLDER    # with sdtm.npz and tome.npz, compact or full
 
 prints measured error beside bound; exit code 1 if one is over. The compact selection in
 tests/reference/accelerate has the same names and fewer arrays.
@@ -36,7 +36,8 @@ from ppflow_jax.systems import token_groups, tome
 from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
 from ppflow_jax.systems.merged_blocks import Merging, Parts, full_layer, parts
 from ppflow_jax.systems.sdtm import MergeConfig, full_steps, ratios, schedule
-from tests.parity import Row, max_abs, nhwc
+from tests.acceptance.comparison import Row, report
+from tests.acceptance.parity import max_abs, nhwc
 
 
 def differences(ours, theirs) -> int:
@@ -416,20 +417,14 @@ def tome_calls(ref: dict) -> Iterator[Row]:
 
 def main(argv: list[str]) -> int:
     if len(argv) != 2:
-        print("usage: python -m tests.merge_parity FOLDER")
+        print("usage: python -m tests.acceptance.merge_parity FOLDER")
         return 2
     sdtm, tomesd = (dict(np.load(Path(argv[1]) / f)) for f in ("sdtm.npz", "tome.npz"))
     network = Network(sdtm)
     groups = [single_calls(sdtm), schedules(sdtm), replays(sdtm), tome_calls(tomesd)]
     groups += [network.block(), *(network.rows(name) for name in network.runs())]
-    rows = []
     with jax.default_matmul_precision("highest"):
-        for row in itertools.chain.from_iterable(groups):
-            rows.append(row)
-            over = "" if row.ok else "OVER"
-            print(f"{row.name:52} {row.error:9.2e}  bound {row.bound:.0e}  {over}", flush=True)
-    print(f"{len(rows)} comparisons, {sum(not r.ok for r in rows)} over their bound")
-    return int(any(not r.ok for r in rows))
+        return report(itertools.chain.from_iterable(groups))
 
 
 if __name__ == "__main__":
