@@ -4,7 +4,7 @@
     python -m benchmarks.scaling_table [--only=v5e:4x4]
 
 No TPU is needed and none is measured. Every row takes one to ten minutes of one core; finished
-rows are kept in docs/scaling.json, so that the command goes on where it stopped.
+rows are kept in docs/scaling.json, so that the command continues where it stopped.
 """
 
 from __future__ import annotations

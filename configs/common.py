@@ -26,7 +26,7 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c = ConfigDict()
     c.seed = 0
     c.init_from = ""  # checkpoint to take weights from; resuming a workdir needs no setting
-    c.resume_changed = False  # go on with settings that change what is trained
+    c.resume_changed = False  # continue with settings that change what is trained
 
     c.model = ConfigDict()
     c.model.pyramid = pyramid  # patch width x height @ end time, coarse to fine; t = 0 is noise

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A training run on the GPUs of several Kubernetes nodes; goes on after preemption.
+# A training run on the GPUs of several Kubernetes nodes; continues after preemption.
 #
 #   launch/k8s.sh --name=NAME --image=IMAGE --nodes=4 --gpus=8 --claim=VOLUME_CLAIM
 #       [--restarts=20] [--dry_run] -- python -m ppflow_jax.main --workdir=/data/runs/b2 ...
 #
 # IMAGE holds this project, installed; VOLUME_CLAIM (read-write by many) is mounted as /data.
 # --dry_run prints the manifest. To stop: kubectl delete job NAME, which saves; the same command
-# goes on. Flags may come from PPFLOW_NAME, PPFLOW_IMAGE, ...
+# continues. Flags may come from PPFLOW_NAME, PPFLOW_IMAGE, ...
 # shellcheck source=launch/flags.sh disable=SC2154
 source "$(dirname "$0")/flags.sh"
 

@@ -25,9 +25,9 @@ def run(main: Callable[..., None], required: tuple[str, ...] = (), positional: s
     With `positional`, the name of at least one argument that is no flag, `main` takes their list.
 
     Exit codes: 0 done; 1 bad input or a failed run; 2 bad flags; 75 (EX_TEMPFAIL) stopped by a
-    signal with everything saved, the same command goes on; 130 stopped at once by Ctrl-C. Anything
-    unexpected keeps its traceback. When one of several processes fails, none is left waiting: see
-    `processes.leave`.
+    signal with everything saved, the same command continues; 130 stopped at once by Ctrl-C.
+    Anything unexpected keeps its traceback. When one of several processes fails, none is left
+    waiting: see `processes.leave`.
     """
     program = Path(sys.argv[0])
     program = program.parent.name if program.stem == "__main__" else program.stem

@@ -6,8 +6,8 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on, such as a loss that is not finite. The message says what is kept."""
+    """A run that cannot continue, as after a loss that is not finite; it says what is kept."""
 
 
 class Stopped(RuntimeError):
-    """A run that was asked to stop and has saved everything: the same command goes on."""
+    """A run that was asked to stop and has saved everything: the same command continues."""

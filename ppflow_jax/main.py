@@ -19,7 +19,7 @@ from ppflow_jax.train.loop import train
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment, a file in configs/.", lock_config=True
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; a run found there goes on.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; a run found there continues.")
 _DRY_RUN = flags.DEFINE_string(
     "dry_run", None, f"Only compile, for devices that need not be there: {targets.EXAMPLES}."
 )

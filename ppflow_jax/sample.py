@@ -22,7 +22,7 @@ from ppflow_jax.systems.accelerate import PRESETS
 
 _DEFAULT = SamplerConfig()
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir (its latest step) or one step.")
-_OUT = flags.DEFINE_string("out", None, "Folder for the pictures; one that was begun goes on.")
+_OUT = flags.DEFINE_string("out", None, "Folder for the pictures; one that was begun continues.")
 _WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Which parameters.")
 _LABELS = flags.DEFINE_string(
     "labels",

@@ -5,7 +5,7 @@
 
 Every row of rows.py is trained with every seed on `--config` (any experiment; its pyramid is
 replaced, `--config.a.b=value` sets the budget), sampled from the same noise and labels, and judged
-by `evaluate`'s metrics. Rows are kept in DIR/SEED/ROW, so that the same command goes on where it
+by `evaluate`'s metrics. Rows are kept in DIR/SEED/ROW, so that the same command continues where it
 stopped; `--rows` and `--seeds` may grow. It leaves DIR/study.md, plots, a grid of all rows, and
 DIR/report.html of the first seed.
 """

@@ -130,7 +130,7 @@ def test_killed_anywhere_and_rerun_gives_the_same_bytes(made, tmp_path, monkeypa
     monkeypatch.undo()
     one_line(prepare(root, tmp_path, "--flips=one"), "made with other settings (flips)")
     code, _, err = prepare(root, tmp_path)
-    assert code == 0 and ("going on" in err) == (moment in ("second shard", "facts"))
+    assert code == 0 and ("continuing" in err) == (moment in ("second shard", "facts"))
     assert files(tmp_path) == files(root / "cache")
 
 

@@ -1,4 +1,4 @@
-"""The same samples in one go, stopped and gone on with, batched otherwise, by two processes."""
+"""The same samples in one go, stopped and continued, batched otherwise, by two processes."""
 
 import json
 import os

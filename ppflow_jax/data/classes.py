@@ -137,7 +137,7 @@ def _by_directory(tree: ImageTree) -> Labelled:
     if all(re.fullmatch(r"\d{5}/img\d{8}\.\w+", file) for file in files):
         raise InputError(
             f"{tree.name} was packed by the EDM or StyleGAN tool and has no {DATASET}, which holds "
-            "its labels: copy that file too, or pack it anew"
+            "its labels: copy that file too, or pack it again"
         )
     numbers = {name: k for k, name in enumerate(tree.directories)}
     return Labelled(tuple(files), np.int32([numbers[top] for top in tops]), tree.directories)
@@ -187,12 +187,12 @@ def _packed(tree: ImageTree) -> Labelled:
             )
     known = {name.replace("\\", "/"): label for name, label in pairs}
     if len(known) != len(pairs):
-        raise InputError(f"{where} names a file twice: pack it anew")
+        raise InputError(f"{where} names a file twice: pack it again")
     there = set(tree.files)
     if absent := [name for name in known if name not in there]:
         raise InputError(
             f"{where} names {absent[0]}, which is no picture there ({len(absent)} such): copy the "
-            "missing files, or pack it anew"
+            "missing files, or pack it again"
         )
     files = tuple(file for file in tree.files if file in known)
     if left := len(tree.files) - len(files):

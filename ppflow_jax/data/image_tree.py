@@ -206,7 +206,7 @@ def _zip_tree(name: str, root: Path) -> ImageTree:
             f"cannot read {name} ({e}): give a folder of pictures, or a .zip of one"
         ) from e
     if twice := [m for m, n in Counter(members).items() if n > 1]:
-        raise InputError(f"{name} has two members {twice[0]}: pack it anew")
+        raise InputError(f"{name} has two members {twice[0]}: pack it again")
     left_out: Counter = Counter()
     found = []
     for member in members:

@@ -177,7 +177,7 @@ def npz_images(path: Path) -> ImageSet:
                     data = file.read(count * row)
                     yield np.frombuffer(data, np.uint8).reshape(count, *shape[1:])
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path} is damaged ({error}): make or copy it anew") from error
+            raise InputError(f"{path} is damaged ({error}): make or copy it again") from error
 
     return ImageSet(str(path), shape[0], tuple(shape[1:]), read)
 

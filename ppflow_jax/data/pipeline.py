@@ -51,7 +51,7 @@ class Stream:
 
     Attributes:
       num_classes: labels must be below.
-      flip: mirror every example with probability 1/2, drawn anew at every visit.
+      flip: mirror every example with probability 1/2, drawn again at every visit.
       workers: processes that read; 0 reads in threads of this one.
       skip_unreadable: the next picture stands in for one that cannot be read.
       rows: those of every global batch that this process reads (`sharding.local_rows`), in its
@@ -164,5 +164,5 @@ def explain(source: Pictures, index: int) -> str:
         return str(e)
     raise InputError(
         f"{source.label_of(index)} could not be read a moment ago and now can: check the storage "
-        "and start again; a run goes on from its last checkpoint"
+        "and start again; a run continues from its last checkpoint"
     )

@@ -31,5 +31,5 @@ def load_noise(path: Path, shape: tuple[int, int, int]) -> Float[np.ndarray, "n 
             f"{', '.join(map(str, shape))})"
         )
     if not np.isfinite(noise).all():
-        raise InputError(f"--noise={path} has values that are NaN or infinite: make it anew")
+        raise InputError(f"--noise={path} has values that are NaN or infinite: make it again")
     return noise

@@ -253,7 +253,7 @@ def _check_statistics(reference: Reference, network: FeatureNetwork) -> None:
         text = ", ".join(f"{key} {a}, now {b}" for key, (a, b) in different.items())
         raise InputError(
             f"{reference.name} was made with other features ({text}): use the same --features "
-            "and --resize, or make it anew with --statistics_out"
+            "and --resize, or make it again with --statistics_out"
         )
 
 

@@ -124,7 +124,7 @@ def _what_is(path: Path) -> str:
     if head[:6] == b"\x93NUMPY":
         return "it is a single .npy array: save images as numpy.savez(FILE, arr_0=images)"
     if not head:
-        return "it is empty: make or copy it anew"
+        return "it is empty: make or copy it again"
     return "give an npz with arr_0 or with mu and sigma, a folder of images, or digits"
 
 
@@ -161,7 +161,7 @@ def read_statistics(path: Path) -> tuple[dict[str, Statistics], dict[str, Any] |
         for key, array in ((mu, mean), (sigma, covariance)):
             if not np.isfinite(array).all():
                 raise InputError(
-                    f"{path}: {key} has values that are NaN or infinite: make the statistics anew"
+                    f"{path}: {key} has values that are NaN or infinite: make the statistics again"
                 )
         if mean.ndim != 1 or covariance.shape != mean.shape * 2:
             raise InputError(
@@ -171,7 +171,7 @@ def read_statistics(path: Path) -> tuple[dict[str, Statistics], dict[str, Any] |
         if not np.allclose(covariance, covariance.T) or covariance.diagonal().min() < 0:
             raise InputError(
                 f"{path}: {sigma} is no covariance (symmetric, no negative variances): make the "
-                "statistics anew"
+                "statistics again"
             )
         count = card["count"] if card else 0
         found[name] = Statistics(np.float64(mean), np.float64(covariance), count)

@@ -142,7 +142,7 @@ class PPFlow(nnx.Module):
             return jax.lax.scan(body, hs, self.blocks)[0]
         block = nnx.split(self.blocks)[0]
         for layer in layers:
-            # Without the barrier the compiler sums up all blocks anew where it needs the last.
+            # Without the barrier the compiler sums up all blocks again where it needs the last.
             hs = jax.lax.optimization_barrier(body(hs, nnx.merge(block, layer))[0])
         return hs
 

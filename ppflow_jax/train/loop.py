@@ -54,7 +54,7 @@ from ppflow_jax.train.validate import make_judge
 
 
 def train(config: ConfigDict, workdir: str) -> None:
-    """Train `config` in `workdir`, going on from its latest checkpoint.
+    """Train `config` in `workdir`, continuing from its latest checkpoint.
 
     What the run starts from, first match: the latest checkpoint of the workdir;
     `config.init_from` (weights only); fresh parameters. A run that is beyond `config.train.steps`
@@ -187,7 +187,7 @@ def _end(experiment: Experiment, root: Path, step: int, stopped: bool) -> None:
     if stopped:
         raise Stopped(
             f"stopped at step {step} of {experiment.config.train.steps}, everything saved in "
-            f"{root}: the same command goes on from there"
+            f"{root}: the same command continues from there"
         )
     _say(f"done: step {step}; checkpoints, samples/, loss.png, metrics.jsonl in {root}")
     if line := reminder(experiment.card.experiment, step):
@@ -197,7 +197,7 @@ def _end(experiment: Experiment, root: Path, step: int, stopped: bool) -> None:
 def _first_state(
     experiment: Experiment, program: Program, checkpoints: Checkpoints, mesh: Mesh
 ) -> TrainState:
-    """State to go on from, made or restored straight into its shardings."""
+    """State to continue from, made or restored straight into its shardings."""
     config, shardings = experiment.config, program.shardings
     if (latest := checkpoints.latest()) is not None:
         target = jax.tree.map(
@@ -225,7 +225,7 @@ def _announce(experiment: Experiment, state: Any, mesh: Mesh, first: int, root: 
     config = experiment.config
     record(root, experiment.card, first)
     if first:
-        origin = f"going on from step {first}"
+        origin = f"continuing from step {first}"
     else:
         origin = f"weights from {config.init_from}" if config.init_from else "fresh parameters"
     print(

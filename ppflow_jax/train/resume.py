@@ -48,7 +48,7 @@ def _shown(value: Any) -> str:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any], step: int) -> list[Change]:
-    """What differs between the experiments of two cards when a run goes on from `step`.
+    """What differs between the experiments of two cards when a run continues from `step`.
 
     Of the data's identity only what both have is compared: an older one has less to say. The
     number of steps is free but for the schedule of the steps that are left.
@@ -82,7 +82,7 @@ def _place(name: str) -> bool:
 
 
 def going_on(experiment: Experiment, step: int, stored: Card, path: Path) -> Experiment:
-    """`experiment` as the run goes on with it whose checkpoint in `path` has the card `stored`.
+    """`experiment` as the run continues with it whose checkpoint in `path` has the card `stored`.
 
     Prints what has changed. A setting that the run is older than keeps the value that the run had,
     and stays absent from its card.
@@ -94,7 +94,7 @@ def going_on(experiment: Experiment, step: int, stored: Card, path: Path) -> Exp
     card, config = experiment.card, experiment.config
     if stored.experiment is None:
         raise InputError(
-            f"{path} holds converted weights, not a run to go on with: give it as "
+            f"{path} holds converted weights, not a run to continue: give it as "
             "--config.init_from, and another --workdir"
         )
     found = changes(stored.experiment, card.experiment, step)
@@ -109,7 +109,7 @@ def going_on(experiment: Experiment, step: int, stored: Card, path: Path) -> Exp
         raise InputError(
             f"{path} was made with other settings ({_listed(refused)}), and these change what is "
             "trained: give them as they were, use another --workdir, or add "
-            "--config.resume_changed=true to go on with the new ones"
+            "--config.resume_changed=true to continue with the new ones"
         )
     younger = BEFORE.keys() - flat(stored.experiment).keys()
     if jax.process_index() == 0:
@@ -117,7 +117,7 @@ def going_on(experiment: Experiment, step: int, stored: Card, path: Path) -> Exp
             print(f"changed since step {step}: {_listed(found)}", flush=True)
         for name in sorted(n for n in younger if flat(card.experiment)[n] != BEFORE[n]):
             print(
-                f"this run is older than config.{name} and goes on with {_shown(BEFORE[name])}",
+                f"this run is older than config.{name} and continues with {_shown(BEFORE[name])}",
                 flush=True,
             )
     config = config.copy_and_resolve_references()
@@ -167,5 +167,5 @@ def _history(path: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise InputError(
             f"cannot read {path} ({e}): mend it, or move it away to begin the history of the "
-            "run's settings anew"
+            "run's settings again"
         ) from e

@@ -79,7 +79,7 @@ def compiled(
     """`step` under `jax.jit`, in place of the state it is given; `shardings` as there.
 
     Where blocks are `unrolled` (see `models.network.unstacked`), the barriers between them outlive
-    the pass of XLA on CPU that drops them before it fuses: every block would then sum up anew the
+    the pass of XLA on CPU that drops them before it fuses: every block would then sum up again the
     gradients of all blocks after it.
     """
     options = {"xla_disable_hlo_passes": "cse_barrier_expander"} if unrolled else None

@@ -1,7 +1,7 @@
 """Golden values of training, sampling, checkpoints, dry run and plans, for moves of code.
 
     python -m tests.acceptance.golden          # compares with golden.json; exit code 1: it differs
-    python -m tests.acceptance.golden --write  # pins anew
+    python -m tests.acceptance.golden --write  # pins again
 
 Everything is read from the commands, so that it survives any move inside the package. The last bits
 of losses and samples belong to one kind of processor and one version of jax: on others only the

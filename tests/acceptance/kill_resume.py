@@ -188,7 +188,7 @@ def ends(
     start_s: float,
     processes: int = 1,
 ) -> None:
-    """End runs by a signal, once for each of `kinds`, and let them go on to the end."""
+    """End runs by a signal, once for each of `kinds`, and let them continue to the end."""
     left, chain, inside = list(kinds), 0, 0
     name = row.name.replace(" ", "-").replace(",", "")
     while True:
@@ -250,9 +250,9 @@ def full_disk(row: Row, out: Path, whole: dict[str, np.ndarray]) -> None:
         kept = steps_in(workdir / "checkpoints")[-1]
         subprocess.run(["mount", "-o", "remount,size=500m", str(workdir)], check=True)
         if not (run := Run(workdir)).finished():
-            row.failures.append(f"does not go on, see {run.log}")
-        elif f"going on from step {kept}" not in run.log.read_text():
-            row.failures.append(f"does not go on from step {kept}, see {run.log}")
+            row.failures.append(f"does not continue, see {run.log}")
+        elif f"continuing from step {kept}" not in run.log.read_text():
+            row.failures.append(f"does not continue from step {kept}, see {run.log}")
         else:
             compare(row, workdir, whole)
     finally:
@@ -290,7 +290,7 @@ def damaged(row: Row, out: Path, whole_dir: Path, whole: dict[str, np.ndarray]) 
         row.notes[-1] = f"{file.relative_to(step)} {how}: refused"
         shutil.rmtree(step)  # as the line says
         if not (run := Run(workdir)).finished():
-            row.failures.append(f"does not go on, see {run.log}")
+            row.failures.append(f"does not continue, see {run.log}")
         compare(row, workdir, whole)
 
 
@@ -333,7 +333,7 @@ def killed_prepare(row: Row, out: Path, count: int, random_: random.Random) -> N
         moments.append(len(contents(killed)))
         print(f"  {row.name}: {row.ended} with {moments[-1]} files there", flush=True)
     if start(killed).wait(PATIENCE):
-        row.failures.append(f"does not go on: see {killed.with_suffix('.log')}")
+        row.failures.append(f"does not continue: see {killed.with_suffix('.log')}")
     elif contents(killed) != contents(whole) or row.ended < count:
         row.failures.append(f"{row.ended} kills; the caches differ")
     else:

@@ -3,7 +3,7 @@
     python -m tests.acceptance.meshes --out=DIR [--steps=20]
 
 A table of the largest relative difference of the losses from those of one process on one device
-axis; runs that stop halfway and go on with another mesh and another number of processes; what
+axis; runs that stop halfway and continue with another mesh and another number of processes; what
 each process read against the whole batch; restored arrays against stored ones. Exit code 0 only
 if losses agree within 1e-5 and the rest exactly.
 """

@@ -424,6 +424,6 @@ def test_train_from_a_converted_file_and_back(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, tensors, ours)
     again = read_card(find_checkpoint(tmp_path / "again")).model
     assert again == config
-    # a converted folder is no run to go on with
+    # a converted folder is no run to continue
     done = run("main", "--config=configs/digits.py", f"--workdir={tmp_path / 'start'}", *flags[:-1])
     assert done.returncode == 1 and "--config.init_from" in done.stderr

@@ -107,5 +107,5 @@ def test_a_bad_example_in_the_rows_of_one_process_ends_both(tmp_path):
 def test_one_process_goes_on_with_another_mesh(two):
     workdir, _ = two
     code, out, err = train(workdir, *SHORT, "--config.train.steps=6", "--config.mesh.fsdp=4")
-    assert code == 0 and "going on from step 4" in out, err
+    assert code == 0 and "continuing from step 4" in out, err
     assert len(losses(workdir)) == 6

@@ -20,7 +20,7 @@ def test_a_run_goes_on_as_if_it_had_never_stopped(tmp_path):
     for folder in ("old", "new"):
         code, out, err = commands.train(tmp_path / folder, *OPTIONS)
         assert code == 0, err
-        assert ("going on from step 4" in out) == (folder == "old"), out
+        assert ("continuing from step 4" in out) == (folder == "old"), out
     for which in ("params", "ema"):
         old, new = (commands.weights(tmp_path / folder, which) for folder in ("old", "new"))
         assert old.keys() == new.keys()

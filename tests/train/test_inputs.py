@@ -79,7 +79,7 @@ def test_cached_latents_are_those_of_encoding_in_every_step_on_any_mesh(root):
     cached = x(cache, None, eight, 7)
     np.testing.assert_array_equal(cached, x(cache, None, one_device(), 7))
     np.testing.assert_allclose(cached, x(pictures, encoder, eight, 7), atol=2e-5)
-    # Every visit draws anew around the same mean
+    # Every visit draws again around the same mean
     later, read = x(cache, None, eight, 8), cache.read(indices, flips)
     noise = np.stack([(a - read["mean"]) / read["std"] for a in (cached, later)])
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02

@@ -109,7 +109,7 @@ def test_what_leaves_the_numbers_is_said(begun, copy, args, said):
     flags = [f"--config.{arg}" for arg in args]
     code, out, err = start(copy, *flags, steps=3, data=begun / "data")
     assert code == 0 and "changed since step 2: " in out and said in out, err
-    assert "train.steps: 2 -> 3" in out and "going on from step 2" in out
+    assert "train.steps: 2 -> 3" in out and "continuing from step 2" in out
     assert [entry["from_step"] for entry in history(copy)] == [0, 2]
 
 
@@ -214,7 +214,7 @@ def test_a_run_of_the_code_before_goes_on_as_it_began(begun, tmp_path):
     for steps in (4, 6):
         code, out, err = start(old, steps=steps, data=data)
         assert code == 0, err
-        assert "older than config.train.ema_warmup and goes on with false" in out
+        assert "older than config.train.ema_warmup and continues with false" in out
         assert "ema_warmup" not in history(old)[-1]["experiment"]["train"]
     ours, whole = weights(old, "ema"), weights(tmp_path / "whole", "ema")
     assert all(np.array_equal(ours[k], whole[k]) for k in whole)

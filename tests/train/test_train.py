@@ -96,7 +96,7 @@ def test_sigterm_saves_the_step_in_progress_and_the_same_command_goes_on(
     assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     monkeypatch.undo()
     code, out, err = train(tmp_path)
-    assert code == 0 and "going on from step 3" in out, err
+    assert code == 0 and "continuing from step 3" in out, err
     for which in ("params", "ema"):
         assert same(weights(tmp_path, which), weights(whole, which))
     rows = [read_metrics(d / "metrics.jsonl") for d in (tmp_path, whole)]
@@ -127,7 +127,7 @@ def test_a_workdir_in_use_is_refused_until_its_run_is_dead(trained):
         holder.kill()
         holder.wait()
     code, out, _ = train(workdir)
-    assert code == 0 and "going on from step 6" in out
+    assert code == 0 and "continuing from step 6" in out
 
 
 def test_killed_and_rerun_equals_uninterrupted(tmp_path):
