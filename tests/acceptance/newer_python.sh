@@ -39,13 +39,14 @@ bind() {
   mount --rbind "$1" "$root$1"
 }
 
-# Files and folders that pip's settings and the variables of certificates name.
+# Files and folders that pip's settings and the variables of certificates name. An index of local
+# files, file:///.../simple, refers to the files in the folder around it.
 named() {
   {
     python3 -m pip config debug | sed -n 's/^ *\(.*\), exists: True$/\1/p'
     python3 -m pip config list
     env | grep -E '^(PIP_|[A-Z_]*(SSL|CERT|CA_BUNDLE))' || true
-  } | grep -oE "(^|['= ]|file://)/[^' ]+" | sed 's#^[^/]*##; s#^//##' | sort -u
+  } | grep -oE "(^|['= ]|file://)/[^' ]+" | sed -E 's#^file://(.*)/.*#\1#; s#^[^/]##' | sort -u
 }
 
 for path in /proc /dev /etc/resolv.conf $(named); do
