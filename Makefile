@@ -1,12 +1,13 @@
 # make demo   train on handwritten digits and sample them
 # make test   run the tests
+# make oldest run them with every requirement at its lower bound
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN := runs/digits
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test oldest lint
 setup: $(STAMP)
 
 $(STAMP): requirements.txt pyproject.toml
@@ -25,9 +26,14 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# name>=1.2,<2 becomes name==1.2
+oldest:
+	$(MAKE) test VENV=$(VENV)-oldest \
+		EXTRA_REQUIREMENTS="$$(sed -nE 's/^([^#>]*)>=([^,]*),.*/\1==\2/p' requirements.txt | xargs)"
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m tests.house
 	$(BIN)/mypy
-	$(BIN)/shellcheck -x launch/*.sh launch/slurm.sbatch .ci/run
+	$(BIN)/shellcheck -x launch/*.sh launch/slurm.sbatch .ci/run tests/acceptance/*.sh

@@ -68,7 +68,7 @@ def make_train_step(
             "params": params,
             "ema": optax.incremental_update(params, state["ema"], average),
             "opt_state": opt_state,
-        }, metrics | {"grad_norm": optax.global_norm(grads)}
+        }, metrics | {"grad_norm": optax.tree.norm(grads)}
 
     return step
 

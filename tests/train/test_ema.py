@@ -65,7 +65,7 @@ def test_without_warmup_the_program_is_the_one_of_a_constant_decay():
             "params": params,
             "ema": optax.incremental_update(params, state["ema"], 1 - 0.9),
             "opt_state": opt_state,
-        }, metrics | {"grad_norm": optax.global_norm(grads)}
+        }, metrics | {"grad_norm": optax.tree.norm(grads)}
 
     def text(step):
         return str(jax.make_jaxpr(step)(*args))

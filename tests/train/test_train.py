@@ -262,4 +262,4 @@ def test_clipping_bounds_the_gradient():
     updates, _ = tx.update({"w": jnp.full(4, 100.0)}, state, params)
     # eps 1 keeps the size: g / (|g| + 1) with |g| = 1/2 per entry
     np.testing.assert_allclose(updates["w"], -1 / 3, rtol=1e-5)
-    assert isinstance(optax.global_norm(updates), jax.Array)
+    assert isinstance(optax.tree.norm(updates), jax.Array)
