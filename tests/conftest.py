@@ -19,7 +19,7 @@ flags.FLAGS.mark_as_parsed()
 # Files that take longest come first, so that no process is left alone with one at the end.
 _LONGEST = (
     *("test_resume", "test_parity", "test_train", "test_processes", "test_convert", "test_judge"),
-    *("test_cli", "test_evaluate", "test_forecast"),
+    *("test_cli", "test_bench", "test_earlier_versions", "test_stop", "test_sample", "test_report"),
 )
 
 
