@@ -34,6 +34,7 @@ SMALL = [
     "--config.train.log_every=1",
     "--config.sample.every=0",
     "--config.sample.count=8",
+    "--config.sample.solver=euler",
     "--config.sample.steps=2",
 ]
 

@@ -12,12 +12,12 @@ from ppflow_jax.pyramid import PPFLOW2
 
 MODEL = ModelConfig(PPFLOW2, 16, 4, width=128, depth=3, heads=4, num_classes=10)
 
-# The command with an S of two blocks instead of twelve, which compiles sooner
-SHALLOW = """
-import runpy
-from ppflow_jax.models.config import SIZES
-SIZES["S"]["depth"] = 2
-runpy.run_module("ppflow_jax.bench", run_name="__main__", alter_sys=True)
+# The command with a tiny S, and without a model of 3 levels: compiling is its time
+TINY = """
+from ppflow_jax import bench, cli
+bench.SIZES["S"] = dict(width=32, depth=1, heads=2)
+del bench.PYRAMIDS["3 levels"]
+cli.run(bench.main)
 """
 
 
@@ -48,13 +48,15 @@ def test_a_row_is_compared_with_sit_within_the_rounds():
 
 def test_the_command_measures_and_writes_json(tmp_path):
     out = tmp_path / "figures.json"
-    flags = "--size=S --latent_size=4 --steps=4 --rounds=2 --work=train,sample --train_batch=4"
-    command = [sys.executable, "-c", SHALLOW, *flags.split(), f"--json={out}"]
+    flags = "--size=S --latent_size=4 --steps=4 --rounds=1 --work=train,sample --train_batch=4"
+    command = [sys.executable, "-c", TINY, *flags.split(), f"--json={out}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     figures = json.loads(out.read_text())
-    assert [f["model"] for f in figures[:3]] == ["SiT", "2 levels", "3 levels"]
-    assert len(figures) == 3 + 5 and all(f["seconds"] > 0 for f in figures)
+    assert [f["model"] for f in figures] == ["SiT", "2 levels", "SiT", "2 levels", "2 levels"]
+    assert [f["guidance"] for f in figures] == ["", "", "1.5", "1.5,1.5", "1,1.5"]
+    assert all(f["seconds"] > 0 for f in figures)
     assert "matmul ceiling" in done.stdout
-    bad = subprocess.run([*command[:3], "--size=Q"], capture_output=True, text=True)
+    command = [sys.executable, "-m", "ppflow_jax.bench", "--size=Q"]
+    bad = subprocess.run(command, capture_output=True, text=True)
     assert bad.returncode == 1 and "'Q'" in bad.stderr

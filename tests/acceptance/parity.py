@@ -117,6 +117,9 @@ class Case:
         )
 
 
+case_of = functools.cache(Case)  # whose programs serve all its files
+
+
 def forward(case: Case, ref: dict) -> Iterator[Row]:
     x, y = nhwc(ref["x"]), ref["y"]
     for k, t in enumerate(ref["t"]):
@@ -543,14 +546,14 @@ def groups(folder: Path) -> dict[str, Callable[[], Iterator[Row]]]:
     """Comparisons that the files in `folder` allow, by the file they read."""
 
     def of_model(name: str, file: str) -> Iterator[Row]:
-        case = Case(folder / name)
+        case = case_of(folder / name)
         check = sit_train if (name, file) == ("sit", "train") else CHECKS[file]
         return check(case, case.load(file))
 
     found = {}
     for name in MODELS:
         if (folder / name / "model.safetensors").exists():
-            found[f"{name}/pos_embed"] = lambda name=name: embeddings(Case(folder / name))
+            found[f"{name}/pos_embed"] = lambda name=name: embeddings(case_of(folder / name))
         for file in CHECKS:
             if (folder / name / f"{file}.npz").exists():
                 found[f"{name}/{file}"] = lambda name=name, file=file: of_model(name, file)

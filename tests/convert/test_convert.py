@@ -403,6 +403,7 @@ def test_train_from_a_converted_file_and_back(tmp_path):
         "train.ema": 0.0,
         "data.batch_size": 8,
         "sample.count": 1,
+        "sample.solver": "euler",
         "sample.steps": 2,
         "sample.cfg": "(1.0,)",
         "init_from": tmp_path / "start",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 
+import jaxtyping
 import pytest
 
 from ppflow_jax.autoencoders.autoencoder import Autoencoder
@@ -66,7 +67,13 @@ def test_models_without_wrappers_keep_their_names(families):
         assert found == {name: name for name in names}
 
 
-def test_every_sequence_of_wrappers_before_names(families):
+@pytest.fixture
+def fast(monkeypatch):
+    """Without the checks of types, which are nearly all of the time: other tests have them."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+def test_every_sequence_of_wrappers_before_names(families, fast):
     for family, names in families:
         sequences = SEQUENCES if family == "sit" else SEQUENCES[:: len(SEQUENCES) // 40]
         for sequence in sequences:
@@ -76,7 +83,7 @@ def test_every_sequence_of_wrappers_before_names(families):
             assert found == dict(zip(theirs, names)), sequence
 
 
-def test_every_sequence_of_wrappers_inside_names():
+def test_every_sequence_of_wrappers_inside_names(fast):
     for k, sequence in enumerate(SEQUENCES):
         theirs = []
         for name in SIT:

@@ -12,6 +12,7 @@ from tests import commands
 
 RUNS = commands.ROOT / "tests" / "reference" / "runs"
 OPTIONS = ("--config.optim.schedule=constant", "--config.train.save_every=4")
+OPTIONS += ("--config.sample.solver=heun",)
 
 
 def test_a_run_goes_on_as_if_it_had_never_stopped(tmp_path):

@@ -133,14 +133,14 @@ def test_a_workdir_in_use_is_refused_until_its_run_is_dead(trained):
 def test_killed_and_rerun_equals_uninterrupted(tmp_path):
     env = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "ppflow_jax.main", "--config=configs/digits.py", *SMALL]
-    command += ["--config.train.steps=40", "--config.train.save_every=5"]
+    command += ["--config.train.steps=20", "--config.train.save_every=4"]
 
     def start(workdir):
         args = [*command, f"--workdir={workdir}"]
         return subprocess.Popen(args, cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
 
     killed = start(tmp_path / "killed")
-    saved = tmp_path / "killed" / "checkpoints" / "10"
+    saved = tmp_path / "killed" / "checkpoints" / "8"
     deadline = time.monotonic() + 240
     while not saved.exists() and killed.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
