@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks.torch_model import TorchPPFlow
 from ppflow_jax.devices.host_memory import keep_scratch
+from ppflow_jax.devices.programs import for_training
 from ppflow_jax.devices.sharding import batch_sharding, make_mesh, replicated
 from ppflow_jax.flow.cost import training_flops
 from ppflow_jax.flow.loss import Objective
@@ -127,7 +128,8 @@ def _our_forward(work: Work) -> Call:
         raise SystemExit(f"{mesh.size} CPU devices cannot share {work.batch} images: see --batch")
     rows = batch_sharding(mesh)
     params = jax.device_put(work.params(), replicated(mesh))
-    params = jax.jit(unstacked)(params) if on_cpu else params
+    # The way that suits training; `sample` scans.
+    params = jax.jit(unstacked)(params) if for_training().unrolled else params
     apply = make_apply(work.model, dtype=jnp.dtype(work.dtype))
     call = jax.jit(
         jax.shard_map(
@@ -145,10 +147,10 @@ def _our_forward(work: Work) -> Call:
 
 def _our_step(work: Work) -> Call:
     tx = make_optimizer(OptimConfig(), 1)
-    unrolled = jax.default_backend() == "cpu" and work.remat == "none"  # as train.py does
     dtype = jnp.dtype(work.dtype)
-    apply = make_apply(work.model, dtype=dtype, remat=work.remat, unrolled=unrolled)
-    step = compiled(make_train_step(work.objective, apply, tx, ema=EMA), unrolled=unrolled)
+    programs = for_training("auto", dtype, remat=work.remat, head=work.model.head_width)
+    apply = make_apply(work.model, dtype=dtype, remat=work.remat, programs=programs)
+    step = compiled(make_train_step(work.objective, apply, tx, ema=EMA), programs)
     state = state_from(jax.tree.map(jnp.asarray, work.params()), tx)
     (x, y), key = map(jnp.asarray, work.images()), jax.random.key(0)
 

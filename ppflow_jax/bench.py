@@ -17,12 +17,20 @@ import jax.numpy as jnp
 from absl import flags
 
 from ppflow_jax import cli
-from ppflow_jax.cost.measure import Ceiling, Row, row_figures, sampling_row, table, training_row
+from ppflow_jax.cost.measure import (
+    Ceiling,
+    Row,
+    Settings,
+    row_figures,
+    sampling_row,
+    table,
+    training_row,
+)
 from ppflow_jax.devices.host_memory import keep_scratch
+from ppflow_jax.devices.programs import ATTENTIONS
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.disk import atomic
 from ppflow_jax.flow.plan import SamplerConfig
-from ppflow_jax.models.attention import ATTENTIONS
 from ppflow_jax.models.config import SIZES, ModelConfig
 from ppflow_jax.models.network import REMAT_POLICIES
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT
@@ -93,7 +101,7 @@ def _title(size: str, work: str) -> str:
 
 def _rows(size: str, work: str) -> list[Row]:
     rows, w = [], _CFG.value
-    settings = dict(dtype=jnp.dtype(_DTYPE.value), attention=_ATTENTION.value, remat=_REMAT.value)
+    settings = Settings(jnp.dtype(_DTYPE.value), _ATTENTION.value, _REMAT.value)
     for name, pyramid in PYRAMIDS.items():
         model = ModelConfig(pyramid, _LATENT.value, 4, **SIZES[size], num_classes=1000)
         if work == "train":

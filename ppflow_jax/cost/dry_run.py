@@ -154,9 +154,6 @@ def dry_run(config: ConfigDict, target: Target, *, sampler: bool = True) -> Repo
     Raises:
       InputError: a configuration that is wrong, or does not fit the number of devices.
     """
-    if target.chip and config.model.attention == "auto":  # not that of this machine
-        config = ConfigDict(config)
-        config.model.attention = "xla"
     experiment = Experiment.from_config(config)
     mesh = make_mesh(**config.mesh, devices=target.devices)
     program = make_program(experiment, mesh)

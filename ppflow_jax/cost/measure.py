@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ import numpy as np
 
 from ppflow_jax import console
 from ppflow_jax.checkpoints.card import Card
+from ppflow_jax.devices.programs import for_passes, for_training
 from ppflow_jax.flow.cost import sampling_flops, training_flops
 from ppflow_jax.flow.loss import Objective
 from ppflow_jax.flow.path import Flow
@@ -25,6 +26,14 @@ from ppflow_jax.models.network import Apply, abstract_params, make_apply
 from ppflow_jax.train.optimizer import OptimConfig, make_optimizer
 from ppflow_jax.train.state import init_state
 from ppflow_jax.train.step import compiled, make_train_step
+
+
+class Settings(NamedTuple):
+    """As in the configuration of a run."""
+
+    dtype: jnp.dtype
+    attention: str
+    remat: str
 
 
 class Ceiling:
@@ -159,10 +168,12 @@ def sampling_row(
     model: ModelConfig,
     config: SamplerConfig,
     batch: int,
-    settings: dict[str, Any],
+    settings: Settings,
 ) -> Row:
-    """Sampling of `batch` images; `settings` are those of `make_apply`."""
-    apply = make_apply(model, **settings)
+    """Sampling of `batch` images."""
+    dtype, attention, remat = settings
+    programs = for_passes(attention, dtype, head=model.head_width)
+    apply = make_apply(model, dtype=dtype, remat=remat, programs=programs)
     sampler = make_plan(Card(model, Flow(), "latents"), config).sampler(apply)
     x = jax.ShapeDtypeStruct((batch, *model.shape), jnp.float32)
     y = jax.ShapeDtypeStruct((batch,), jnp.int32)
@@ -188,15 +199,15 @@ def sampling_row(
     )
 
 
-def training_row(
-    name: str, size: str, model: ModelConfig, batch: int, settings: dict[str, Any]
-) -> Row:
+def training_row(name: str, size: str, model: ModelConfig, batch: int, settings: Settings) -> Row:
     """A training step: draws, loss, gradients, AdamW and EMA."""
-    unrolled = jax.default_backend() == "cpu" and settings["remat"] == "none"  # as in training
-    apply, tx = make_apply(model, **settings, unrolled=unrolled), make_optimizer(OptimConfig(), 1)
+    dtype, attention, remat = settings
+    programs = for_training(attention, dtype, remat=remat, head=model.head_width)
+    apply = make_apply(model, dtype=dtype, remat=remat, programs=programs)
+    tx = make_optimizer(OptimConfig(), 1)
     objective = Objective(model.pyramid, Flow(), model.null_label)
     objective.check_batch(batch, 1)
-    step = compiled(make_train_step(objective, apply, tx, ema=0.9999), unrolled=unrolled)
+    step = compiled(make_train_step(objective, apply, tx, ema=0.9999), programs)
     init = functools.partial(init_state, model, tx)
     key = jax.random.key(0)
     x = jax.ShapeDtypeStruct((batch, *model.shape), jnp.float32)

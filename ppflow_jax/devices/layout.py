@@ -6,14 +6,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 from jaxtyping import Array
 
 # Attention: (q, k, v) [b, n, h, e] -> [b, n, h, e]
 Attend = Callable[[Array, Array, Array], Array]
+# (kernel, otherwise) -> the kernel on each device's part of the arrays, or `otherwise`
+PerDevice = Callable[[Attend, Attend], Attend]
 
 
 def _as_it_is(tree: Any, prefix: str = "") -> Any:
     return tree
+
+
+def _in_one_piece(kernel: Attend, otherwise: Attend) -> Attend:
+    """The compiler cannot cut a kernel: without a mesh it needs a device of its own."""
+    alone = jax.local_device_count() == 1 or jax.sharding.get_abstract_mesh().manual_axes
+    return kernel if alone else otherwise
 
 
 def is_gather(operation: Any, *_: Any, **params: Any) -> bool:
@@ -37,9 +46,10 @@ class Layout:
       batch: keeps activations split over their first axis.
       weights: (tree, prefix of its paths) -> the weights as they are needed for computing. Blocks
         pass through it one at a time, so that no device ever holds all of them.
-      heads: runs attention on each device's part of batch and heads.
+      heads: runs a kernel of attention on each device's part of batch and heads; something else
+        where that cannot be cut so.
     """
 
     batch: Callable[[Array], Array] = _as_it_is
     weights: Callable[[Any, str], Any] = _as_it_is
-    heads: Callable[[Attend], Attend] = _as_it_is
+    heads: PerDevice = _in_one_piece

@@ -156,14 +156,14 @@ def layout(mesh: Mesh) -> Layout:
 
         return jax.tree_util.tree_map_with_path(one, tree)
 
-    def heads(attention: Attend) -> Attend:
+    def heads(kernel: Attend, otherwise: Attend) -> Attend:
         split = P(("data", "fsdp"), None, "tensor")
 
         def run(q, k, v):
             if q.shape[0] % data_shards(mesh) or q.shape[2] % mesh.shape["tensor"]:
-                return attention(q, k, v)
+                return otherwise(q, k, v)
             local = jax.shard_map(
-                attention, mesh=mesh, in_specs=split, out_specs=split, check_vma=False
+                kernel, mesh=mesh, in_specs=split, out_specs=split, check_vma=False
             )
             return local(q, k, v)
 

@@ -73,6 +73,10 @@ class ModelConfig:
         """Latent shape (h, w, c)."""
         return (self.latent_size, self.latent_size, self.channels)
 
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"pyramid": str(self.pyramid)}
 

@@ -10,7 +10,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from ppflow_jax.models.attention import Attend, attend
+from ppflow_jax.devices.layout import Layout, PerDevice
+from ppflow_jax.devices.programs import Programs
+from ppflow_jax.models.attention import attend
 
 _xavier = nnx.initializers.xavier_uniform()
 _zeros = nnx.initializers.zeros
@@ -78,10 +80,10 @@ class Attention(nnx.Module):
         *,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
-        program: str = "xla",
-        per_device: Callable[[Attend], Attend] = lambda f: f,
+        programs: Programs = Programs(),
+        per_device: PerDevice = Layout.heads,
     ):
-        self.dtype, self.program, self.per_device = dtype, program, per_device
+        self.dtype, self.programs, self.per_device = dtype, programs, per_device
         shape = (3, heads, width // heads)
         self.qkv_kernel = nnx.Param(
             _xavier(rngs.params(), (width, 3 * width), jnp.float32).reshape(width, *shape)
@@ -103,16 +105,12 @@ class Attention(nnx.Module):
         qkv = self.per_token(project, x.astype(self.dtype))
         q, k, v = (qkv[:, :, i] for i in range(3))
         weight = None if members is None else jnp.log(members)[:, None, None]
-        out = attend(self.program, q, k, v, weight, self.per_device)
+        out = attend(self.programs.attention, q, k, v, weight, self.per_device)
         return self.per_token(self.out, out.reshape(x.shape))
 
     def per_token(self, f: Callable[[Array], Array], x: Float[Array, "b n d"]) -> Array:
-        """f of every token.
-
-        On CPU (`deferred`) they are rows of one matrix, so that XLA transposes fewer copies of them
-        in the backward pass; on TPU that would move up to 1.7 times the bytes.
-        """
-        if self.program != "deferred":
+        """f of every token."""
+        if not self.programs.rows:
             return f(x)
         out = f(x.reshape(-1, x.shape[-1]))
         return out.reshape(*x.shape[:-1], *out.shape[1:])

@@ -18,8 +18,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ppflow_jax.devices.layout import Layout, is_gather
+from ppflow_jax.devices.programs import Programs, for_passes
 from ppflow_jax.errors import InputError
-from ppflow_jax.models.attention import choose
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.layers import Block, TimestepEmbedder, _normal, _zeros, linear, modulate
 from ppflow_jax.models.patch import patchify, positions, unpatchify
@@ -51,7 +51,7 @@ class PPFlow(nnx.Module):
         dtype: DTypeLike,
         remat: str,
         rngs: nnx.Rngs,
-        attention: str = "xla",
+        programs: Programs = Programs(),
         layout: Layout = Layout(),
     ):
         self.config, self.dtype, self.remat, self.layout = config, dtype, remat, layout
@@ -72,7 +72,7 @@ class PPFlow(nnx.Module):
                 config.mlp_ratio,
                 dtype=dtype,
                 rngs=r,
-                program=attention,
+                programs=programs,
                 per_device=layout.heads,
             ),
             in_axes=0,
@@ -190,11 +190,11 @@ def _module(
     key: jax.Array,
     dtype: DTypeLike = jnp.float32,
     remat: str = "none",
-    attention: str = "xla",
+    programs: Programs = Programs(),
     layout: Layout = Layout(),
 ) -> PPFlow:
     return PPFlow(
-        config, dtype=dtype, remat=remat, rngs=nnx.Rngs(key), attention=attention, layout=layout
+        config, dtype=dtype, remat=remat, rngs=nnx.Rngs(key), programs=programs, layout=layout
     )
 
 
@@ -213,8 +213,8 @@ def unstacked(params: Params) -> Params:
     """The same parameters with a tuple of blocks in the place of their stack, for `make_apply`.
 
     A scan copies the weights of every block out of the stack and, in training, what the backward
-    pass needs into one, which on CPU is much of the time. Without it compiling takes longer with
-    depth. For passes without a trunk of one's own and without remat, which XLA undoes on CPU.
+    pass needs into one. Without it compiling takes longer with depth. For passes without a trunk of
+    one's own and without remat.
     """
     stack, tree = jax.tree.flatten(params["blocks"])
     # The gradient of a split is one concatenation; that of slices would be a sum of padded ones.
@@ -228,9 +228,8 @@ def make_apply(
     *,
     dtype: DTypeLike = jnp.float32,
     remat: str = "none",
-    attention: str = "auto",
+    programs: Programs | None = None,
     layout: Layout = Layout(),
-    unrolled: bool = False,
 ) -> Apply:
     """The network as a pure function `apply(params, x, t, y, stage, trunk=None)`.
 
@@ -238,25 +237,25 @@ def make_apply(
     stage a Python int. Returns float32 [b, h, w, c]: the velocity, score or noise it was
     trained to predict. With a tuple for each of x, t, y and stage: a tuple of predictions, in one
     pass over the blocks. `params` may be `unstacked`. `dtype` is that of the matrix products,
-    `attention` one of `attention.ATTENTIONS`, `layout` that of the mesh. `unrolled` blocks are
-    not scanned (see `unstacked`).
+    `programs` how it is computed (None: as suits passes on the default device), `layout` that of
+    the mesh.
     `trunk` (see `Trunk`) replaces the scan over the blocks, whose weights are then all gathered at
     once; the result is (prediction, what the trunk returned besides).
 
     Raises:
-      InputError: unknown remat policy or attention, or a policy for unrolled blocks.
+      InputError: unknown remat policy, or a policy for unrolled blocks.
     """
-    attention = choose(attention, dtype)
+    programs = programs or for_passes(dtype=dtype, head=config.head_width)
     if remat not in REMAT_POLICIES:
         raise InputError(f"unknown remat policy {remat!r}: one of {', '.join(REMAT_POLICIES)}")
-    if unrolled and remat != "none":
+    if programs.unrolled and remat != "none":
         raise InputError(f"remat {remat!r} is for blocks that are scanned: choose none")
     graphdef, _ = nnx.split(
-        nnx.eval_shape(lambda: _module(config, jax.random.key(0), dtype, remat, attention, layout))
+        nnx.eval_shape(lambda: _module(config, jax.random.key(0), dtype, remat, programs, layout))
     )
 
     def apply(params, x, t, y, stage, trunk=None):
-        if unrolled and trunk is None:
+        if programs.unrolled and trunk is None:
             params = unstacked(params)
         here = {name: part for name, part in params.items() if trunk or name != "blocks"}
         params = params | layout.weights(here, "")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from ppflow_jax.devices.programs import for_training
 from ppflow_jax.devices.sharding import (
     batch_sharding,
     data_shards,
@@ -36,29 +37,20 @@ class Program(NamedTuple):
     step: Callable[..., tuple[TrainState, Metrics]]
 
 
-def _unrolled(mesh: Mesh) -> bool:
-    """One CPU is faster so; several stand in for accelerators, and run their program."""
-    return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
-
-
 def make_program(experiment: Experiment, mesh: Mesh) -> Program:
     """Network, optimizer and jitted training step of `experiment` on `mesh`; allocates nothing.
 
     Raises:
-      InputError: the batch cannot be divided among the devices.
+      InputError: the batch cannot be divided among the devices, or these do not have the
+        attention that was chosen.
     """
     config, model = experiment.config, experiment.card.model
     shards = data_shards(mesh) * config.train.accumulate
     experiment.objective.check_batch(config.data.batch_size, shards)
-    unrolled = _unrolled(mesh) and config.model.remat == "none"
-    apply = make_apply(
-        model,
-        dtype=jnp.dtype(config.model.dtype),
-        remat=config.model.remat,
-        attention=config.model.attention,
-        layout=layout(mesh),
-        unrolled=unrolled,
-    )
+    dtype, remat = jnp.dtype(config.model.dtype), config.model.remat
+    attention, head = config.model.attention, model.head_width
+    programs = for_training(attention, dtype, remat=remat, head=head, mesh=mesh)
+    apply = make_apply(model, dtype=dtype, remat=remat, programs=programs, layout=layout(mesh))
     optimizer = make_optimizer(experiment.optim, config.train.steps)
     init = functools.partial(init_state, model, optimizer)
     abstract = jax.eval_shape(init, jax.random.key(0))
@@ -72,7 +64,7 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
             ema_warmup=config.train.ema_warmup,
             accumulate=config.train.accumulate,
         ),
-        unrolled=unrolled,
+        programs,
         in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
         out_shardings=(shardings, replicated(mesh)),
     )

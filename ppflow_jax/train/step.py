@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ppflow_jax.devices.programs import Programs
 from ppflow_jax.flow.loss import Draws, Objective, draw, loss_fn
 from ppflow_jax.models.network import Apply
 from ppflow_jax.train.ema import rate
@@ -74,13 +75,10 @@ def make_train_step(
 
 
 def compiled(
-    step: Callable[..., tuple[TrainState, Metrics]], *, unrolled: bool, **shardings: Any
+    step: Callable[..., tuple[TrainState, Metrics]], programs: Programs, **shardings: Any
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """`step` under `jax.jit`, in place of the state it is given; `shardings` as there.
 
-    Where blocks are `unrolled` (see `models.network.unstacked`), the barriers between them outlive
-    the pass of XLA on CPU that drops them before it fuses: every block would then sum up again the
-    gradients of all blocks after it.
+    `programs` are those of the step's network.
     """
-    options = {"xla_disable_hlo_passes": "cse_barrier_expander"} if unrolled else None
-    return jax.jit(step, donate_argnums=0, compiler_options=options, **shardings)
+    return jax.jit(step, donate_argnums=0, compiler_options=programs.step_options, **shardings)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ppflow_jax.convert.keys import key_table, to_torch
+from ppflow_jax.devices.programs import Programs
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.config import SIZES, ModelConfig
 from ppflow_jax.models.network import abstract_params, init_params, make_apply, unstacked
@@ -108,7 +109,7 @@ def test_remat_and_unrolling_change_memory_not_numbers(remat, unrolled, key):
         loss = lambda p: jnp.sum(apply(p, x, jnp.full(2, 0.3), y, 0) ** 2)
         return jax.jit(jax.grad(loss))
 
-    program = grad(remat=remat, unrolled=unrolled)
+    program = grad(remat=remat, programs=Programs(unrolled=unrolled))
     text = str(program.trace(params).jaxpr)
     assert ("remat" in text) == ("scan" in text) == (not unrolled)
     plain, other = (jax.tree.leaves(f(params)) for f in (grad(), program))
@@ -190,3 +191,5 @@ def test_impossible_sizes_are_refused(change, words):
 def test_unknown_remat_policy_is_refused():
     with pytest.raises(InputError, match="none, full, dots"):
         make_apply(TINY, remat="all")
+    with pytest.raises(InputError, match="remat 'full' is for blocks that are scanned"):
+        make_apply(TINY, remat="full", programs=Programs(unrolled=True))

@@ -1,0 +1,125 @@
+"""Which programs suit the devices: the one place that asks what these are.
+
+Models and training take the answers as settings that name no device, so that every program can be
+had, and is tested, on any.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from ppflow_jax.console import say
+from ppflow_jax.errors import InputError
+
+ATTENTIONS = ("auto", "xla", "deferred", "cudnn", "splash")
+_MADE_FOR = {"cudnn": ("gpu", "an NVIDIA GPU"), "splash": ("tpu", "a TPU")}
+_RENAMED = {"pallas": "splash"}  # what earlier versions called it
+
+
+@dataclass(frozen=True)
+class Programs:
+    """How a network is computed, not what: the numbers are equal but for rounding.
+
+    Attributes:
+      attention: one of `ATTENTIONS`, but not auto (see `models.attention`).
+      rows: in every product the tokens of all images are rows of one matrix. XLA on CPU then
+        transposes fewer copies of them in the backward pass; on TPU it would move up to 1.7 times
+        the bytes.
+      unrolled: blocks run one after another, not in a scan (see `models.network.unstacked`).
+    """
+
+    attention: str = "xla"
+    rows: bool = False
+    unrolled: bool = False
+
+    @property
+    def step_options(self) -> dict[str, bool | str] | None:
+        """The compiler's, for a training step.
+
+        The barriers between unrolled blocks must outlive the pass of XLA on CPU that drops them
+        before it fuses: every block would then sum up anew the gradients of all blocks after it.
+        """
+        return {"xla_disable_hlo_passes": "cse_barrier_expander"} if self.unrolled else None
+
+
+def for_passes(
+    attention: str = "auto",
+    dtype: DTypeLike = jnp.float32,
+    *,
+    head: int = 64,
+    mesh: Mesh | None = None,
+) -> Programs:
+    """For forward passes in `dtype` with heads of width `head`.
+
+    They run on the devices of `mesh`; None: on JAX's default ones. `auto` is `deferred` on CPU,
+    `splash` on TPU, and on GPU in bfloat16 `cudnn`, if that works there; else `xla`.
+
+    Raises:
+      InputError: an unknown attention, or one that the devices or `dtype` do not have.
+    """
+    if attention in _RENAMED:
+        raise InputError(f"attention {attention} is now {_RENAMED[attention]}: give that, or auto")
+    if attention not in ATTENTIONS:
+        raise InputError(f"unknown attention {attention!r}: one of {', '.join(ATTENTIONS)}")
+    kind = _kind(mesh)
+    needed, device = _MADE_FOR.get(attention, (kind, ""))
+    if kind != needed:
+        raise InputError(f"attention {attention} needs {device}, and this is {kind}: choose auto")
+    bfloat16 = jnp.dtype(dtype) == jnp.bfloat16
+    if attention == "cudnn" and not bfloat16:
+        raise InputError("attention cudnn needs dtype bfloat16: choose that, or attention xla")
+    if attention == "auto":
+        attention = {"cpu": "deferred", "tpu": "splash"}.get(kind, "xla")
+        if kind == "gpu" and bfloat16 and _cudnn_works(head):
+            attention = "cudnn"
+    return Programs(attention, rows=kind == "cpu")
+
+
+def for_training(
+    attention: str = "auto",
+    dtype: DTypeLike = jnp.float32,
+    *,
+    remat: str = "none",
+    head: int = 64,
+    mesh: Mesh | None = None,
+) -> Programs:
+    """As `for_passes`, for training steps with the remat policy `remat`.
+
+    One CPU is faster with unrolled blocks, though not with remat, which XLA undoes there outside of
+    a scan. Several stand in for accelerators, and run their program.
+    """
+    alone = mesh is None or mesh.size == 1
+    unrolled = _kind(mesh) == "cpu" and alone and remat == "none"
+    return replace(for_passes(attention, dtype, head=head, mesh=mesh), unrolled=unrolled)
+
+
+def _kind(mesh: Mesh | None) -> str:
+    """cpu, gpu or tpu."""
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
+@functools.cache
+def _cudnn_works(head: int) -> bool:
+    """Whether a small call of cuDNN's attention and its gradient succeeds; if not, a line says so.
+
+    A process tries it once for every width of heads that it meets.
+    """
+    q = jnp.ones((1, 64, 1, head), jnp.bfloat16)
+    try:
+        jax.block_until_ready(jax.grad(_cudnn_sum)(q))
+    except Exception as e:  # cuDNN, XLA and JAX each have their own for what they lack
+        if jax.process_index() == 0:
+            reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
+            say(f"attention by XLA, because cuDNN's fails here: {reason}")
+        return False
+    return True
+
+
+def _cudnn_sum(q: jax.Array) -> jax.Array:
+    return jnp.sum(jax.nn.dot_product_attention(q, q, q, implementation="cudnn"))
