@@ -38,7 +38,7 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.model.learn_sigma = True  # variance channels of DiT, unused; the public weights have them
     c.model.level_embedding = True  # of several stages
     c.model.dtype = "bfloat16"  # of matrix products; parameters, norms and the last one float32
-    c.model.attention = "auto"  # or xla, deferred, cudnn, pallas: see models/attention.py
+    c.model.attention = "auto"  # or xla, deferred, cudnn, splash: see models/attention.py
     c.model.remat = "none"  # none, dots (keep matrix products) or full (keep nothing)
 
     c.flow = ConfigDict()

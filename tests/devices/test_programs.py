@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from ppflow_jax.devices import programs
 from ppflow_jax.devices.programs import Programs, for_passes, for_training
@@ -19,9 +21,9 @@ from ppflow_jax.train import program
 from ppflow_jax.train.experiment import Experiment
 
 
-def mesh_of(platform, size=1):
-    device = SimpleNamespace(platform=platform)
-    return SimpleNamespace(devices=np.array([device] * size), size=size)
+def mesh_of(platform):
+    devices = np.array([SimpleNamespace(platform=platform)])
+    return Mock(spec=Mesh, devices=devices, size=1)
 
 
 @pytest.fixture
