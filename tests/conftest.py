@@ -39,7 +39,7 @@ def pytest_collection_finish():
     """A collection after every 700 new objects is a quarter of the time that tracing takes."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
+    gc.set_threshold(50_000, 10, 10)
 
 
 def pytest_collection_modifyitems(items):
