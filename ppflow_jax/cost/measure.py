@@ -24,7 +24,7 @@ from ppflow_jax.generate.plan import make_plan
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Apply, abstract_params, make_apply
 from ppflow_jax.train.optimizer import OptimConfig, make_optimizer
-from ppflow_jax.train.state import init_state
+from ppflow_jax.train.state import state_from
 from ppflow_jax.train.step import compiled, make_train_step
 
 
@@ -209,12 +209,12 @@ def training_row(name: str, size: str, model: ModelConfig, batch: int, settings:
     objective = Objective(model.pyramid, Flow(), model.null_label)
     objective.check_batch(batch, 1)
     step = compiled(make_train_step(objective, apply, tx, ema=0.9999), programs)
-    init = functools.partial(init_state, model, tx)
+    begin = jax.jit(lambda params: state_from(params, tx))
     key = jax.random.key(0)
     x = jax.ShapeDtypeStruct((batch, *model.shape), jnp.float32)
     y = jax.ShapeDtypeStruct((batch,), jnp.int32)
     inputs = {"x": x, "label": y}
-    memory = _compiled(lambda: [step.lower(jax.eval_shape(init, key), inputs, key)])
+    memory = _compiled(lambda: [step.lower(jax.eval_shape(begin, abstract_params(model)), inputs, key)])
     counts = [
         xla_forward_flops(model, apply, stage, gradient=True) for stage in range(len(model.pyramid))
     ]
@@ -224,7 +224,7 @@ def training_row(name: str, size: str, model: ModelConfig, batch: int, settings:
 
     def call():
         nonlocal state
-        state = jax.jit(init)(key) if state is None else state
+        state = begin(_params(model)) if state is None else state
         state, metrics = step(state, data, key)
         jax.block_until_ready((state, metrics))
 
