@@ -10,22 +10,25 @@ from absl import flags
 from ml_collections import config_flags
 
 from ppflow_jax import cli
-from ppflow_jax.cost import dry_run, targets
-from ppflow_jax.devices import processes
-from ppflow_jax.devices.host_memory import keep_scratch
 from ppflow_jax.errors import RunError
-from ppflow_jax.train.loop import train
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment, a file in configs/.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; a run found there continues.")
 _DRY_RUN = flags.DEFINE_string(
-    "dry_run", None, f"Only compile, for devices that need not be there: {targets.EXAMPLES}."
+    "dry_run",
+    None,
+    "Only compile, for devices that need not be there: cpu:8, tpu:v5e:4x4, tpu:v6e:16x16, ...",
 )
 
 
 def main() -> None:
+    from ppflow_jax.cost import dry_run, targets
+    from ppflow_jax.devices import processes
+    from ppflow_jax.devices.host_memory import keep_scratch
+    from ppflow_jax.train.loop import train
+
     if _DRY_RUN.value:
         report = dry_run.dry_run(_CONFIG.value, targets.Target.parse(_DRY_RUN.value))
         print(dry_run.text(report), flush=True)
