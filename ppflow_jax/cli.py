@@ -97,7 +97,9 @@ def _parse(program: str, required: tuple[str, ...], positional: str) -> list[str
         return rest
     # ml_collections reports bad overrides of a config with these
     except (AttributeError, KeyError) as e:
-        said = str(e.args[0] if e.args else e).replace("\\n", " ").replace("\\'", "").strip("'")
+        said = (
+            str(e.args[0] if e.args else e).replace("\\n", " ").replace("\\'", "").replace("'", "")
+        )
         _fail(program, f"unknown key in a --config override: {said}", 2)
     except (flags.Error, TypeError, ValueError, ImportError, OSError) as e:
         # absl quotes the whole traceback of a config file that raised: its last line says why
