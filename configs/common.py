@@ -89,6 +89,7 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.sample.solver = "heun"
     c.sample.steps = 50
     c.sample.cfg = (4.0,)  # one scale, or one for every stage
+    c.sample.decode = "none"  # vae:DIR or taesd:DIR: pictures of latents instead of false colours
 
     c.eval = ConfigDict()
     c.eval.every = 0  # steps between metrics of EMA samples; 0: none

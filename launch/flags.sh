@@ -3,6 +3,15 @@
 set -Eeuo pipefail
 
 me=$(basename "$0")
+for argument in "$@"; do # those of the script
+  case $argument in
+    --) break ;;
+    --help | -h) # its first comment
+      sed -n '2,/^[^#]/{/^# shellcheck/d;/^[^#]/d;s/^# \{0,1\}//;p}' "$0"
+      exit 0
+      ;;
+  esac
+done
 dry_run=false
 command=() # what stands after --
 

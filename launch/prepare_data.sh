@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A latent cache from images: converts the autoencoder, encodes, verifies. Goes on where it stopped.
+# A latent cache from images: converts the autoencoder, encodes, verifies. Continues where it stopped.
 #
 #   launch/prepare_data.sh --source=SOURCE --vae=KIND:DIR --out=DIR [--weights=FILE] [--dry_run]
 #       [-- more flags of python -m ppflow_jax.prepare]

@@ -1,22 +1,25 @@
-"""How every command starts and fails."""
+"""How every command starts and fails. Nothing here imports JAX before the flags are read."""
 
 from __future__ import annotations
 
+import difflib
 import errno
 import gc
+import importlib.util
 import os
+import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import jax
 from absl import flags
 from ml_collections import ConfigDict
 
+import ppflow_jax
 from ppflow_jax.checks import check_local, check_seed
-from ppflow_jax.devices import processes
 from ppflow_jax.errors import InputError, RunError, Stopped
 
 
@@ -24,6 +27,7 @@ def run(main: Callable[..., None], required: tuple[str, ...] = (), positional: s
     """Parse absl flags, call `main`, and turn expected failures into one line on stderr.
 
     With `positional`, the name of at least one argument that is no flag, `main` takes their list.
+    `--help` prints the docstring of `main`'s module and its flags, `--version` the version.
 
     Exit codes: 0 done; 1 bad input or a failed run; 2 bad flags; 75 (EX_TEMPFAIL) stopped by a
     signal with everything saved, the same command continues; 130 stopped at once by Ctrl-C.
@@ -32,27 +36,8 @@ def run(main: Callable[..., None], required: tuple[str, ...] = (), positional: s
     """
     program = Path(sys.argv[0])
     program = program.parent.name if program.stem == "__main__" else program.stem
-    try:
-        for argument in sys.argv[1:]:
-            name, equals, value = argument.partition("=")
-            check_local(value if equals else argument, name if equals else "argument")
-    except InputError as e:
-        _fail(program, e, 1)
-    try:
-        rest = flags.FLAGS(sys.argv)
-        if positional and len(rest) < 2:
-            raise flags.Error(f"give {positional}")
-        if len(rest) > 1 and not positional:
-            raise flags.Error(f"unexpected argument {rest[1]!r}: flags are written --name=value")
-        for name in required:
-            if not flags.FLAGS[name].value:
-                raise flags.Error(f"--{name} is required")
-    # ml_collections reports bad overrides of a config with these
-    except (AttributeError, KeyError) as e:
-        _fail(program, f"unknown key in a --config override: {e.args[0] if e.args else e}", 2)
-    except (flags.Error, TypeError, ValueError, ImportError, OSError) as e:
-        # absl quotes the whole traceback of a config file that raised: its last line says why
-        _fail(program, str(e).strip().splitlines()[-1] if "Traceback" in str(e) else e, 2)
+    _answer(main, required)
+    rest = _parse(program, required, positional)
     gc.set_threshold(50_000, 10, 10)  # at 700 a quarter of the time of tracing is collecting
     try:
         _check_flags()
@@ -62,6 +47,8 @@ def run(main: Callable[..., None], required: tuple[str, ...] = (), positional: s
     except flags.Error as e:  # flags that do not go together
         _fail(program, e, 2)
     except Stopped as e:  # in all processes: they wait for each other at the exit
+        import jax
+
         if jax.process_index() == 0:
             print(f"{program}: {e}", file=sys.stderr, flush=True)
         sys.exit(os.EX_TEMPFAIL)
@@ -73,10 +60,107 @@ def run(main: Callable[..., None], required: tuple[str, ...] = (), positional: s
             message = f"{message}: make room on the disk, and run the same command again"
         _fail(program, message, 1)
     except Exception:
+        from ppflow_jax.devices import processes
+
         if processes.several():
             traceback.print_exc()
             processes.leave(1)
         raise
+
+
+def _answer(main: Callable[..., None], required: tuple[str, ...]) -> None:
+    """What is asked without running anything."""
+    asked = set(sys.argv[1:])
+    if asked & {"--help", "-h", "-help", "--helpfull", "--helpshort", "help"}:
+        print(usage(main, required))
+        sys.exit(0)
+    if "--version" in asked:
+        print(f"ppflow_jax {ppflow_jax.__version__}")
+        sys.exit(0)
+
+
+def _parse(program: str, required: tuple[str, ...], positional: str) -> list[str]:
+    """Set the flags; the program and the arguments that are none come back."""
+    try:
+        for argument in sys.argv[1:]:
+            name, equals, value = argument.partition("=")
+            check_local(value if equals else argument, name if equals else "argument")
+    except InputError as e:
+        _fail(program, e, 1)
+    try:
+        rest = flags.FLAGS([sys.argv[0], *map(_config_by_name, sys.argv[1:])])
+        if positional and len(rest) < 2:
+            raise flags.Error(f"give {positional}")
+        if len(rest) > 1 and not positional:
+            raise flags.Error(f"unexpected argument {rest[1]!r}: flags are written --name=value")
+        for name in required:
+            if not flags.FLAGS[name].value:
+                raise flags.Error(f"--{name} is required")
+        return rest
+    # ml_collections reports bad overrides of a config with these
+    except (AttributeError, KeyError) as e:
+        said = (
+            str(e.args[0] if e.args else e).replace("\\n", " ").replace("\\'", "").replace("'", "")
+        )
+        _fail(program, f"unknown key in a --config override: {said}", 2)
+    except (flags.Error, TypeError, ValueError, ImportError, OSError) as e:
+        # absl quotes the whole traceback of a config file that raised: its last line says why
+        _fail(program, str(e).strip().splitlines()[-1] if "Traceback" in str(e) else e, 2)
+
+
+def packaged(folder: str) -> Path:
+    """`configs` or `launch`: in the package where it is installed, beside it in the checkout."""
+    package = Path(ppflow_jax.__file__).parent
+    inside = package / folder
+    return inside if inside.is_dir() else package.parent / folder
+
+
+def _config_by_name(argument: str) -> str:
+    """`--config=ppflow_b2` is the file of that name in `configs`; paths stay as they are.
+
+    Raises:
+      flags.Error: there is none.
+    """
+    match = re.fullmatch(r"(--?config=)([A-Za-z0-9_]+)(:.*)?", argument)
+    if not match:
+        return argument
+    folder = packaged("configs")
+    names = sorted(path.stem for path in folder.glob("[!_]*.py"))
+    if match[2] not in names:
+        near = difflib.get_close_matches(match[2], names, 3) or names
+        raise flags.Error(
+            f"no config {match[2]}: give a file, or one of those that come with the package, as "
+            f"{', '.join(near)}"
+        )
+    # They import each other as `configs`, whatever else is called so.
+    for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
+        del sys.modules[name]
+    spec = importlib.util.spec_from_file_location(
+        "configs", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    sys.modules["configs"] = importlib.util.module_from_spec(spec)
+    return f"{match[1]}{folder / match[2]}.py{match[3] or ''}"
+
+
+def usage(main: Callable[..., None], required: tuple[str, ...] = ()) -> str:
+    """What a command does, its flags and their defaults."""
+    module = sys.modules[main.__module__]
+    lines = [(module.__doc__ or "").strip(), "", "Flags:"]
+    for holder in vars(module).values():
+        if not isinstance(holder, flags.FlagHolder):
+            continue
+        flag = flags.FLAGS[holder.name]
+        text = f"{flag.help or ''}"
+        if holder.name in required:
+            text += " Required."
+        elif holder.default not in (None, "", []):
+            default = holder.default
+            shown = ",".join(map(str, default)) if isinstance(default, list) else default
+            text += f" Default: {str(shown).lower() if shown is True or shown is False else shown}."
+        lines += textwrap.wrap(
+            f"--{holder.name}  {text}", 96, initial_indent="  ", subsequent_indent="      "
+        )
+    return "\n".join(lines)
 
 
 def _check_flags() -> None:
@@ -104,10 +188,17 @@ def _leaves(config: ConfigDict, prefix: str) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}.{name}", value
 
 
-def _fail(program: str, message: object, code: int) -> None:
-    line = " ".join(str(message).split())
-    if processes.several():
-        program += f" (process {jax.process_index()} of {jax.process_count()})"
+def _fail(program: str, message: object, code: int) -> NoReturn:
+    line, leave = " ".join(str(message).split()), None
+    if "jax" in sys.modules:  # else no peers are waiting
+        import jax
+
+        from ppflow_jax.devices import processes
+
+        leave = processes.leave
+        if processes.several():
+            program += f" (process {jax.process_index()} of {jax.process_count()})"
     print(f"{program}: {line}", file=sys.stderr, flush=True)
-    processes.leave(code)
+    if leave:
+        leave(code)
     sys.exit(code)

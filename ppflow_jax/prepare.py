@@ -9,20 +9,10 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-import jax
 from absl import flags
 
 from ppflow_jax import cli
-from ppflow_jax.autoencoders.encode import Encoder
-from ppflow_jax.console import say
-from ppflow_jax.data.cache import Manifest
-from ppflow_jax.data.classes import describe
-from ppflow_jax.data.sources import open_source
-from ppflow_jax.devices import processes
 from ppflow_jax.errors import InputError
-from ppflow_jax.files.disk import locked, writable_directory
-from ppflow_jax.generate.encoding import Job
-from ppflow_jax.generate.latent_cache import finish, prepare_shards
 
 _OUT = flags.DEFINE_string("out", None, "Folder of the latent cache; made if needed.")
 _SOURCE = flags.DEFINE_enum("source", "folder", ["folder", "tfds"], "Kind of dataset.")
@@ -43,6 +33,17 @@ _VERIFY = flags.DEFINE_bool("verify", False, "Only compare the files of --out wi
 
 
 def main() -> None:
+    import jax
+
+    from ppflow_jax.autoencoders.encode import Encoder
+    from ppflow_jax.console import say
+    from ppflow_jax.data.classes import describe
+    from ppflow_jax.data.sources import open_source
+    from ppflow_jax.devices import processes
+    from ppflow_jax.files.disk import locked, writable_directory
+    from ppflow_jax.generate.encoding import Job
+    from ppflow_jax.generate.latent_cache import finish, prepare_shards
+
     processes.initialize()
     if _VERIFY.value:
         verify(Path(_OUT.value))
@@ -93,6 +94,8 @@ def verify(folder: Path) -> None:
     Raises:
       InputError: no manifest, or the first shard that differs.
     """
+    from ppflow_jax.data.cache import Manifest
+
     manifest = Manifest.read(folder)
     manifest.check_files(folder, checksums=True)
     print(f"{folder}: {len(manifest.shards)} shards, {manifest.records} records, as written")

@@ -4,23 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jax
 from absl import flags
 
 from ppflow_jax import cli
-from ppflow_jax.api.folder import Request, sample_into
-from ppflow_jax.api.model import Model
-from ppflow_jax.checkpoints.weights import open_weights
-from ppflow_jax.devices import processes
-from ppflow_jax.devices.host_memory import keep_scratch
 from ppflow_jax.errors import InputError
-from ppflow_jax.flow.plan import GRIDS, SOLVERS, SamplerConfig
-from ppflow_jax.flow.solvers import DIFFUSIONS, LAST_STEPS
-from ppflow_jax.generate.images import MICROBATCH
-from ppflow_jax.generate.noise import load_noise
-from ppflow_jax.systems.accelerate import PRESETS
 
-_DEFAULT = SamplerConfig()
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir (its latest step) or one step.")
 _OUT = flags.DEFINE_string("out", None, "Folder for the pictures; one that was begun continues.")
 _WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Which parameters.")
@@ -35,13 +23,17 @@ _NOISE = flags.DEFINE_string("noise", None, "float32 NHWC .npy of initial noise 
 _SEED = flags.DEFINE_integer("seed", 0, "Image k is a function of (seed, k).")
 _BATCH = flags.DEFINE_integer("batch", 64, "Images in flight, over all devices; changes no image.")
 _MICROBATCH = flags.DEFINE_integer(
-    "microbatch", MICROBATCH, "Images a device computes at once (at most --num); changes last bits."
+    "microbatch", 16, "Images a device computes at once (at most --num); changes last bits."
 )
-_SOLVER = flags.DEFINE_enum("solver", _DEFAULT.solver, SOLVERS, "ODE or SDE solver.")
+_SOLVER = flags.DEFINE_string(
+    "solver", "heun", "euler, heun, dopri5 (adaptive), sde-euler or sde-heun."
+)
 _STEPS = flags.DEFINE_integer(
-    "steps", _DEFAULT.steps, "Intervals; with --grid=reference the points of linspace(0, 1, N)."
+    "steps", 50, "Intervals; with --grid=reference the points of linspace(0, 1, N)."
 )
-_GRID = flags.DEFINE_enum("grid", _DEFAULT.grid, GRIDS, "aligned, or that of the PyTorch code.")
+_GRID = flags.DEFINE_string(
+    "grid", "aligned", "aligned to the stages, or reference: that of the PyTorch code."
+)
 _CFG = flags.DEFINE_list("cfg", ["1"], "Guidance scale: one, or one for every stage.")
 _CFG_UNTIL = flags.DEFINE_list(
     "cfg_until", [], "Times up to which each of --cfg holds, the last one 1; default: the stages'."
@@ -52,14 +44,20 @@ _WEAK = flags.DEFINE_string(
     "Autoguidance: a weaker checkpoint of the same latents in place of the null class.",
 )
 _CFG_CHANNELS = flags.DEFINE_string("cfg_channels", "all", "all, or guide only the first N.")
-_RTOL = flags.DEFINE_float("rtol", _DEFAULT.rtol, "Relative tolerance of dopri5.")
-_ATOL = flags.DEFINE_float("atol", _DEFAULT.atol, "Absolute tolerance of dopri5.")
-_DIFFUSION = flags.DEFINE_enum("diffusion", _DEFAULT.diffusion, list(DIFFUSIONS), "SDE diffusion.")
-_NORM = flags.DEFINE_float("diffusion_norm", _DEFAULT.diffusion_norm, "Factor of the diffusion.")
-_LAST = flags.DEFINE_enum("last_step", _DEFAULT.last_step, LAST_STEPS, "Last step of the SDE.")
-_LAST_SIZE = flags.DEFINE_float("last_step_size", _DEFAULT.last_step_size, "Its length in time.")
+_RTOL = flags.DEFINE_float("rtol", 1e-3, "Relative tolerance of dopri5.")
+_ATOL = flags.DEFINE_float("atol", 1e-6, "Absolute tolerance of dopri5.")
+_DIFFUSION = flags.DEFINE_string(
+    "diffusion",
+    "sigma",
+    "Of the SDE: constant, sbdm, sigma, linear, decreasing or increasing-decreasing.",
+)
+_NORM = flags.DEFINE_float("diffusion_norm", 1.0, "Factor of the diffusion.")
+_LAST = flags.DEFINE_string(
+    "last_step", "mean", "Last step of the SDE: none, mean, tweedie or euler."
+)
+_LAST_SIZE = flags.DEFINE_float("last_step_size", 0.04, "Its length in time.")
 _ACCELERATE = flags.DEFINE_string(
-    "accelerate", "exact", f"{', '.join(PRESETS)} or key=value,... (README: Faster)."
+    "accelerate", "exact", "exact, balanced, fast or key=value,... (README: Faster)."
 )
 _EXPLAIN = flags.DEFINE_bool("explain", False, "Print the plan and its cost; do not sample.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of matrix products.")
@@ -71,9 +69,21 @@ _PNGS = flags.DEFINE_bool("pngs", None, "Every image as a PNG; default: up to 1,
 
 
 def main() -> None:
+    import jax
+
+    from ppflow_jax.api.folder import Request, sample_into
+    from ppflow_jax.api.model import Model
+    from ppflow_jax.checkpoints.weights import open_weights
+    from ppflow_jax.devices import processes
+    from ppflow_jax.devices.host_memory import keep_scratch
+    from ppflow_jax.generate.noise import load_noise
+
     processes.initialize()
     keep_scratch()
-    model, weak = _model(_CHECKPOINT.value), _model(_WEAK.value) if _WEAK.value else None
+    model, weak = (
+        path and Model(open_weights(path, _WEIGHTS.value), _DTYPE.value)
+        for path in (_CHECKPOINT.value, _WEAK.value or None)
+    )
     plan = model.plan(
         steps=_STEPS.value,
         solver=_SOLVER.value,
@@ -95,13 +105,20 @@ def main() -> None:
     elif not _OUT.value:
         raise flags.Error("--out is required")
     else:
-        lines = sample_into(_OUT.value, model, plan, _request(model))
+        request = Request(
+            num=_NUM.value,
+            labels=_LABELS.value,
+            seed=_SEED.value,
+            noise=load_noise(Path(_NOISE.value), model.config.shape) if _NOISE.value else None,
+            decode=_DECODE.value,
+            microbatch=_MICROBATCH.value,
+            batch=_BATCH.value,
+            save_latents=_SAVE.value,
+            pngs=_PNGS.value,
+        )
+        lines = sample_into(_OUT.value, model, plan, request)
     if jax.process_index() == 0:
         print(*lines, sep="\n")
-
-
-def _model(path: str) -> Model:
-    return Model(open_weights(path, _WEIGHTS.value), _DTYPE.value)
 
 
 def _numbers(name: str, texts: list[str]) -> tuple[float, ...]:
@@ -119,20 +136,6 @@ def _channels(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not int(text):
         raise InputError(f"--cfg_channels={text}: write all or a number from 1 on")
     return int(text)
-
-
-def _request(model: Model) -> Request:
-    return Request(
-        num=_NUM.value,
-        labels=_LABELS.value,
-        seed=_SEED.value,
-        noise=load_noise(Path(_NOISE.value), model.config.shape) if _NOISE.value else None,
-        decode=_DECODE.value,
-        microbatch=_MICROBATCH.value,
-        batch=_BATCH.value,
-        save_latents=_SAVE.value,
-        pngs=_PNGS.value,
-    )
 
 
 if __name__ == "__main__":

@@ -76,6 +76,8 @@ def _load(name: str):
             if flag in flags.FLAGS:
                 delattr(flags.FLAGS, flag)
     module = importlib.import_module(f"ppflow_jax.{name}")
+    if hasattr(module, "__path__"):
+        module = importlib.import_module(f"ppflow_jax.{name}.__main__")
     if name not in _FLAGS:
         found = flags.FLAGS.flags_by_module_dict()[module.__name__]
         _FLAGS[name] = {flag.name: flag for flag in found}

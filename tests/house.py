@@ -34,6 +34,7 @@ FLOORS = (
     ("report",),
     ("__init__",),
     ("main", "sample", "evaluate", "prepare", "bench"),
+    ("__main__",),
 )
 MOST_ROOMS, MOST_ROOT_FILES = 28, 14
 LONGEST_FILE, LONGEST_FUNCTION, MOST_PARAMETERS = 300, 60, 8

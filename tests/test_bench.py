@@ -15,8 +15,9 @@ MODEL = ModelConfig(PPFLOW2, 16, 4, width=128, depth=3, heads=4, num_classes=10)
 # The command with a tiny S of 2 levels only: compiling is its time
 TINY = """
 from ppflow_jax import bench, cli
-bench.SIZES["S"] = dict(width=32, depth=1, heads=2)
-del bench.PYRAMIDS["SiT"], bench.PYRAMIDS["3 levels"]
+from ppflow_jax.cost import command
+command.SIZES["S"] = dict(width=32, depth=1, heads=2)
+del command.PYRAMIDS["SiT"], command.PYRAMIDS["3 levels"]
 cli.run(bench.main)
 """
 

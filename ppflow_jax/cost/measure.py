@@ -214,7 +214,8 @@ def training_row(name: str, size: str, model: ModelConfig, batch: int, settings:
     x = jax.ShapeDtypeStruct((batch, *model.shape), jnp.float32)
     y = jax.ShapeDtypeStruct((batch,), jnp.int32)
     inputs = {"x": x, "label": y}
-    memory = _compiled(lambda: [step.lower(jax.eval_shape(begin, abstract_params(model)), inputs, key)])
+    abstract = jax.eval_shape(begin, abstract_params(model))
+    memory = _compiled(lambda: [step.lower(abstract, inputs, key)])
     counts = [
         xla_forward_flops(model, apply, stage, gradient=True) for stage in range(len(model.pyramid))
     ]

@@ -11,17 +11,15 @@ from pathlib import Path
 from absl import flags
 
 from ppflow_jax import cli
-from ppflow_jax.autoencoders.decode import Decoder
 from ppflow_jax.errors import InputError
-from ppflow_jax.files.disk import atomic, writable_directory
-from ppflow_jax.report.page import page
-from ppflow_jax.report.run import open_runs
-from ppflow_jax.report.strip import make_strip
 
 _OUT = flags.DEFINE_string("out", "report.html", "File to write.")
 _TITLE = flags.DEFINE_string("title", "", "Of the page; default: the names of the runs.")
 _DECODE = flags.DEFINE_string(
-    "decode", "none", "vae:DIR or taesd:DIR, a converted autoencoder; none: false colours."
+    "decode",
+    None,
+    "vae:DIR or taesd:DIR, a converted autoencoder; none: false colours; default: as the run's "
+    "config.sample.decode.",
 )
 _LABEL = flags.DEFINE_integer(
     "label", None, "Class of the sample shown in all stages; default: the first that was trained."
@@ -31,6 +29,12 @@ _STEPS = flags.DEFINE_integer("steps", 20, "Its Euler steps.")
 
 
 def main(folders: list[str]) -> None:
+    from ppflow_jax.autoencoders.decode import Decoder
+    from ppflow_jax.files.disk import atomic, writable_directory
+    from ppflow_jax.report.page import page
+    from ppflow_jax.report.run import open_runs
+    from ppflow_jax.report.strip import make_strip
+
     runs = open_runs(folders)
     out = Path(_OUT.value).absolute()
     if out.is_dir():
@@ -42,7 +46,7 @@ def main(folders: list[str]) -> None:
         labels.append(int(trained[0]) if _LABEL.value is None else _LABEL.value)
         if not 0 <= labels[-1] < classes:
             raise InputError(f"--label={labels[-1]}: {run.name} has classes 0 to {classes - 1}")
-    decoders = [Decoder.parse(_DECODE.value, run.card) for run in runs]
+    decoders = [Decoder.parse(_DECODE.value or run.decode, run.card) for run in runs]
     writable_directory(out.parent)
     strips = [
         make_strip(run, decoder, label=label, seed=_SEED.value, steps=_STEPS.value)

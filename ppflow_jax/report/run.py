@@ -45,6 +45,11 @@ class Run:
         pairs = flat(experiment or values).items()
         return {key: v if isinstance(v, str) else json.dumps(v) for key, v in pairs}
 
+    @property
+    def decode(self) -> str:
+        """How the run makes pictures of its samples: none, vae:DIR or taesd:DIR."""
+        return (self.card.experiment or {}).get("sample", {}).get("decode", "none")
+
 
 def open_runs(folders: Sequence[str]) -> list[Run]:
     """Runs in the order given.

@@ -16,6 +16,7 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from ppflow_jax.autoencoders.decode import Decoder
 from ppflow_jax.autoencoders.encode import Encoder
 from ppflow_jax.checkpoints.card import read_card
 from ppflow_jax.checkpoints.run import Checkpoints, latest_card
@@ -24,7 +25,7 @@ from ppflow_jax.checks import stream_seed
 from ppflow_jax.console import progress, say
 from ppflow_jax.data.classes import describe
 from ppflow_jax.data.pipeline import Source, Stream
-from ppflow_jax.data.save import save_grid, to_uint8
+from ppflow_jax.data.save import save_grid
 from ppflow_jax.devices.sharding import (
     batch_sharding,
     data_shards,
@@ -273,13 +274,14 @@ def _sample_grid(experiment: Experiment, program: Program, mesh: Mesh, root: Pat
     noise, keys = image_noise(experiment.config.seed, ids, model.shape)
     labels = np.resize(experiment.card.classes.trained(model.num_classes), len(ids))
     inputs = (np.asarray(noise), labels, keys)
+    decoder = Decoder.parse(experiment.config.sample.get("decode", "none"), experiment.card)
     folder = root / "samples"
     folder.mkdir(exist_ok=True)
 
     def write(ema, step: int) -> None:
         images = fetch(sampler(ema, *spread(inputs, batch_sharding(mesh))))[:count]
         if jax.process_index() == 0:
-            pictures = to_uint8(images, experiment.card.space)
+            pictures = decoder.pictures(images)
             save_grid(folder / f"step_{step:07d}.png", pictures, columns=min(10, count))
 
     return write

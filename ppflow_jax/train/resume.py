@@ -1,4 +1,4 @@
-"""Going on with a run: what has changed since its last checkpoint, and what its settings were."""
+"""Continuing a run: what has changed since its last checkpoint, and what its settings were."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def changes(before: dict[str, Any], now: dict[str, Any], step: int) -> list[Chan
         if name not in old or name not in new:
             if name not in BEFORE and not name.startswith(_DATA):
                 pair = old.get(name, _ABSENT), new.get(name, _ABSENT)
-                found.append(Change(name, *pair, free=True))
+                found += [Change(name, *pair, free=True)] if pair[0] != pair[1] else []
         elif old[name] != new[name]:
             found.append(Change(name, old[name], new[name], free(name)))
     return found

@@ -47,6 +47,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 FORKS = """
 import json, os, sys
 import ppflow_jax.convert.__main__ as command
+import ppflow_jax.convert.command  # once for all
 for number, flags in enumerate(json.load(sys.stdin)):
     child = os.fork()
     if not child:

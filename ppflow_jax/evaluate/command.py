@@ -1,12 +1,4 @@
-"""Judge samples: python -m ppflow_jax.evaluate --samples=FILE.npz --reference=DIR --features=DIR
-
-    python -m ppflow_jax.evaluate --checkpoint=DIR --num=10000 --reference=DIR --features=DIR
-    python -m ppflow_jax.evaluate --reference=DIR --features=DIR --statistics_out=FILE.npz
-    python -m ppflow_jax.evaluate --reference=digits --train_features=DIR
-
-The second samples first, as the run's configuration does. The third keeps the statistics of a
-dataset, the last trains a small feature network on one.
-"""
+"""The work of the command `evaluate`."""
 
 from __future__ import annotations
 
@@ -17,7 +9,6 @@ from typing import Any
 
 from absl import flags
 
-from ppflow_jax import cli
 from ppflow_jax.api.run_samples import RunSamples
 from ppflow_jax.data.images import ImageSet, open_images
 from ppflow_jax.data.sources import ArraySource, arrays, digits
@@ -25,7 +16,6 @@ from ppflow_jax.errors import InputError
 from ppflow_jax.files.disk import atomic, writable_directory
 from ppflow_jax.files.store import check_new
 from ppflow_jax.metrics.evaluator import (
-    METRICS,
     NOT_COMPARABLE,
     Evaluator,
     environment,
@@ -33,67 +23,38 @@ from ppflow_jax.metrics.evaluator import (
 )
 from ppflow_jax.metrics.extract import extract, save_statistics
 from ppflow_jax.metrics.networks import FeatureNetwork, load_features, save_small, small_features
-from ppflow_jax.metrics.resize import CONVENTIONS
 from ppflow_jax.metrics.table import table
 from ppflow_jax.metrics.train_small_network import train_features
 
-_SAMPLES = flags.DEFINE_string("samples", None, "npz with arr_0, folder of images, or digits.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir or step to sample from instead.")
-_NUM = flags.DEFINE_integer("num", 10_000, "Samples of --checkpoint, its classes in turn.")
-_DECODE = flags.DEFINE_string("decode", "none", "vae:DIR or taesd:DIR for a model of latents.")
-_REFERENCE = flags.DEFINE_string(
-    "reference", None, "The same, or an npz with mu and sigma: what samples are compared with."
-)
-_FEATURES = flags.DEFINE_string(
-    "features",
-    None,
-    "Folder of an Inception (docs/weights.md) or of --train_features; digits: trained on the spot.",
-)
-_METRICS = flags.DEFINE_list(
-    "metrics", [], f"Of {', '.join(METRICS)}; default: all that can be had."
-)
-_RESIZE = flags.DEFINE_enum(
-    "resize", "tf1", CONVENTIONS, "To 299x299, as ADM's evaluator or as pytorch-fid."
-)
-_SIZE = flags.DEFINE_integer("size", None, "ADM's centre crop of the images in folders.")
-_OUT = flags.DEFINE_string("out", None, "JSON file; default: beside the samples.")
-_STATISTICS_OUT = flags.DEFINE_string(
-    "statistics_out", None, "Write mean and covariance of the reference to this new npz."
-)
-_TRAIN_FEATURES = flags.DEFINE_string(
-    "train_features", None, "Train a feature network on the labelled reference, in this new folder."
-)
-_BATCH = flags.DEFINE_integer("batch", 64, "Images at once, over all devices.")
-_SEED = flags.DEFINE_integer(
-    "seed", None, "Of samples, KID's subsets, --train_features; default: the run's, or 0."
-)
+FLAGS = flags.FLAGS
 
 
-def main() -> None:
-    if _BATCH.value < 1 or (_SIZE.value is not None and _SIZE.value < 1):
+def judge() -> None:
+    """What the flags of the command say."""
+    if FLAGS.batch < 1 or (FLAGS.size is not None and FLAGS.size < 1):
         raise InputError("--batch and --size must be at least 1")
-    if _TRAIN_FEATURES.value:
+    if FLAGS.train_features:
         _train()
         return
-    if _SAMPLES.value and _CHECKPOINT.value:
+    if FLAGS.samples and FLAGS.checkpoint:
         raise InputError("--samples and --checkpoint are two sets: give one of them")
-    if not (_SAMPLES.value or _CHECKPOINT.value or _STATISTICS_OUT.value):
+    if not (FLAGS.samples or FLAGS.checkpoint or FLAGS.statistics_out):
         raise InputError(
             "give --samples or --checkpoint to judge, --statistics_out or --train_features"
         )
-    if not _FEATURES.value:
+    if not FLAGS.features:
         raise InputError(
             "--features is required: the folder of an Inception network (docs/weights.md has the "
             "line that makes it), of a small one (--train_features), or digits"
         )
     # all that can be wrong with the pictures is said before a network is loaded or trained
-    samples = open_images(_SAMPLES.value, _size_of(_SAMPLES.value)) if _SAMPLES.value else None
-    reference = open_reference(_REFERENCE.value, _size_of(_REFERENCE.value))
+    samples = open_images(FLAGS.samples, _size_of(FLAGS.samples)) if FLAGS.samples else None
+    reference = open_reference(FLAGS.reference, _size_of(FLAGS.reference))
     for images in filter(None, (samples, reference.images)):
         for line in images.notes:
             print(line, flush=True)
-    statistics = check_new(_STATISTICS_OUT.value) if _STATISTICS_OUT.value else None
-    made = _of_checkpoint(_CHECKPOINT.value) if _CHECKPOINT.value else None
+    statistics = check_new(FLAGS.statistics_out) if FLAGS.statistics_out else None
+    made = _of_checkpoint(FLAGS.checkpoint) if FLAGS.checkpoint else None
     out = _card_path() if samples or made else None
     network = _network()
     if statistics:
@@ -101,12 +62,12 @@ def main() -> None:
             raise InputError(f"{reference.name} holds statistics already: give images")
         _write_statistics(statistics, reference.images, network)
     if samples or made:
-        seed = made.seed if made else _SEED.value or 0
+        seed = made.seed if made else FLAGS.seed or 0
         evaluator = Evaluator(
-            network, reference, tuple(_METRICS.value), batch=_BATCH.value, seed=seed
+            network, reference, tuple(FLAGS.metrics), batch=FLAGS.batch, seed=seed
         )
         result = evaluator(samples or made.images())
-        card = _made_by(Path(_SAMPLES.value)) if samples else made.card
+        card = _made_by(Path(FLAGS.samples)) if samples else made.card
         if card:
             result["samples"]["card"] = card
         _write_json(out, result)
@@ -116,18 +77,18 @@ def main() -> None:
 
 def _size_of(text: str) -> int | None:
     """`--size` for one of the two sets; where only one is a folder, it is meant for that."""
-    folders = [Path(t).is_dir() for t in (_SAMPLES.value, _REFERENCE.value) if t]
-    return _SIZE.value if Path(text).is_dir() or not any(folders) else None
+    folders = [Path(t).is_dir() for t in (FLAGS.samples, FLAGS.reference) if t]
+    return FLAGS.size if Path(text).is_dir() or not any(folders) else None
 
 
 def _network() -> FeatureNetwork:
-    if _FEATURES.value == "digits":
+    if FLAGS.features == "digits":
         return small_features(*train_features(digits(), 10, seed=0))
-    return load_features(_FEATURES.value, _RESIZE.value)
+    return load_features(FLAGS.features, FLAGS.resize)
 
 
 def _of_checkpoint(path: str) -> RunSamples:
-    found = RunSamples(path, num=_NUM.value, seed=_SEED.value, decode=_DECODE.value)
+    found = RunSamples(path, num=FLAGS.num, seed=FLAGS.seed, decode=FLAGS.decode)
     if found.reminder:
         print(found.reminder)
     return found
@@ -140,10 +101,10 @@ def _labelled(text: str) -> ArraySource:
 
 
 def _train() -> None:
-    target = check_new(_TRAIN_FEATURES.value)
-    source = _labelled(_REFERENCE.value)
+    target = check_new(FLAGS.train_features)
+    source = _labelled(FLAGS.reference)
     classes = int(source.labels.max()) + 1
-    config, params, origin = train_features(source, classes, seed=_SEED.value or 0)
+    config, params, origin = train_features(source, classes, seed=FLAGS.seed or 0)
     save_small(target, config, params, origin)
     print(
         f"feature network of {origin['trained_on']} in {target}: {config.widths[-1]} features, "
@@ -154,10 +115,10 @@ def _train() -> None:
 
 def _write_statistics(path: Path, images: ImageSet, network: FeatureNetwork) -> None:
     moments = tuple(name for name in ("features", "spatial") if name in network.dimensions)
-    found = extract(images, network, moments=moments, batch=_BATCH.value)
+    found = extract(images, network, moments=moments, batch=FLAGS.batch)
     card = {"dataset": images.name, "shape": images.shape, "features": network.card}
-    if _SIZE.value:
-        card["crop"] = f"ADM's centre crop to {_SIZE.value}"
+    if FLAGS.size:
+        card["crop"] = f"ADM's centre crop to {FLAGS.size}"
     path.parent.mkdir(parents=True, exist_ok=True)
     save_statistics(path, found.statistics, card | environment())
     print(f"statistics of {images} in {path}")
@@ -165,10 +126,10 @@ def _write_statistics(path: Path, images: ImageSet, network: FeatureNetwork) -> 
 
 def _card_path() -> Path:
     """Where the JSON goes; proves that it can be written there."""
-    if _OUT.value:
-        path = Path(_OUT.value)
+    if FLAGS.out:
+        path = Path(FLAGS.out)
     else:
-        samples = Path(os.path.abspath(_SAMPLES.value or _CHECKPOINT.value))
+        samples = Path(os.path.abspath(FLAGS.samples or FLAGS.checkpoint))
         path = samples.with_name(f"{samples.stem or samples.name}.evaluation.json")
     writable_directory(path.parent)
     if path.is_dir():
@@ -188,7 +149,3 @@ def _made_by(samples: Path) -> Any:
 def _write_json(path: Path, result: dict[str, Any]) -> None:
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    cli.run(main, required=("reference",))
