@@ -179,7 +179,7 @@ def test_too_few_images_are_judged_and_said(folder):
 
 
 def test_training_of_a_feature_network(folder, monkeypatch):
-    import ppflow_jax.evaluate as command
+    import ppflow_jax.evaluate.command as command
 
     short = functools.partial(command.train_features, steps=30)
     monkeypatch.setattr(command, "train_features", short)
