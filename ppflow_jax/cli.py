@@ -158,7 +158,11 @@ def usage(main: Callable[..., None], required: tuple[str, ...] = ()) -> str:
             shown = ",".join(map(str, default)) if isinstance(default, list) else default
             text += f" Default: {str(shown).lower() if shown is True or shown is False else shown}."
         lines += textwrap.wrap(
-            f"--{holder.name}  {text}", 96, initial_indent="  ", subsequent_indent="      "
+            f"--{holder.name}  {text}",
+            96,
+            initial_indent="  ",
+            subsequent_indent="      ",
+            break_on_hyphens=False,
         )
     return "\n".join(lines)
 

@@ -26,7 +26,7 @@ _MICROBATCH = flags.DEFINE_integer(
     "microbatch", 16, "Images a device computes at once (at most --num); changes last bits."
 )
 _SOLVER = flags.DEFINE_string(
-    "solver", "heun", "euler, heun, dopri5 (adaptive), sde-euler or sde-heun."
+    "solver", "heun", "euler, midpoint, heun, heun3, rk4, dopri5 (adaptive), sde-euler or sde-heun."
 )
 _STEPS = flags.DEFINE_integer(
     "steps", 50, "Intervals; with --grid=reference the points of linspace(0, 1, N)."
