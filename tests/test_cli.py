@@ -104,6 +104,7 @@ def test_init_from_another_model(workdir, tmp_path):
         (["--steps=0"], "at least 1"),
         (["--steps=1"], "give at least 2"),
         (["--num=0"], "at least 1"),
+        (["--num=1000000000000"], "need at least 64,000.0 GB|GB are free"),
         (["--noise=/nowhere.npy"], "cannot read --noise"),
         (["--cfg=1,2", "--cfg_until=0.5,0.9"], "the last one 1"),
         (["--cfg_until=x"], "--cfg_until=x|write e.g."),

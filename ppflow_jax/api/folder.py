@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from ppflow_jax.api.inputs import count_of, labels_of, seed_of, whole
 from ppflow_jax.api.model import Model
 from ppflow_jax.console import progress
-from ppflow_jax.files.disk import locked
+from ppflow_jax.files.disk import check_room, locked
 from ppflow_jax.files.store import digest
 from ppflow_jax.generate.folder import SampleFolder
 from ppflow_jax.generate.images import MICROBATCH
@@ -55,6 +55,7 @@ def sample_into(out: str | Path, model: Model, plan: Plan, request: Request) -> 
       RunError: images that are not finite, or a full disk.
     """
     count = count_of(request.num, request.labels, request.noise)
+    check_room(out, count * _bytes_of_a_picture(model, request.decode), f"{count:,} pictures")
     labels = labels_of(request.labels, count, seed_of(request.seed), model.card)
     whole("batch", request.batch)
     microbatch = min(request.microbatch, count)
@@ -86,6 +87,13 @@ def sample_into(out: str | Path, model: Model, plan: Plan, request: Request) -> 
         f"{count} images, {nfe} NFE each, {seconds:.1f} s with compilation{part}, in {folder.path}"
     )
     return [reminder, done] if reminder else [done]
+
+
+def _bytes_of_a_picture(model: Model, decode: str) -> int:
+    height, width, channels = model.config.shape
+    if model.card.space == "pixels":
+        return height * width * channels
+    return height * width * 3 * (1 if decode == "none" else 64)  # autoencoders enlarge 8 times
 
 
 def _settings(

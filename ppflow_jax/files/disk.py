@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Iterator
@@ -42,6 +43,21 @@ def writable_directory(path: str | Path) -> Path:
             f"cannot write to {path} ({e.strerror}): choose a folder where you may write"
         ) from e
     return path
+
+
+def check_room(path: str | Path, size: int, what: str) -> None:
+    """
+    Raises:
+      InputError: fewer than `size` bytes are free where `path` is or would be made.
+    """
+    path = Path(path).absolute()
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    if size > free:
+        raise InputError(
+            f"{what} need at least {size / 1e9:,.1f} GB in {path}, and {free / 1e9:,.1f} GB are "
+            "free: ask for less, or give another folder"
+        )
 
 
 @contextlib.contextmanager
