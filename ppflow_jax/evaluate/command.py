@@ -18,6 +18,7 @@ from ppflow_jax.files.store import check_new
 from ppflow_jax.metrics.evaluator import (
     NOT_COMPARABLE,
     Evaluator,
+    check_names,
     environment,
     open_reference,
 )
@@ -33,6 +34,7 @@ def judge() -> None:
     """What the flags of the command say."""
     if FLAGS.batch < 1 or (FLAGS.size is not None and FLAGS.size < 1):
         raise InputError("--batch and --size must be at least 1")
+    check_names(FLAGS.metrics)
     if FLAGS.train_features:
         _train()
         return

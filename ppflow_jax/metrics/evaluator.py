@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -75,8 +76,7 @@ class Evaluator:
         seed: int = 0,
     ):
         self.network, self.reference, self.batch, self.seed = network, reference, batch, seed
-        if unknown := [m for m in metrics if m not in METRICS]:
-            raise InputError(f"no metric {unknown[0]!r}: choose from {', '.join(METRICS)}")
+        check_names(metrics)
         _check_statistics(reference, network)
         if reference.images:
             check_shape(reference.images, network)
@@ -226,6 +226,15 @@ class Evaluator:
                 f"{images.shape[0]}x{images.shape[1]}: the difference in sharpness counts too"
             )
         return notes
+
+
+def check_names(metrics: Sequence[str]) -> None:
+    """
+    Raises:
+      InputError: a metric that there is not.
+    """
+    if unknown := [m for m in metrics if m not in METRICS]:
+        raise InputError(f"no metric {unknown[0]!r}: choose from {', '.join(METRICS)}")
 
 
 def _check_statistics(reference: Reference, network: FeatureNetwork) -> None:
