@@ -1,4 +1,4 @@
-"""The drawings of docs/concepts.md: python -m examples.drawings [FOLDER], by default docs/assets."""
+"""The drawings of docs/concepts.md: python -m examples.drawings [FOLDER]."""
 
 from __future__ import annotations
 

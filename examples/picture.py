@@ -34,8 +34,9 @@ def main(run: str, file: str) -> None:
         latent_with_patches(axis, model, states[point], plan.times[point])
     tokens_against_time(axes["t"], model)
     grid = right.subplots()
-    pictures = samples.pictures[..., 0].reshape(8, 10, 8, 8).transpose(0, 2, 1, 3)
-    grid.imshow(pictures.reshape(64, 80), cmap="gray")
+    pictures = np.pad(samples.pictures[..., 0], ((0, 0), (1, 1), (1, 1)))
+    rows = pictures.reshape(8, 10, *pictures.shape[1:]).transpose(0, 2, 1, 3)
+    grid.imshow(rows.reshape(-1, 10 * pictures.shape[2]), cmap="gray")
     grid.set(title="samples, one class a column", xticks=[], yticks=[])
     figure.savefig(file, dpi=110)
     # A palette makes the file a third of its size.
