@@ -159,7 +159,7 @@ def test_the_notebook_runs(session, monkeypatch, capsys):
     for number, cell in enumerate(cells):
         exec(compile("".join(cell["source"]), f"{file.name}, cell {number}", "exec"), names)
     out = capsys.readouterr().out
-    assert out.count("faster by FLOPs") == 2 and out.count(" error 0.") == 3
+    assert out.count("faster by FLOPs") == 2 and out.count(" error 0.") == 2
     assert len(plt.get_fignums()) == 4
 
 
