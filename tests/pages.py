@@ -30,6 +30,11 @@ PAGES = sorted(
 )
 LANGUAGES = ("bash", "python", "text")
 OTHERS = {"pip", "unzip"}  # programs that are not ours
+# Commands as `commands.run` calls them.
+MODULES = {name: module for name, (module, _) in COMMANDS.items()} | {
+    "convert": "convert.__main__",
+    "report": "report.__main__",
+}
 _FENCE = re.compile(r"(?:^<!-- ((?:needs: |run by ).+?) -->\n)?^```(\w*)\n(.*?)^```$", re.M | re.S)
 _SPAN = re.compile(r"`([^`]+)`")
 _OURS = re.compile(r"(?:[A-Z_]+=\S+ )*(?:ppflow|python -m|make|launch/\w+\.sh)\b")
@@ -96,16 +101,14 @@ def _wrong_ppflow(args: list[str]) -> str:
         return ""
     if name not in COMMANDS:
         return f"no command {name}"
-    return _refused(COMMANDS[name][0], flags) if flags else ""
+    return _refused(MODULES[name], flags) if flags else ""
 
 
 def _refused(name: str, flags: list[str]) -> str:
     """What a command says to its flags; it is not run, and need not have all that it requires."""
-    positional = {name: "RUN..."} if name == "report" else {}
     with (
         mock.patch.object(commands._load(name), "main", lambda *_: None),
         mock.patch.dict(commands.REQUIRED, {name: ()}),
-        mock.patch.dict(commands.POSITIONAL, positional),
     ):
         code, _, err = commands.run(name, *flags)
     return err if code else ""

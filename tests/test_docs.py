@@ -139,12 +139,8 @@ def run_command(command: list[str]) -> None:
             ppflow.main()
         return
     small = commands.SMALL if name == "train" else []
-    module = ppflow.COMMANDS[name][0]
-    with (
-        mock.patch.dict(commands.REQUIRED, sample=("checkpoint",)),
-        mock.patch.dict(commands.POSITIONAL, report="RUN..."),
-    ):
-        code, _, err = commands.run(module, *flags, *small)
+    with mock.patch.dict(commands.REQUIRED, sample=("checkpoint",)):
+        code, _, err = commands.run(pages.MODULES[name], *flags, *small)
     assert code == 0, (command, err)
 
 
