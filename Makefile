@@ -1,13 +1,14 @@
 # make demo   train on handwritten digits and sample them
 # make test   run the tests
 # make oldest run them with every requirement at its lower bound
+# make docs   build the site in site/
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN := runs/digits
 
-.PHONY: setup demo test oldest lint
+.PHONY: setup demo test oldest lint docs
 setup: $(STAMP)
 
 $(STAMP): requirements.txt pyproject.toml
@@ -37,3 +38,7 @@ lint: $(STAMP)
 	$(BIN)/python -m tests.house
 	$(BIN)/mypy
 	$(BIN)/shellcheck -x launch/*.sh launch/slurm.sbatch .ci/run tests/acceptance/*.sh
+
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	$(BIN)/mkdocs build

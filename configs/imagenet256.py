@@ -3,7 +3,7 @@
     python -m ppflow_jax.main --config=configs/imagenet256.py:ppflow_b2 --workdir=DIR \\
         --config.data.source=cache --config.data.path=CACHE
 
-CACHE is the dataset encoded once by ppflow_jax.prepare (README, Data). `configs/ppflow_b2.py` and
+CACHE is the dataset encoded once by ppflow_jax.prepare (docs/data.md). `configs/ppflow_b2.py` and
 so on are the same. FLOPs are of one sample, of SiT of that size; FIDs (50,000 samples) are those of
 the papers (arXiv 2506.23543, 2401.08740) and not verified here.
 

@@ -3,7 +3,7 @@
     python -m ppflow_jax.main --config=configs/imagenette.py --workdir=DIR \\
         --config.data.path=LATENTS
 
-LATENTS holds latents.npy and labels.npy (README, Data). Parameters: 1.3 M. `:sit` is the one-stage
+LATENTS holds latents.npy and labels.npy (docs/data.md). Parameters: 1.3 M. `:sit` is the one-stage
 baseline, `:levels3` has three stages.
 """
 

@@ -189,7 +189,8 @@ class Model:
         """The images of `sample` with the numbers `ids`, in groups as they are done.
 
         Args:
-          labels, noise: of each; noise None is that of the seed.
+          labels: of each.
+          noise: of each; None is that of the seed.
           batch: images in flight, over all devices; changes no image.
 
         Raises:
