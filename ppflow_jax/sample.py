@@ -57,7 +57,7 @@ _LAST = flags.DEFINE_string(
 )
 _LAST_SIZE = flags.DEFINE_float("last_step_size", 0.04, "Its length in time.")
 _ACCELERATE = flags.DEFINE_string(
-    "accelerate", "exact", "exact, balanced, fast or key=value,... (README: Faster)."
+    "accelerate", "exact", "exact, balanced, fast or key=value,... (docs/accelerate.md)."
 )
 _EXPLAIN = flags.DEFINE_bool("explain", False, "Print the plan and its cost; do not sample.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of matrix products.")
