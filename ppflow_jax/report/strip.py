@@ -84,5 +84,5 @@ def _estimates(
 ) -> Float[np.ndarray, "n h w c"]:
     """Clean image x1 of x = alpha x1 + sigma x0 and its velocity; the last state is its own."""
     velocity = np.diff(states, axis=0) / np.diff(times)[:, None, None, None]
-    clean = np.asarray(clean_from(flow, velocity, states[:-1], jnp.asarray(times[:-1])))
+    clean = clean_from(flow, *map(jnp.asarray, (velocity, states[:-1], times[:-1])))
     return np.concatenate([clean, states[-1:]])

@@ -13,17 +13,17 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from ppflow_jax.data.save import png
 from ppflow_jax.errors import InputError, RunError
 from ppflow_jax.serve.ask import MOST_GUIDANCE, MOST_IMAGES, MOST_STEPS, SOLVERS, Ask, parse
-from ppflow_jax.serve.batcher import Batcher, Full, Job, Picture
+from ppflow_jax.serve.batcher import Batcher, Broken, Job, Picture
 from ppflow_jax.serve.counts import Counted, Counts
 from ppflow_jax.serve.device import Row, Way, stages_of
-from ppflow_jax.serve.replies import MOST_BYTES, as_json, body_of, failed, failure, line_of
+from ppflow_jax.serve.replies import MOST_BYTES, STATUS, as_json, body_of, failed, failure, line_of
 from ppflow_jax.systems.accelerate import PRESETS
 
 PAGE = Path(__file__).with_name("page.html")
@@ -53,14 +53,7 @@ class Service:
             Route("/v1/images", self.images, methods=["POST"]),
             Route("/v1/stages", self.stages, methods=["POST"]),
         ]
-        kinds: tuple[Any, ...] = (
-            InputError,
-            RunError,
-            Full,
-            HTTPException,
-            ClientDisconnect,
-            Exception,
-        )
+        kinds: tuple[Any, ...] = (*STATUS, HTTPException, Exception)
         app = Starlette(routes=routes, exception_handlers=dict.fromkeys(kinds, failed))
         return Counted(app, self.counts, {route.path for route in routes})
 
@@ -191,11 +184,8 @@ class Service:
                         "state": base64.b64encode(state).decode(),
                     }
                 )
-        except Exception as e:
-            status, said = failure(e)
-            yield line_of({"error": said})
-            if status == 500:
-                raise
+        except (RunError, Broken) as e:
+            yield line_of({"error": failure(e)[1]})
 
     def _stage(self, stage: int, segments: tuple) -> dict[str, Any]:
         evaluations = sum(s.steps * len(s.stages) for s in segments)

@@ -27,6 +27,10 @@ class Full(RuntimeError):
         self.seconds = seconds
 
 
+class Broken(RuntimeError):
+    """Images that could not be made; the log has the traceback."""
+
+
 class Picture(NamedTuple):
     """News for a job: image `at` of its rows, and all that was made with it."""
 
@@ -190,6 +194,7 @@ class Batcher:
         except Exception as e:  # of these jobs alone; the others go on
             if not isinstance(e, RunError):
                 traceback.print_exc()
+                e = Broken("the service failed; its log says why")
             for job in jobs:
                 job.tell(e)
             return

@@ -140,7 +140,7 @@ class Device:
 
     def _clean(self, x: np.ndarray, t: float, labels: np.ndarray) -> np.ndarray:
         """Clean latents by the velocity at time t, without guidance."""
-        padded = self._padded(x)
+        padded = jnp.asarray(self._padded(x))
         velocity = self.model.velocity(padded, t, self._padded(labels))
         times = jnp.full(len(padded), t, jnp.float32)
         return np.asarray(clean_from(self.model.card.flow, velocity, padded, times))[: len(x)]

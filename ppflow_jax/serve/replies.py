@@ -11,10 +11,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from ppflow_jax.errors import InputError, RunError
-from ppflow_jax.serve.batcher import Full
+from ppflow_jax.serve.batcher import Broken, Full
 
 MOST_BYTES = 16_384  # of a body
 BODY_SECONDS = 10  # for a client to send it
+# RunError: images that are not finite. Nobody is there to read the last.
+STATUS = {InputError: 400, Full: 429, RunError: 422, Broken: 500, ClientDisconnect: 499}
 
 
 async def body_of(request: Request) -> bytes:
@@ -51,17 +53,11 @@ def failed(request: Request, error: Exception) -> Response:
 
 def failure(error: Exception) -> tuple[int, str]:
     """Status and one line."""
-    line = " ".join(str(error).split())
-    if isinstance(error, InputError):
-        return 400, line
-    if isinstance(error, Full):
-        return 429, line
-    if isinstance(error, RunError):  # images that are not finite
-        return 422, line
     if isinstance(error, HTTPException):
         return error.status_code, error.detail
-    if isinstance(error, ClientDisconnect):
-        return 499, "the client has gone"
+    for kind, status in STATUS.items():
+        if isinstance(error, kind):
+            return status, " ".join(str(error).split())
     return 500, "the service failed; its log says why"
 
 
