@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ppflow_jax.autoencoders.decode import Decoder
 from ppflow_jax.data.save import png
 from ppflow_jax.errors import RunError
 from ppflow_jax.serve import batcher as batcher_module
@@ -76,6 +77,26 @@ def test_the_bits_do_not_depend_on_the_company(model, client, batcher):
     assert batcher.microbatches - before < 20
     for k in range(0, 40, 7):
         assert [replies[k].content] == expected(model, *asked[k])
+
+
+def test_latents_have_the_same_bits_too(model, monkeypatch):
+    kept, shown = [], Decoder.pictures
+
+    def pictures(self, latents, chunk=16):
+        kept.append(latents)
+        return shown(self, latents, chunk)
+
+    monkeypatch.setattr(Decoder, "pictures", pictures)
+    device, plan = batcher_of(model).device, model.plan(steps=4, solver="euler", cfg=(1, 2))
+    rows = [Row(k, 5 * k, k % 3) for k in range(5)]
+    ends = []
+    for staged in (False, True):
+        list(device.run(Way(plan, staged), rows))
+        ends.append(kept[-1])
+    for place, (label, seed, number) in enumerate(rows):
+        made = model.sample(16, plan=plan, labels=label, seed=seed, microbatch=2)
+        for end in ends:
+            np.testing.assert_array_equal(end[place], made.latents[number])
 
 
 def test_stages_end_with_the_same_bits(model, client):
