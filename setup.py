@@ -6,5 +6,9 @@ BESIDE = {"ppflow_jax.configs": "configs", "ppflow_jax.launch": "launch"}
 setup(
     packages=[*find_packages(include=["ppflow_jax*"]), *BESIDE],
     package_dir=BESIDE,
-    package_data={"ppflow_jax": ["py.typed"], "ppflow_jax.launch": ["*"]},
+    package_data={
+        "ppflow_jax": ["py.typed"],
+        "ppflow_jax.serve": ["page.html"],
+        "ppflow_jax.launch": ["*"],
+    },
 )

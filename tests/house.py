@@ -33,7 +33,7 @@ FLOORS = (
     ("api",),
     ("report",),
     ("__init__",),
-    ("main", "sample", "evaluate", "prepare", "bench"),
+    ("main", "sample", "evaluate", "prepare", "bench", "serve"),
     ("__main__",),
 )
 MOST_ROOMS, MOST_ROOT_FILES = 28, 14

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,17 @@ def to_uint8(images: Float[np.ndarray, "b h w c"], space: str) -> UInt8[np.ndarr
     return transforms.to_uint8(images)
 
 
+def png(image: UInt8[np.ndarray, "h w c"]) -> bytes:
+    """The file of one picture, grey or RGB."""
+    picture, file = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image), io.BytesIO()
+    picture.save(file, format="png")
+    return file.getvalue()
+
+
 def save_png(path: Path, image: UInt8[np.ndarray, "h w c"]) -> None:
     """One picture, grey or RGB."""
-    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     with atomic(path) as temporary:
-        picture.save(temporary, format="png")
+        temporary.write_bytes(png(image))
 
 
 def save_grid(path: Path, images: UInt8[np.ndarray, "b h w c"], columns: int) -> None:

@@ -154,6 +154,15 @@ def score_from(flow: Flow, prediction: Latent, x: Latent, t: Time) -> Latent:
     return (expand(inverse_ratio) * prediction - x) / expand(variance)
 
 
+def clean_from(flow: Flow, velocity: Latent, x: Latent, t: Time) -> Latent:
+    """Clean latent x1 of x = alpha x1 + sigma x0 that moves with this velocity."""
+    path = flow.interpolant
+    alpha, d_alpha, sigma, d_sigma = (
+        expand(f(t)) for f in (path.alpha, path.d_alpha, path.sigma, path.d_sigma)
+    )
+    return (d_sigma * x - sigma * velocity) / (alpha * d_sigma - d_alpha * sigma)
+
+
 def residual(
     flow: Flow, weighting: str, x0: Latent, velocity: Latent, prediction: Latent, t: Time
 ) -> Latent:

@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 
 from ppflow_jax.api.load import load
 from ppflow_jax.autoencoders.decode import Decoder
-from ppflow_jax.flow.path import Flow
+from ppflow_jax.flow.path import Flow, clean_from
 from ppflow_jax.models.flops import forward_flops
 from ppflow_jax.report.run import Run
 
@@ -83,11 +83,6 @@ def _estimates(
     flow: Flow, states: Float[np.ndarray, "n h w c"], times: Float[np.ndarray, " n"]
 ) -> Float[np.ndarray, "n h w c"]:
     """Clean image x1 of x = alpha x1 + sigma x0 and its velocity; the last state is its own."""
-    path, t = flow.interpolant, jnp.asarray(times[:-1])
-    alpha, d_alpha, sigma, d_sigma = (
-        np.asarray(f(t))[:, None, None, None]
-        for f in (path.alpha, path.d_alpha, path.sigma, path.d_sigma)
-    )
     velocity = np.diff(states, axis=0) / np.diff(times)[:, None, None, None]
-    clean = (d_sigma * states[:-1] - sigma * velocity) / (alpha * d_sigma - d_alpha * sigma)
+    clean = clean_from(flow, *map(jnp.asarray, (velocity, states[:-1], times[:-1])))
     return np.concatenate([clean, states[-1:]])
