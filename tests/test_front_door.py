@@ -148,6 +148,7 @@ def test_the_wheel_has_configs_and_launch_scripts(tmp_path):
     for folder in ("configs", "launch"):
         for path in (commands.ROOT / folder).glob("[!_]*.*"):
             assert f"ppflow_jax/{folder}/{path.name}" in names
+    assert "ppflow_jax/serve/page.html" in names
     assert "ppflow_jax/py.typed" in names and not any(name.startswith("tests") for name in names)
 
 

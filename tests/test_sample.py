@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -129,7 +130,8 @@ def test_a_complete_folder_is_left_alone(model, whole):
         (["--seed=1"], "holds 300 images of other settings (seed: 0 -> 1)"),
         (["--labels=uniform"], "labels: balanced -> uniform"),
         (["--cfg=1,3"], "cfg: [1.0, 2.0] -> [1.0, 3.0]"),
-        (["--num=301"], "num: 300 -> 301"),
+        (["--num=299"], "num: 300 -> 299"),
+        (["--num=301", "--seed=1"], "num: 300 -> 301, seed: 0 -> 1"),
         (["--microbatch=8"], "microbatch: 16 -> 8"),
     ],
 )
@@ -138,6 +140,43 @@ def test_other_settings_in_the_same_folder_are_refused(model, whole, more, words
     code, _, err = run("sample", *flags(model, whole, *more))
     assert code == 1 and words in err and len(err.strip().splitlines()) == 1
     assert (whole / "card.json").read_bytes() == before
+
+
+def test_a_folder_grows(model, whole, tmp_path, monkeypatch):
+    grown, fresh = tmp_path / "grown", tmp_path / "fresh"
+    shutil.copytree(whole, grown)
+    made = []
+    write = SampleFolder.write
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleFolder, "write", lambda f, s, *a: (made.append(s), write(f, s, *a)))
+        code, said, err = run("sample", *flags(model, grown, "--num=520"))
+    assert code == 0 and "520 images" in said and "for the last 264" in said, err
+    assert made == [1, 2]  # the first 256 images were there
+    assert run("sample", *flags(model, fresh, "--num=520"))[0] == 0
+    assert_same(grown, fresh)
+    for num in (4, 8):  # with the microbatch that the folder was begun with
+        code, said, err = run("sample", *flags(model, tmp_path / "few", f"--num={num}"))
+        assert code == 0 and f"{num} images" in said, err
+    assert json.loads((tmp_path / "few" / "card.json").read_text())["settings"]["microbatch"] == 4
+    assert run("sample", *flags(model, tmp_path / "eight", "--num=8", "--microbatch=4"))[0] == 0
+    assert_same(tmp_path / "few", tmp_path / "eight")
+
+
+def test_growth_that_was_killed_continues(model, whole, tmp_path, monkeypatch):
+    grown = tmp_path / "grown"
+    shutil.copytree(whole, grown)
+
+    def stop(folder, shard, *arrays):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleFolder, "write", stop)
+        assert run("sample", *flags(model, grown, "--num=310"))[0] == 130
+    assert json.loads((grown / "card.json").read_text())["complete"] is False
+    code, said, err = run("sample", *flags(model, grown, "--num=310"))
+    assert code == 0 and "for the last 54" in said, err
+    assert run("sample", *flags(model, tmp_path / "fresh", "--num=310"))[0] == 0
+    assert_same(grown, tmp_path / "fresh")
 
 
 def test_a_folder_in_use_is_refused(model, tmp_path):

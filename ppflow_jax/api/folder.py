@@ -18,7 +18,7 @@ from ppflow_jax.api.model import Model
 from ppflow_jax.console import progress
 from ppflow_jax.files.disk import check_room, locked
 from ppflow_jax.files.store import digest
-from ppflow_jax.generate.folder import SampleFolder
+from ppflow_jax.generate.folder import SampleFolder, begun
 from ppflow_jax.generate.images import MICROBATCH
 from ppflow_jax.generate.plan import Plan
 from ppflow_jax.generate.provenance import ROUNDING, decoded_by, made_from, origin
@@ -58,7 +58,7 @@ def sample_into(out: str | Path, model: Model, plan: Plan, request: Request) -> 
     check_room(out, count * _bytes_of_a_picture(model, request.decode), f"{count:,} pictures")
     labels = labels_of(request.labels, count, seed_of(request.seed), model.card)
     whole("batch", request.batch)
-    microbatch = min(request.microbatch, count)
+    microbatch = _microbatch(Path(out), request, count)
     model.generator(plan, request.decode, microbatch)
     settings = _settings(model, plan, request, count, microbatch)
     folder = SampleFolder(out, settings)
@@ -74,7 +74,7 @@ def sample_into(out: str | Path, model: Model, plan: Plan, request: Request) -> 
     with locked(folder.path) if first else contextlib.nullcontext():
         results = {
             "nfe": nfe,
-            **_fill(folder, model, plan, request, labels),
+            **_fill(folder, model, plan, request, labels, microbatch),
             **origin(model.weights.path, model.card),
             "decode": request.decode,
         }
@@ -87,6 +87,13 @@ def sample_into(out: str | Path, model: Model, plan: Plan, request: Request) -> 
         f"{count} images, {nfe} NFE each, {seconds:.1f} s with compilation{part}, in {folder.path}"
     )
     return [reminder, done] if reminder else [done]
+
+
+def _microbatch(out: Path, request: Request, count: int) -> int:
+    """At most as many as there are images; in a folder that grows as it was when that was begun."""
+    found = begun(out)
+    there = found[0]["num"] if found else count
+    return min(request.microbatch, there if there < count else count)
 
 
 def _bytes_of_a_picture(model: Model, decode: str) -> int:
@@ -126,6 +133,7 @@ def _fill(
     plan: Plan,
     request: Request,
     labels: Int[np.ndarray, " n"],
+    microbatch: int,
 ) -> dict[str, Any]:
     """All shards that are missing; process 0 returns when those of the others are there too."""
     start = time.monotonic()
@@ -144,7 +152,7 @@ def _fill(
             plan=plan,
             seed=request.seed,
             decode=request.decode,
-            microbatch=min(request.microbatch, len(labels)),
+            microbatch=microbatch,
             batch=request.batch,
         ):
             pictures.extend(part.pictures)

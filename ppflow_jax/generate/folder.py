@@ -31,15 +31,17 @@ from ppflow_jax.files.shards import Shards
 
 SHARD = 256
 GRID = 100  # pictures in grid.png
+CARD = "card.json"
 
 
 class SampleFolder:
-    """The folder of `count` images.
+    """The folder of images, which may grow: more of the same settings are added to those there.
 
     Attributes:
       settings: everything the images depend on, as JSON values.
       shards: of its images.
       complete: all is done; there is nothing to do.
+      grows: fewer images of the same settings are there.
 
     Raises:
       InputError: images of other settings are there.
@@ -50,29 +52,30 @@ class SampleFolder:
         self.settings = json.loads(json.dumps(settings))  # tuples become lists, as on disk
         self.with_latents = settings["save_latents"]
         self.shards = Shards(self.path / "shards", settings["num"], SHARD, self._whole)
+        self.grows = False
         self.complete = self._check()
 
     def _check(self) -> bool:
-        path = self.path / "card.json"
-        try:
-            card = json.loads(path.read_text())
-            found, complete = card["settings"], card["complete"]
-        except (FileNotFoundError, NotADirectoryError):
+        found = begun(self.path)
+        if found is None:
             return False
-        except (ValueError, KeyError, TypeError) as e:
-            raise InputError(f"{path} cannot be read ({e!r}): choose another --out") from e
+        settings, complete = found
         changed = [
-            f"{k}: {found.get(k)} -> {self.settings.get(k)}"
-            for k in dict.fromkeys([*found, *self.settings])
-            if found.get(k) != self.settings.get(k)
+            k
+            for k in dict.fromkeys([*settings, *self.settings])
+            if settings.get(k) != self.settings.get(k)
         ]
-        if changed:
+        self.grows = {"num"} <= {*changed} <= {"num", "pngs"} and (
+            settings["num"] < self.settings["num"]
+        )
+        if changed and not self.grows:
+            said = [f"{k}: {settings.get(k)} -> {self.settings.get(k)}" for k in changed]
             raise InputError(
-                f"{self.path} holds {'' if complete else 'part of '}{found.get('num')} images of "
-                f"other settings ({', '.join(changed)}): choose another --out, remove that folder, "
-                "or give its settings"
+                f"{self.path} holds {'' if complete else 'part of '}{settings.get('num')} images "
+                f"of other settings ({', '.join(said)}): choose another --out, remove that "
+                "folder, or give its settings"
             )
-        return complete
+        return complete and not self.grows
 
     def start(self, first: bool) -> None:
         """Make the folder; the `first` process writes the card, the others wait for it.
@@ -81,11 +84,25 @@ class SampleFolder:
           InputError: it cannot be written; images of other settings are there.
         """
         writable_directory(self.shards.folder)
-        card = self.path / "card.json"
-        if first and not card.exists():
+        if first and (self.grows or not (self.path / CARD).exists()):
+            if self.grows:
+                self._unpack()
             self._write_card(complete=False)
-        wait_for(card.exists)
-        self._check()
+        wait_for(lambda: self._check() or ((self.path / CARD).exists() and not self.grows))
+
+    def _unpack(self) -> None:
+        """Shards of what is there, which had fewer images; the last one is made again."""
+        kinds = {"": "samples.npz", ".latents": "latents.npy"}
+        if not self.with_latents:
+            del kinds[".latents"]
+        if not all((self.path / name).exists() for name in kinds.values()):
+            return
+        for kind, name in reversed(kinds.items()):
+            array = np.load(self.path / name)
+            array = array["arr_0"] if kind == "" else array
+            with self.shards.room():
+                for shard in range(len(array) // SHARD):
+                    _save(self._file(shard, kind), array[shard * SHARD : (shard + 1) * SHARD])
 
     def claim(self, process: int, processes: int) -> list[int]:
         """Shards that this process has to make; a damaged one of them is removed."""
@@ -150,7 +167,7 @@ class SampleFolder:
 
     def _write_card(self, complete: bool, **results: Any) -> None:
         values = {"complete": complete, "settings": self.settings, **results}
-        with atomic(self.path / "card.json") as temporary:
+        with atomic(self.path / CARD) as temporary:
             temporary.write_text(json.dumps(values, indent=1) + "\n")
 
     def _write_pngs(self, labels: np.ndarray) -> None:
@@ -176,6 +193,21 @@ class SampleFolder:
         except (OSError, ValueError, EOFError):
             return False
         return all(len(array) == len(self.shards.records(shard)) for array in found)
+
+
+def begun(path: Path) -> tuple[dict[str, Any], bool] | None:
+    """Settings of the images in a folder, and whether it is complete; None without any.
+
+    Raises:
+      InputError: its card cannot be read.
+    """
+    try:
+        card = json.loads((path / CARD).read_text())
+        return dict(card["settings"]), bool(card["complete"])
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, KeyError, TypeError) as e:
+        raise InputError(f"{path / CARD} cannot be read ({e!r}): choose another --out") from e
 
 
 def wait_for(what: Callable[[], bool], seconds: float = 0.5) -> None:
