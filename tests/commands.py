@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import io
 import sys
 from pathlib import Path
@@ -71,15 +72,15 @@ def _forget() -> None:
 
 def _load(name: str):
     """The command's module, with its flags registered and no other command's of the same name."""
+    spec = importlib.util.find_spec(f"ppflow_jax.{name}")
+    name = f"{spec.name}.__main__" if spec.submodule_search_locations else spec.name
     for other in _FLAGS:
         for flag in _FLAGS[other] if other != name else ():
             if flag in flags.FLAGS:
                 delattr(flags.FLAGS, flag)
-    module = importlib.import_module(f"ppflow_jax.{name}")
-    if hasattr(module, "__path__"):
-        module = importlib.import_module(f"ppflow_jax.{name}.__main__")
+    module = importlib.import_module(name)
     if name not in _FLAGS:
-        found = flags.FLAGS.flags_by_module_dict()[module.__name__]
+        found = flags.FLAGS.flags_by_module_dict()[name]
         _FLAGS[name] = {flag.name: flag for flag in found}
     for flag, value in _FLAGS[name].items():
         if flag not in flags.FLAGS:

@@ -131,7 +131,7 @@ def test_a_complete_folder_is_left_alone(model, whole):
         (["--labels=uniform"], "labels: balanced -> uniform"),
         (["--cfg=1,3"], "cfg: [1.0, 2.0] -> [1.0, 3.0]"),
         (["--num=299"], "num: 300 -> 299"),
-        (["--num=301", "--seed=1"], "num: 300 -> 301, seed: 0 -> 1"),
+        (["--num=301", "--seed=1"], "seed: 0 -> 1, num: 300 -> 301"),
         (["--microbatch=8"], "microbatch: 16 -> 8"),
     ],
 )

@@ -152,7 +152,7 @@ def test_a_head_that_drips_is_not_waited_for(port):
 def test_who_goes_away_leaves_no_work(port, batcher, monkeypatch, path):
     device, run = batcher.device, batcher.device.run
     with monkeypatch.context() as patch:
-        patch.setattr(device, "run", lambda way, rows: time.sleep(0.5) or run(way, rows))
+        patch.setattr(device, "run", lambda way, rows: time.sleep(5) or run(way, rows))
         connections = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
         for connection in connections:
             connection.sendall(post(path, NEVER))
@@ -162,7 +162,7 @@ def test_who_goes_away_leaves_no_work(port, batcher, monkeypatch, path):
                 connection.shutdown(socket.SHUT_WR)  # half-closed
             else:
                 connection.close()
-        until(lambda: batcher.waiting == 0, 0.9)
+        until(lambda: batcher.waiting == 0, 4.5)  # before the microbatch under way is done
         for connection in connections:
             connection.close()
 
