@@ -29,7 +29,7 @@ PAGES = sorted(
     key=lambda page: str(page),
 )
 LANGUAGES = ("bash", "python", "text")
-OTHERS = {"pip", "unzip"}  # programs that are not ours
+OTHERS = {"curl", "pip", "unzip"}  # programs that are not ours
 # Commands as `commands.run` calls them.
 MODULES = {name: module for name, (module, _) in COMMANDS.items()} | {
     "convert": "convert.__main__",
