@@ -39,7 +39,7 @@ SAMPLE = {
     "rtol -1": (["--solver=dopri5", "--rtol=-1"], 1, "tol"),
     "rtol nan": (["--solver=dopri5", "--rtol=nan"], 1, "tol"),
     "diffusion_norm nan": (["--solver=sde-euler", "--diffusion_norm=nan"], 1, "diffusion"),
-    "unknown solver": (["--solver=ddim"], 1, "should be one of"),
+    "unknown solver": (["--solver=ddim"], 1, "unknown solver"),
     "label 11": (["--labels=11"], 1, "classes 0 to 9"),
     "label of no name": (["--labels=cat"], 1, "write numbers"),
     "labels with a blank": (["--labels=1, 2"], 0, "4 images"),
