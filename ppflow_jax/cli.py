@@ -71,7 +71,7 @@ def run(main: Callable[..., None], required: tuple[str, ...] = (), positional: s
 def _answer(main: Callable[..., None], required: tuple[str, ...]) -> None:
     """What is asked without running anything."""
     asked = set(sys.argv[1:])
-    if asked & {"--help", "-h", "-help", "--helpfull", "--helpshort", "help"}:
+    if asked & {"--help", "-h"}:
         print(usage(main, required))
         sys.exit(0)
     if "--version" in asked:

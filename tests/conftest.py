@@ -50,3 +50,14 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory):
+    """A model of 2 levels, trained for a moment. Tests read it and leave it as it is."""
+    from tests import commands
+
+    folder = tmp_path_factory.mktemp("small") / "run"
+    code, _, err = commands.train(folder)
+    assert code == 0, err
+    return folder

@@ -67,7 +67,7 @@ def sample_into(out: str | Path, model: Model, plan: Plan, request: Request) -> 
         folder.tidy()
         return [f"{count} images, {nfe} NFE each, were complete in {folder.path}"]
     for weights in filter(None, (model.weights, plan.weak)):
-        weights.params  # noqa: B018  what is damaged is said before the folder is begun
+        jax.block_until_ready(weights.params)  # what is damaged is said before the folder is begun
     reminder = reminder_of(model.weights.path, model.card) if model.weights.which == "ema" else None
     first = jax.process_index() == 0
     folder.start(first)

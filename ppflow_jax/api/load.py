@@ -56,7 +56,7 @@ def load(
         file = Path(found)
     if file.is_dir() or not file.exists():
         model = Model(open_weights(file, weights), dtype)
-        model.params  # noqa: B018  what is damaged is said here
+        jax.block_until_ready(model.params)  # what is damaged is said here
         return model
     source = open_source(
         str(file), Wanted("sit", "model" if weights == "params" else None, None, None)

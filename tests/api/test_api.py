@@ -16,11 +16,8 @@ from tests.compilations import compilations
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("api") / "run"
-    code, _, err = commands.train(folder)
-    assert code == 0, err
-    return folder
+def run(small_run):
+    return small_run
 
 
 @pytest.fixture(scope="module")

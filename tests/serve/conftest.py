@@ -3,15 +3,11 @@
 import pytest
 
 import ppflow_jax as pf
-from tests import commands
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("serve") / "run"
-    code, _, err = commands.train(folder)
-    assert code == 0, err
-    return folder
+def run(small_run):
+    return small_run
 
 
 @pytest.fixture(scope="session")
