@@ -21,6 +21,11 @@ _LABELS = flags.DEFINE_string(
 _NUM = flags.DEFINE_integer("num", None, "Images; default: as many as --labels or --noise.")
 _NOISE = flags.DEFINE_string("noise", None, "float32 NHWC .npy of initial noise instead of --seed.")
 _SEED = flags.DEFINE_integer("seed", 0, "Image k is a function of (seed, k).")
+_REQUESTS = flags.DEFINE_string(
+    "requests",
+    None,
+    'File with a line such as {"label": 3, "seed": 7, "guidance": 2} for every picture.',
+)
 _BATCH = flags.DEFINE_integer("batch", 64, "Images in flight, over all devices; changes no image.")
 _MICROBATCH = flags.DEFINE_integer(
     "microbatch", 16, "Images a device computes at once (at most --num); changes last bits."
@@ -73,6 +78,7 @@ def main() -> None:
 
     from ppflow_jax.api.folder import Request, sample_into
     from ppflow_jax.api.model import Model
+    from ppflow_jax.api.requests import read_lines
     from ppflow_jax.checkpoints.weights import open_weights
     from ppflow_jax.devices import processes
     from ppflow_jax.devices.host_memory import keep_scratch
@@ -105,11 +111,14 @@ def main() -> None:
     elif not _OUT.value:
         raise flags.Error("--out is required")
     else:
+        if _REQUESTS.value:
+            _check_alone("requests", ("num", "labels", "noise", "seed"))
         request = Request(
             num=_NUM.value,
             labels=_LABELS.value,
             seed=_SEED.value,
             noise=load_noise(Path(_NOISE.value), model.config.shape) if _NOISE.value else None,
+            lines=read_lines(_REQUESTS.value, model) if _REQUESTS.value else None,
             decode=_DECODE.value,
             microbatch=_MICROBATCH.value,
             batch=_BATCH.value,
@@ -119,6 +128,12 @@ def main() -> None:
         lines = sample_into(_OUT.value, model, plan, request)
     if jax.process_index() == 0:
         print(*lines, sep="\n")
+
+
+def _check_alone(name: str, others: tuple[str, ...]) -> None:
+    """A file says for every picture what these flags say for all."""
+    if given := [f"--{other}" for other in others if flags.FLAGS[other].present]:
+        raise InputError(f"--{name} says this for every picture: leave out {', '.join(given)}")
 
 
 def _numbers(name: str, texts: list[str]) -> tuple[float, ...]:

@@ -183,3 +183,93 @@ def test_a_folder_in_use_is_refused(model, tmp_path):
     with locked(tmp_path):
         code, _, err = run("sample", *flags(model, tmp_path))
     assert code == 1 and "is in use by process" in err and len(err.strip().splitlines()) == 1
+
+
+def write_lines(path, *lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_requests_have_the_bits_of_commands_of_their_own(model, tmp_path):
+    asked = [
+        {"label": 3, "seed": 7, "guidance": [1, 2.5]},
+        {"label": "4", "seed": 2**32 - 1},
+        {"label": 10, "guidance": 1},  # without a class
+        {"label": 3, "seed": 8, "guidance": [1, 2.5]},
+    ]
+    file = write_lines(tmp_path / "asked.jsonl", *asked)
+    common = [f"--checkpoint={model}", "--solver=sde-euler", "--steps=4", "--cfg=1,2"]
+    common += ["--microbatch=2", "--nopngs"]
+    code, said, err = run("sample", *common, f"--out={tmp_path / 'all'}", f"--requests={file}")
+    assert code == 0 and "4 images" in said, err
+    with np.load(tmp_path / "all/samples.npz") as made:
+        pictures, labels = made["arr_0"], made["arr_1"]
+    assert labels.tolist() == [3, 4, 10, 3]
+    for k, line in enumerate(asked):
+        own = [f"--out={tmp_path / str(k)}", f"--labels={line['label']}", "--num=2"]
+        own += [f"--seed={line.get('seed', 0)}"]
+        scales = np.atleast_1d(line.get("guidance", [1, 2]))
+        own += ["--cfg=" + ",".join(map(str, scales))]
+        code, _, err = run("sample", *common, *own)
+        assert code == 0, err
+        with np.load(tmp_path / str(k) / "samples.npz") as alone:
+            np.testing.assert_array_equal(pictures[k], alone["arr_0"][0])
+    write_lines(file, *asked[:3], asked[3] | {"seed": 9})
+    code, _, err = run("sample", *common, f"--out={tmp_path / 'all'}", f"--requests={file}")
+    assert code == 1 and "requests_sha256" in err, "other requests in the same folder"
+
+
+def test_requests_that_were_killed_continue(model, tmp_path, monkeypatch):
+    asked = [{"label": k % 10, "seed": k, "guidance": [1, 2 + k % 2]} for k in range(300)]
+    file = write_lines(tmp_path / "asked.jsonl", *asked)
+    flags = [f"--checkpoint={model}", "--solver=euler", "--steps=2", f"--requests={file}"]
+    flags += ["--nopngs", "--save_latents"]
+    code, _, err = run("sample", *flags, f"--out={tmp_path / 'whole'}")
+    assert code == 0, err
+    monkeypatch.setattr(SampleFolder, "finish", lambda *args: sys.exit(9))
+    assert run("sample", *flags, f"--out={tmp_path / 'killed'}")[0] == 9
+    monkeypatch.undo()
+    (tmp_path / "killed/shards/000000.npy").unlink()
+    code, said, err = run("sample", *flags, f"--out={tmp_path / 'killed'}")
+    assert code == 0 and "for the last 256" in said, err
+    assert_same(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "lines, words",
+    [
+        ('{"label": 1}\n{"label": 77}', "line 2: label=77: give a class from 0 to 9"),
+        ('{"label": "cat"}', "line 1: no class is called"),
+        ('{"seed": 1}', "line 1: label is missing"),
+        ('{"label": 1, "seed": -1}', "line 1: seed=-1"),
+        ('{"label": 1, "guidance": [1, 2, 3]}', "line 1: guidance has 3 scales"),
+        ('{"label": 1, "guidance": NaN}', "line 1: this is no JSON"),
+        ('{"label": 1, "steps": 9}', 'line 1: no field "steps"'),
+        ('\n\n{"label": 1', "line 3: this is no JSON"),
+        ("7", "line 1: this must be an object"),
+        ("\x00\xff", "line 1: this is no JSON"),
+        ("[" * 100_000, "line 1: the JSON is nested too deeply"),
+        ("\n", "holds no request"),
+    ],
+)
+def test_a_wrong_request_is_named(model, tmp_path, lines, words):
+    file = tmp_path / "asked.jsonl"
+    file.write_text(lines)
+    flags = [f"--checkpoint={model}", f"--out={tmp_path / 'out'}", f"--requests={file}"]
+    code, _, err = run("sample", *flags)
+    assert code == 1 and words in err and not (tmp_path / "out").exists(), err
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--labels=1"], "leave out --labels"),
+        (["--num=1", "--seed=0"], "leave out --num, --seed"),
+        (["--cfg=1,2", "--cfg_until=0.5,1"], "leave out --cfg_until"),
+    ],
+)
+def test_requests_and_flags_that_say_the_same(model, tmp_path, more, words):
+    file = write_lines(tmp_path / "asked.jsonl", {"label": 1, "guidance": 2})
+    flags = [f"--checkpoint={model}", f"--out={tmp_path / 'out'}", f"--requests={file}"]
+    code, _, err = run("sample", *flags, *more)
+    assert code == 1 and words in err, err

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import time
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +19,18 @@ from jaxtyping import Float, Int
 
 from ppflow_jax.api.inputs import count_of, labels_of, seed_of, whole
 from ppflow_jax.api.model import Model
+from ppflow_jax.api.requests import Lines
 from ppflow_jax.console import progress
+from ppflow_jax.errors import InputError
 from ppflow_jax.files.disk import check_room, locked
 from ppflow_jax.files.store import digest
-from ppflow_jax.generate.folder import SampleFolder, begun
-from ppflow_jax.generate.images import MICROBATCH
-from ppflow_jax.generate.plan import Plan
+from ppflow_jax.generate.folder import SHARD, SampleFolder, begun
+from ppflow_jax.generate.images import MICROBATCH, Images
+from ppflow_jax.generate.plan import Plan, make_plan
 from ppflow_jax.generate.provenance import ROUNDING, decoded_by, made_from, origin
 from ppflow_jax.train.ema import reminder_of
+
+Plans = dict[tuple[float, ...] | None, Plan]
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,7 @@ class Request:
 
     Attributes:
       num, labels, seed, noise, decode, microbatch: as of `Model.sample`.
+      lines: instead of the first four, a label, seed and guidance of every picture.
       batch: images in flight, over all devices; changes no image.
       save_latents: also write latents.npy and labels.npy.
       pngs: every image as a PNG; None: up to 1,000 images.
@@ -40,6 +49,7 @@ class Request:
     labels: str = "balanced"
     seed: int = 0
     noise: Float[np.ndarray, "n h w c"] | None = None
+    lines: Lines | None = None
     decode: str = "none"
     microbatch: int = MICROBATCH
     batch: int = 4 * MICROBATCH
@@ -54,12 +64,17 @@ def sample_into(out: str | Path, model: Model, plan: Plan, request: Request) -> 
       InputError: a request that does not fit the model; a folder of other images.
       RunError: images that are not finite, or a full disk.
     """
-    count = count_of(request.num, request.labels, request.noise)
-    check_room(out, count * _bytes_of_a_picture(model, request.decode), f"{count:,} pictures")
-    labels = labels_of(request.labels, count, seed_of(request.seed), model.card)
+    lines = request.lines
+    count = len(lines.lines) if lines else count_of(request.num, request.labels, request.noise)
+    size = math.prod(shape_of_a_picture(model, request.decode))
+    check_room(out, count * size, f"{count:,} pictures")
+    seed = seed_of(request.seed)
+    labels = lines.labels if lines else labels_of(request.labels, count, seed, model.card)
+    plans = _plans(lines, model, plan)
     whole("batch", request.batch)
     microbatch = _microbatch(Path(out), request, count)
-    model.generator(plan, request.decode, microbatch)
+    for one in plans.values():
+        model.generator(one, request.decode, microbatch)
     settings = _settings(model, plan, request, count, microbatch)
     folder = SampleFolder(out, settings)
     nfe = plan.nfe or "adaptive"
@@ -74,7 +89,7 @@ def sample_into(out: str | Path, model: Model, plan: Plan, request: Request) -> 
     with locked(folder.path) if first else contextlib.nullcontext():
         results = {
             "nfe": nfe,
-            **_fill(folder, model, plan, request, labels, microbatch),
+            **_fill(folder, partial(_made, model, plans, request, labels, microbatch)),
             **origin(model.weights.path, model.card),
             "decode": request.decode,
         }
@@ -96,11 +111,13 @@ def _microbatch(out: Path, request: Request, count: int) -> int:
     return min(request.microbatch, there if there < count else count)
 
 
-def _bytes_of_a_picture(model: Model, decode: str) -> int:
-    height, width, channels = model.config.shape
+def shape_of_a_picture(model: Model, decode: str) -> tuple[int, int, int]:
+    """Height, width and channels of what is written."""
+    height, width, _ = model.config.shape
     if model.card.space == "pixels":
-        return height * width * channels
-    return height * width * 3 * (1 if decode == "none" else 64)  # autoencoders enlarge 8 times
+        return model.config.shape
+    larger = 1 if decode == "none" else 8
+    return larger * height, larger * width, 3
 
 
 def _settings(
@@ -118,6 +135,7 @@ def _settings(
         "seed": request.seed,
         "noise_sha256": None if noise is None else hashlib.sha256(noise.tobytes()).hexdigest(),
         "labels": request.labels,
+        "requests_sha256": request.lines.sha256 if request.lines else None,
         "num": count,
         "microbatch": microbatch,
         "device": jax.local_devices()[0].device_kind,
@@ -127,41 +145,65 @@ def _settings(
     }
 
 
-def _fill(
-    folder: SampleFolder,
+def _plans(lines: Lines | None, model: Model, plan: Plan) -> Plans:
+    """The plan of every guidance that lines ask for; under None the one that is given."""
+    asked = dict.fromkeys(line.guidance for line in lines.lines) if lines else {}
+    plans: Plans = {None: plan}
+    for guidance in asked:
+        if guidance is None:
+            continue
+        if plan.config.cfg_until:
+            raise InputError("the requests have guidance of their own: leave out --cfg_until")
+        config = replace(plan.config, cfg=guidance)
+        plans[guidance] = make_plan(model.card, config, plan.added, plan.weak)
+    return plans
+
+
+def _made(
     model: Model,
-    plan: Plan,
+    plans: Plans,
     request: Request,
     labels: Int[np.ndarray, " n"],
     microbatch: int,
+    ids: Int[np.ndarray, " k"],
+) -> Iterator[Images]:
+    """Images with these numbers: in order, or of a shard those of equal guidance in a row."""
+    lines = request.lines
+    make = partial(model.images, decode=request.decode, microbatch=microbatch, batch=request.batch)
+    if lines is None:
+        noise = None if request.noise is None else request.noise[ids]
+        yield from make(ids, labels[ids], noise, plan=plans[None], seed=request.seed)
+        return
+    for shard in range(0, len(ids), SHARD):
+        groups = defaultdict(list)
+        for k in ids[shard : shard + SHARD]:
+            groups[lines.lines[k].guidance].append(k)
+        for guidance, group in groups.items():
+            rows, done = np.array(group, np.int32), 0
+            first = np.zeros_like(rows)  # image 0 of its seed
+            seeds = lines.seeds[rows]
+            for part in make(first, labels[rows], plan=plans[guidance], seed=seeds):
+                yield part._replace(ids=rows[done : (done := done + len(part.ids))])
+
+
+def _fill(
+    folder: SampleFolder, made: Callable[[Int[np.ndarray, " k"]], Iterator[Images]]
 ) -> dict[str, Any]:
     """All shards that are missing; process 0 returns when those of the others are there too."""
     start = time.monotonic()
     shards, every = folder.claim(jax.process_index(), jax.process_count()), folder.shards
-    done = every.done()
-    missing = len(labels) - done
+    count, done = every.count, every.done()
+    missing = count - done
     ids = np.array([k for s in shards for k in every.records(s)], np.int32)
-    noise = None if request.noise is None else request.noise[ids]
-    pictures: list[np.ndarray] = []
-    latents: list[np.ndarray] = []
-    with progress(len(labels), done, "img", "sample") as bar:
-        for part in model.images(
-            ids,
-            labels[ids],
-            noise,
-            plan=plan,
-            seed=request.seed,
-            decode=request.decode,
-            microbatch=microbatch,
-            batch=request.batch,
-        ):
-            pictures.extend(part.pictures)
-            latents.extend(part.latents)
-            while shards and len(pictures) >= (size := len(every.records(shards[0]))):
-                folder.write(shards.pop(0), np.stack(pictures[:size]), np.stack(latents[:size]))
-                del pictures[:size], latents[:size]
-            bar.update(every.done() + len(pictures) - bar.n)
-        while jax.process_index() == 0 and (there := every.done()) < len(labels):
+    waiting: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    with progress(count, done, "img", "sample") as bar:
+        for part in made(ids):
+            waiting |= zip(part.ids.tolist(), zip(part.pictures, part.latents))
+            while shards and all(k in waiting for k in every.records(shards[0])):
+                pictures, latents = zip(*(waiting.pop(k) for k in every.records(shards[0])))
+                folder.write(shards.pop(0), np.stack(pictures), np.stack(latents))
+            bar.update(every.done() + len(waiting) - bar.n)
+        while jax.process_index() == 0 and (there := every.done()) < count:
             time.sleep(0.5)
             bar.update(there - bar.n)
     return {"seconds": time.monotonic() - start, "images_in_these_seconds": missing}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from ppflow_jax.api.inputs import (
     Labels,
@@ -181,7 +181,7 @@ class Model:
         noise: Float[np.ndarray, "n h w c"] | None = None,
         *,
         plan: Plan | None = None,
-        seed: int = 0,
+        seed: int | UInt32[np.ndarray, " n"] = 0,
         decode: str = "none",
         microbatch: int = MICROBATCH,
         batch: int = 4 * MICROBATCH,
@@ -190,7 +190,7 @@ class Model:
 
         Args:
           labels: of each.
-          noise: of each; None is that of the seed.
+          noise: of each; None is that of the seed, which is one or one of each.
           batch: images in flight, over all devices; changes no image.
 
         Raises:
@@ -202,7 +202,7 @@ class Model:
             ids,
             labels,
             noise,
-            seed=seed_of(seed),
+            seed=seed if isinstance(seed, np.ndarray) else seed_of(seed),
             scales=scales_of(plan.segments),
             weak=None if plan.weak is None else plan.weak.params,
             batch=whole("batch", batch),

@@ -35,10 +35,16 @@ def image_noise(
 ) -> tuple[Float[Array, "b h w c"], Key[Array, " b"]]:
     """Initial N(0, 1) noise and the SDE key of every image.
 
-    A pure function of the seed and the image's number: the same for any batch or device count.
+    A pure function of the seed (of all images, or of each) and the image's number: the same for
+    any batch or device count.
     """
-    root = jax.random.key(seed)
-    keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(root, i)))(jnp.asarray(ids))
+    ids = jnp.asarray(ids)
+    seeds = jnp.broadcast_to(jnp.asarray(seed, jnp.uint32), ids.shape)
+
+    def pair(seed, number):
+        return jax.random.split(jax.random.fold_in(jax.random.key(seed), number))
+
+    keys = jax.vmap(pair)(seeds, ids)
     noise = jax.vmap(lambda k: jax.random.normal(k, shape))(keys[:, 0])
     return noise, keys[:, 1]
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, UInt8, UInt32
 
 from ppflow_jax.autoencoders.decode import Decoder
 from ppflow_jax.data.classes import Classes
@@ -85,7 +85,7 @@ class Generator:
         rows = self.place.spec
         if mesh.size == mesh.shape["data"]:
             shared = functools.partial(jax.shard_map, mesh=mesh, out_specs=rows, check_vma=False)
-            drawn = shared(drawn, in_specs=(P(), rows))
+            drawn = shared(drawn, in_specs=(rows, rows))
             images = shared(images, in_specs=(P(), P(), P(), rows, rows, rows))
         self.drawn, self.compiled = jax.jit(drawn), jax.jit(images)
         self.scales = scales_of(sampler.segments)
@@ -97,7 +97,7 @@ class Generator:
         labels: Int[np.ndarray, " n"],
         noise: Float[np.ndarray, "n h w c"] | None = None,
         *,
-        seed: int = 0,
+        seed: int | UInt32[np.ndarray, " n"] = 0,
         scales: Scales | None = None,
         weak: Params | None = None,
         batch: int = 1,
@@ -108,7 +108,7 @@ class Generator:
           params: of the model, on the devices of the mesh.
           labels: class of each.
           noise: initial noise of each, instead of that of the seed.
-          seed: of the noise.
+          seed: of the noise, one or one of each.
           scales: guidance scales instead of the sampler's, see `flow.tables.scales_of`.
           weak: parameters of the sampler's weaker network.
           batch: images that the devices are given before the first are waited for; at least two
@@ -119,23 +119,24 @@ class Generator:
         """
         ahead = max(2, -(-batch // self.group))
         waiting: collections.deque = collections.deque()
+        seeds = np.broadcast_to(np.asarray(seed, np.uint32), len(ids))
         for first in range(0, len(ids), self.group):
             part = slice(first, first + self.group)
-            rows = ids[part], labels[part], None if noise is None else noise[part]
-            started = self._start((params, weak, scales or self.scales), seed, *rows)
+            rows = seeds[part], ids[part], labels[part], None if noise is None else noise[part]
+            started = self._start((params, weak, scales or self.scales), *rows)
             waiting.append((ids[part], started))
             if len(waiting) == ahead:
                 yield self._finish(*waiting.popleft())
         while waiting:
             yield self._finish(*waiting.popleft())
 
-    def _start(self, given, seed, *rows) -> jax.Array:
+    def _start(self, given, *rows) -> jax.Array:
         def pad(x):
             return np.pad(x, [(0, self.group - len(x))] + [(0, 0)] * (x.ndim - 1), mode="edge")
 
         with jax.default_matmul_precision(self.precision):
-            ids, labels, noise = spread(jax.tree.map(pad, rows), self.place)
-            drawn, keys = self.drawn(np.uint32(seed), ids)
+            seeds, ids, labels, noise = spread(jax.tree.map(pad, rows), self.place)
+            drawn, keys = self.drawn(seeds, ids)
             return self.compiled(*given, drawn if noise is None else noise, labels, keys)
 
     def _finish(self, ids, started: jax.Array) -> Images:

@@ -17,9 +17,10 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from ppflow_jax.api.requests import MOST_GUIDANCE
 from ppflow_jax.data.save import png
 from ppflow_jax.errors import InputError, RunError
-from ppflow_jax.serve.ask import MOST_GUIDANCE, MOST_IMAGES, MOST_STEPS, SOLVERS, Ask, parse
+from ppflow_jax.serve.ask import MOST_IMAGES, MOST_STEPS, SOLVERS, Ask, parse
 from ppflow_jax.serve.batcher import Batcher, Broken, Job, Picture
 from ppflow_jax.serve.counts import Counted, Counts
 from ppflow_jax.serve.device import Row, Way, stages_of

@@ -89,7 +89,7 @@ class Device:
         self.compiled = 0
         self._programs: OrderedDict[Hashable, list[Generator]] = OrderedDict()
         shape = model.config.shape
-        self._draw = jax.jit(jax.vmap(lambda seed, k: image_noise(seed, k[None], shape)[0][0]))
+        self._draw = jax.jit(lambda seeds, numbers: image_noise(seeds, numbers, shape)[0])
 
     def ready(self, way: Way) -> bool:
         """Whether nothing has to be compiled for it."""
