@@ -62,6 +62,8 @@ def run(main: Callable[..., None], required: tuple[str, ...] = (), positional: s
     except Exception:
         from ppflow_jax.devices import processes
 
+        if why := processes.without_device():
+            _fail(program, why, 1)
         if processes.several():
             traceback.print_exc()
             processes.leave(1)

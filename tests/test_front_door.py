@@ -159,3 +159,9 @@ def test_launch_scripts_say_how_they_are_used():
         done = subprocess.run(["bash", path, "--help"], capture_output=True, text=True)
         assert done.returncode == 0 and f"launch/{path.name}" in done.stdout, path
         assert "shellcheck" not in done.stdout and "#" not in done.stdout
+
+
+def test_a_platform_that_is_not_there():
+    done = python("-m", "ppflow_jax.bench", "--steps=1", JAX_PLATFORMS="nonsense")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "JAX_PLATFORMS=nonsense" in done.stderr and "ppflow_jax[gpu]" in done.stderr
