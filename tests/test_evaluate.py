@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
+import shutil
+import sys
 
 import jax
 import numpy as np
@@ -15,6 +18,8 @@ from ppflow_jax.data.images import array_images, open_images
 from ppflow_jax.data.sources import digits
 from ppflow_jax.data.transforms import to_uint8
 from ppflow_jax.errors import InputError
+from ppflow_jax.generate.folder import SampleFolder
+from ppflow_jax.metrics import kept
 from ppflow_jax.metrics.evaluator import Evaluator, Reference, open_reference
 from ppflow_jax.metrics.extract import extract, read_statistics, save_statistics
 from ppflow_jax.metrics.frechet import frechet_distance
@@ -242,3 +247,121 @@ def test_a_damaged_image_names_the_file(folder, pictures):
     code, _, err = evaluate(folder, "--samples=~broken", *good)
     assert code == 1 and "3.png" in last_line(err) and "mend or remove it" in last_line(err)
     assert open_images(str(broken)).count == 5
+
+
+@pytest.fixture
+def own(folder, tmp_path):
+    """Files that a test may add to, with a reference in pictures and one in an npz."""
+    shutil.copytree(folder / "images", tmp_path / "pictures")
+    shutil.copy(folder / "samples.npz", tmp_path / "reference.npz")
+    shutil.copy(folder / "samples.npz", tmp_path / "samples.npz")
+    return tmp_path
+
+
+def judged(folder, own, *args):
+    """Metrics, and which features were computed."""
+    asked = [
+        f"--samples={own / 'samples.npz'}",
+        f"--features={folder / 'net'}",
+        "--metrics=fid,kid",
+    ]
+    code, said, err = run("evaluate", *asked, "--metrics=fid,kid", *args)
+    assert code == 0, err
+    computed = re.findall(r"features of (\S+):", err)
+    return json.loads((own / "samples.evaluation.json").read_text())["metrics"], set(computed)
+
+
+@pytest.mark.parametrize("name", ["reference.npz", "pictures"])
+def test_features_of_a_reference_are_computed_once(folder, own, name):
+    reference = own / name
+    first, computed = judged(folder, own, f"--reference={reference}")
+    assert computed == {"samples.npz", name}
+    again, computed = judged(folder, own, f"--reference={reference}")
+    assert computed == {"samples.npz"} and again == first
+    assert [p.name.split(".features-")[0] for p in own.glob("*.features-*")] == [name]
+
+    if name == "pictures":  # one picture becomes another of as many bytes
+        target = sorted(reference.iterdir())[3]
+        moved = np.asarray(Image.open(target))[::-1]
+        stat = target.stat()
+        Image.fromarray(moved).save(target)
+        os.utime(target, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    else:
+        with np.load(reference) as arrays:
+            changed = arrays["arr_0"][::-1] // 2
+        np.savez(reference, arr_0=changed)
+    third, computed = judged(folder, own, f"--reference={reference}")
+    assert computed == {"samples.npz", name} and third != first
+
+
+def test_a_damaged_file_of_features_is_computed_again(folder, own):
+    reference = own / "reference.npz"
+    first, _ = judged(folder, own, f"--reference={reference}")
+    (kept,) = own.glob("*.features-*")
+    data = bytearray(kept.read_bytes())
+    for change in (data[: len(data) // 2], b"", data[:900] + bytes([data[900] ^ 1]) + data[901:]):
+        kept.write_bytes(change)
+        again, computed = judged(folder, own, f"--reference={reference}")
+        assert "reference.npz" in computed and again == first
+
+
+def test_a_set_against_itself_keeps_its_features(folder, own):
+    with_itself = f"--reference={own / 'samples.npz'}"
+    asked = [f"--samples={own / 'samples.npz'}", f"--features={folder / 'net'}", "--metrics=fid"]
+    assert run("evaluate", *asked, with_itself)[0] == 0
+    assert len(list(own.glob("samples.npz.features-*"))) == 1
+
+
+def test_killed_features_continue_with_the_same_numbers(folder, own, monkeypatch):
+    reference = f"--reference={own / 'reference.npz'}"
+    whole, _ = judged(folder, own, reference, "--batch=32")
+    for path in own.glob("*.features-*"):
+        path.unlink()
+    monkeypatch.setattr(kept, "SECONDS", -1)
+    save, calls = kept.Kept.save, []
+
+    def dies(self, found):
+        assert save(self, found)
+        calls.append(found.done)
+        if len(calls) in (4, 13):
+            raise SystemExit(9)
+        return True
+
+    monkeypatch.setattr(kept.Kept, "save", dies)
+    asked = [f"--samples={own / 'samples.npz'}", f"--features={folder / 'net'}", "--batch=32"]
+    for _ in range(2):
+        assert run("evaluate", *asked, "--metrics=fid,kid", reference)[0] == 9
+    again, _ = judged(folder, own, reference, "--batch=32")
+    assert again == whole
+    assert len(calls) == len(set(calls[:10])) * 2, "every batch of both sets was computed once"
+
+
+def test_pictures_where_nobody_may_write(folder, own, monkeypatch):
+    def full(path):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(kept, "atomic", full)
+    asked = [f"--samples={own / 'samples.npz'}", f"--features={folder / 'net'}", "--metrics=fid"]
+    code, _, err = run("evaluate", *asked, f"--reference={own / 'reference.npz'}")
+    assert code == 0 and err.count("cannot keep features") == 2, err
+
+
+def test_an_evaluation_of_a_checkpoint_that_was_killed_continues(
+    small_run, folder, own, monkeypatch
+):
+    asked = [f"--checkpoint={small_run}", "--reference=digits", "--features=digits", "--num=300"]
+    asked += [f"--out={own / 'card.json'}", "--metrics=fid"]
+    code, _, err = run("evaluate", *asked)
+    assert code == 0 and not list(own.glob("*.samples-*")), err
+    whole = json.loads((own / "card.json").read_text())
+    monkeypatch.setattr(SampleFolder, "finish", lambda *args: sys.exit(9))
+    assert run("evaluate", *asked)[0] == 9
+    (begun,) = own.glob("card.samples-*")
+    (begun / "shards/000001.npy").unlink()
+    monkeypatch.undo()
+    code, _, err = run("evaluate", *asked)
+    assert code == 0 and not list(own.glob("*.samples-*")), err
+    again = json.loads((own / "card.json").read_text())
+    assert again["metrics"] == whole["metrics"]
+    assert again["samples"]["card"]["images_in_these_seconds"] == 44
+    assert whole["samples"]["name"].startswith("300 of ")

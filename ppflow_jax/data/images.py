@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,24 +28,28 @@ _THREADS = 8
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Pictures of one shape (h, w, c), read from the beginning every time `batches` is called.
+    """Pictures of one shape (h, w, c), read anew every time `batches` is called.
 
-    `notes` say what was left out.
+    Attributes:
+      read: (batch size, number of the first picture) -> batches.
+      notes: what was left out.
+      files: that the pictures are in; empty for what is in memory.
     """
 
     name: str
     count: int
     shape: tuple[int, int, int]
-    read: Callable[[int], Iterator[UInt8[np.ndarray, "b h w c"]]]
+    read: Callable[[int, int], Iterator[UInt8[np.ndarray, "b h w c"]]]
     notes: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
 
-    def batches(self, size: int) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
-        """In order, `size` at a time, the last one smaller.
+    def batches(self, size: int, first: int = 0) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
+        """In order from number `first` on, `size` at a time, the last one smaller.
 
         Raises:
           InputError: a picture that cannot be read.
         """
-        return self.read(size)
+        return self.read(size, first)
 
     def __str__(self) -> str:
         return f"{self.name} ({self.count:,} images, {'x'.join(map(str, self.shape))})"
@@ -120,9 +125,9 @@ def source_images(source: Source) -> ImageSet:
       InputError: see `source_pictures`.
     """
 
-    def read(size):
-        for first in range(0, len(source), size):
-            yield source_pictures(source, np.arange(first, min(first + size, len(source))))[0]
+    def read(size, first):
+        for k in range(first, len(source), size):
+            yield source_pictures(source, np.arange(k, min(k + size, len(source))))[0]
 
     shape = source_pictures(source, np.arange(1))[0].shape[1:]
     return ImageSet(source.name, len(source), shape, read)
@@ -167,19 +172,20 @@ def npz_images(path: Path) -> ImageSet:
     if len(shape) != 4 or shape[3] not in (1, 3) or not all(shape):
         raise InputError(f"{path}: arr_0 has shape {shape}, expected (N, height, width, 1 or 3)")
 
-    def read(size):
+    def read(size, first):
         row = int(np.prod(shape[1:]))
         try:
             with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
                 header(file)
-                for first in range(0, shape[0], size):
-                    count = min(size, shape[0] - first)
+                file.seek(first * row, os.SEEK_CUR)
+                for k in range(first, shape[0], size):
+                    count = min(size, shape[0] - k)
                     data = file.read(count * row)
                     yield np.frombuffer(data, np.uint8).reshape(count, *shape[1:])
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise InputError(f"{path} is damaged ({error}): make or copy it again") from error
 
-    return ImageSet(str(path), shape[0], tuple(shape[1:]), read)
+    return ImageSet(str(path), shape[0], tuple(shape[1:]), read, files=(path.absolute(),))
 
 
 def folder_images(path: str, size: int | None = None) -> ImageSet:
@@ -216,8 +222,8 @@ def folder_images(path: str, size: int | None = None) -> ImageSet:
         except Exception as error:
             raise _unusable(tree, file, error) from error
 
-    def read(batch):
-        parts = [tree.files[i : i + batch] for i in range(0, len(tree.files), batch)]
+    def read(batch, first):
+        parts = [tree.files[i : i + batch] for i in range(first, len(tree.files), batch)]
         with ThreadPoolExecutor(_THREADS) as pool:
             waiting = [pool.submit(load, file) for file in parts[0]]
             for following in [*parts[1:], []]:
@@ -226,7 +232,8 @@ def folder_images(path: str, size: int | None = None) -> ImageSet:
                 waiting = ahead
 
     shape = (height, width, 1 if grey else 3)
-    return ImageSet(path, len(tree.files), shape, read, tuple(tree.notes()))
+    files = (tree.root,) if tree.zipped else tuple(tree.root / file for file in tree.files)
+    return ImageSet(path, len(tree.files), shape, read, tuple(tree.notes()), files)
 
 
 def _header(tree: ImageTree, file: str) -> tuple[tuple[int, int], str]:
@@ -259,8 +266,8 @@ def as_channels(
 def array_images(name: str, images: UInt8[np.ndarray, "n h w c"]) -> ImageSet:
     """Pictures that are in memory."""
 
-    def read(size):
-        for first in range(0, len(images), size):
-            yield images[first : first + size]
+    def read(size, first):
+        for k in range(first, len(images), size):
+            yield images[k : k + size]
 
     return ImageSet(name, len(images), images.shape[1:], read)

@@ -23,6 +23,7 @@ from ppflow_jax.metrics.evaluator import (
     open_reference,
 )
 from ppflow_jax.metrics.extract import extract, save_statistics
+from ppflow_jax.metrics.kept import Kept
 from ppflow_jax.metrics.networks import FeatureNetwork, load_features, save_small, small_features
 from ppflow_jax.metrics.table import table
 from ppflow_jax.metrics.train_small_network import train_features
@@ -65,11 +66,16 @@ def judge() -> None:
         _write_statistics(statistics, reference.images, network)
     if samples or made:
         seed = made.seed if made else FLAGS.seed or 0
-        evaluator = Evaluator(
-            network, reference, tuple(FLAGS.metrics), batch=FLAGS.batch, seed=seed
-        )
-        result = evaluator(samples or made.images())
-        card = _made_by(Path(FLAGS.samples)) if samples else made.card
+        settings = {"batch": FLAGS.batch, "seed": seed, "beside": True}
+        evaluator = Evaluator(network, reference, tuple(FLAGS.metrics), **settings)
+        if samples:
+            result, card = evaluator(samples), _made_by(Path(FLAGS.samples))
+        else:
+            evaluator.check(made.name, made.num, made.shape)
+            evaluator.known()  # before the samples, which take longer
+            with made.in_folder(out.with_suffix("")) as images:
+                result, card = evaluator(images), made.card
+                result["samples"]["name"] = made.name
         if card:
             result["samples"]["card"] = card
         _write_json(out, result)
@@ -117,12 +123,15 @@ def _train() -> None:
 
 def _write_statistics(path: Path, images: ImageSet, network: FeatureNetwork) -> None:
     moments = tuple(name for name in ("features", "spatial") if name in network.dimensions)
-    found = extract(images, network, moments=moments, batch=FLAGS.batch)
+    kept = Kept.beside(images, network, moments, ())
+    found = extract(images, network, moments=moments, batch=FLAGS.batch, kept=kept)
     card = {"dataset": images.name, "shape": images.shape, "features": network.card}
     if FLAGS.size:
         card["crop"] = f"ADM's centre crop to {FLAGS.size}"
     path.parent.mkdir(parents=True, exist_ok=True)
     save_statistics(path, found.statistics, card | environment())
+    if kept:
+        kept.remove()
     print(f"statistics of {images} in {path}")
 
 

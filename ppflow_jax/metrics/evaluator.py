@@ -17,6 +17,7 @@ from ppflow_jax.errors import InputError
 from ppflow_jax.metrics.extract import Extracted, check_shape, extract, read_statistics
 from ppflow_jax.metrics.frechet import frechet_distance
 from ppflow_jax.metrics.inception_score import SPLIT_SIZE, inception_scores
+from ppflow_jax.metrics.kept import Kept
 from ppflow_jax.metrics.kid import SUBSET_SIZE, SUBSETS, kid_of_subsets, subset_indices
 from ppflow_jax.metrics.moments import Statistics
 from ppflow_jax.metrics.networks import FeatureNetwork
@@ -74,12 +75,19 @@ class Evaluator:
         *,
         batch: int = 64,
         seed: int = 0,
+        beside: bool = False,
     ):
+        """
+        Args:
+          beside: keep features in files beside the pictures: those of the reference for good,
+            those of samples until they are judged.
+        """
         self.network, self.reference, self.batch, self.seed = network, reference, batch, seed
+        self.beside = beside
         check_names(metrics)
         _check_statistics(reference, network)
         if reference.images:
-            check_shape(reference.images, network)
+            check_shape(reference.name, reference.images.shape, network)
         self.left_out = {m: why for m in METRICS if (why := self._impossible(m))}
         if wrong := [m for m in metrics if m in self.left_out]:
             raise InputError("; ".join(f"no {m}: {self.left_out[m]}" for m in wrong))
@@ -89,6 +97,7 @@ class Evaluator:
         self._moments = tuple(_MOMENTS[m] for m in self.metrics if m in _MOMENTS)
         self._pairs = any(m in _PAIRS for m in self.metrics)
         self._known: Extracted | None = None
+        self._reference_file: Kept | None = None
 
     def _impossible(self, metric: str) -> str | None:
         """Why network and reference do not allow it."""
@@ -116,24 +125,34 @@ class Evaluator:
             keep = ("features",) if self._pairs else ()
             found = Extracted()
             if missing or keep:
-                found = extract(
-                    reference.images, self.network, moments=missing, keep=keep, batch=self.batch
-                )
+                found, self._reference_file = self._extract(reference.images, missing, keep)
             self._known = Extracted(found.statistics | reference.statistics, found.kept)
         return self._known
 
-    def check(self, samples: ImageSet) -> None:
-        """What can be known before any feature is computed.
+    def _extract(
+        self, images: ImageSet, moments: tuple[str, ...], keep: tuple[str, ...]
+    ) -> tuple[Extracted, Kept | None]:
+        """Features, and the file that they are kept in."""
+        kept = Kept.beside(images, self.network, moments, keep) if self.beside else None
+        options = {"moments": moments, "keep": keep, "batch": self.batch, "kept": kept}
+        return extract(images, self.network, **options), kept
+
+    def check(self, name: str, count: int, shape: tuple[int, ...]) -> None:
+        """What can be known of samples before any feature is computed, or any sample made.
 
         Raises:
           InputError: a size that the network does not take, too few pictures.
         """
-        check_shape(samples, self.network)
-        sets = [samples] + ([self.reference.images] if self.reference.images else [])
+        check_shape(name, shape, self.network)
+        sets = [(name, count)]
+        if images := self.reference.images:
+            sets.append((images.name, images.count))
         least = NEIGHBOURS + 1 if {"precision", "recall"} & set(self.metrics) else 2
-        for images in sets:
-            if images.count < least:
-                raise InputError(f"{images}: these metrics need at least {least} images")
+        for what, number in sets:
+            if number < least:
+                raise InputError(
+                    f"{what} ({number:,} images): these metrics need at least {least} images"
+                )
 
     def __call__(self, samples: ImageSet) -> dict[str, Any]:
         """Metrics and what made them, ready for JSON.
@@ -142,12 +161,12 @@ class Evaluator:
           InputError: see `check` and `extract`.
         """
         start = time.monotonic()
-        self.check(samples)
+        self.check(samples.name, samples.count, samples.shape)
         reference = self.known()
         keep = (("features",) if self._pairs else ()) + (
             ("logits",) if "is" in self.metrics else ()
         )
-        found = extract(samples, self.network, moments=self._moments, keep=keep, batch=self.batch)
+        found, kept = self._extract(samples, self._moments, keep)
         values, ranks, settings = {}, {}, {}
         for metric in set(self.metrics) & set(_MOMENTS):
             name = _MOMENTS[metric]
@@ -167,6 +186,8 @@ class Evaluator:
             rows = subset_indices(len(x), len(y), size=size, seed=self.seed)
             values["kid"], values["kid_std"] = kid_of_subsets(x, y, *rows)
             settings |= {"kid_subsets": SUBSETS, "kid_subset_size": size, "kid_seed": self.seed}
+        if kept and kept != self._reference_file:  # a set may be compared with itself
+            kept.remove()
         shown = {m: values[m] for m in (*METRICS, "kid_std") if m in values}
         shown = {m: v for m, v in shown.items() if m.removesuffix("_std") in self.metrics}
         return {

@@ -19,6 +19,7 @@ from ppflow_jax.console import progress
 from ppflow_jax.data.images import ImageSet, as_channels
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.disk import atomic
+from ppflow_jax.metrics.kept import Diary, Found, Kept
 from ppflow_jax.metrics.moments import Moments, Statistics
 from ppflow_jax.metrics.networks import FeatureNetwork
 
@@ -43,39 +44,64 @@ def extract(
     keep: tuple[str, ...] = (),
     batch: int = 64,
     devices: list[jax.Device] | None = None,
+    kept: Kept | None = None,
 ) -> Extracted:
     """One pass over the pictures: statistics of `moments`, float32 arrays of `keep`.
 
     A batch (at least one picture a device) is shared among the devices of this process; sums are
     float64 on the host, so neither its size nor the number of devices nor the order matters.
+    What is `kept` of an earlier pass is not computed again.
 
     Raises:
       InputError: pictures that the network does not take or that cannot be read.
     """
-    check_shape(images, network)
-    devices = devices or jax.local_devices()
+    check_shape(images.name, images.shape, network)
+    found = kept.load() if kept else None
+    if found is None:
+        found = Found(0, {name: Moments() for name in moments}, {name: [] for name in keep})
+    if found.done < images.count:
+        devices = devices or jax.local_devices()
+        found = _continue(found, images, network, batch, devices, kept)
+    return Extracted(
+        {name: sums.statistics() for name, sums in found.sums.items()},
+        {name: np.concatenate(parts) for name, parts in found.parts.items()},
+    )
+
+
+def _continue(
+    found: Found,
+    images: ImageSet,
+    network: FeatureNetwork,
+    batch: int,
+    devices: list[jax.Device],
+    kept: Kept | None,
+) -> Found:
+    """With the pictures that are missing."""
     mesh = Mesh(np.array(devices), ("data",))
     place, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
-    names = tuple(dict.fromkeys(moments + keep))
+    names = tuple(dict.fromkeys([*found.sums, *found.parts]))
     function = jax.jit(functools.partial(network.function, names=names))
     params = jax.device_put(network.params, everywhere)
     batch = -(-min(batch, images.count) // len(devices)) * len(devices)
-    sums, parts = {name: Moments() for name in moments}, {name: [] for name in keep}
-    bar = progress(images.count, 0, "img", f"features of {Path(images.name).name}")
+    bar = progress(images.count, found.done, "img", f"features of {Path(images.name).name}")
+    diary = Diary(kept)
 
-    def collect(found, count):
-        for name, values in found.items():
+    def collect(features, count):
+        nonlocal found
+        for name, values in features.items():
             host = np.asarray(values)[:count]
-            if name in sums:
-                sums[name].add(host)
-            if name in parts:
-                parts[name].append(host)
+            if name in found.sums:
+                found.sums[name].add(host)
+            if name in found.parts:
+                found.parts[name].append(host)
+        found = found._replace(done=found.done + count)
         bar.update(count)
+        diary.note(found, found.done == images.count)
 
     running = None
     channels = network.shape[-1] if network.shape else 3
     with bar:
-        for some in images.batches(batch):
+        for some in images.batches(batch, found.done):
             some = as_channels(some, channels)
             padded = np.pad(some, [(0, batch - len(some)), (0, 0), (0, 0), (0, 0)])
             ahead = function(params, jax.device_put(padded, place)), len(some)
@@ -83,22 +109,19 @@ def extract(
                 collect(*running)  # while the devices work
             running = ahead
         collect(*running)
-    return Extracted(
-        {name: found.statistics() for name, found in sums.items()},
-        {name: np.concatenate(found) for name, found in parts.items()},
-    )
+    return found
 
 
-def check_shape(images: ImageSet, network: FeatureNetwork) -> None:
+def check_shape(name: str, shape: tuple[int, ...], network: FeatureNetwork) -> None:
     """Small networks take the size that they were trained on, Inception any.
 
     Raises:
       InputError: another size.
     """
-    if network.shape and images.shape[:2] != network.shape[:2]:
+    if network.shape and shape[:2] != network.shape[:2]:
         raise InputError(
-            f"{images}: the feature network takes {network.shape[0]}x{network.shape[1]}, the size "
-            "of what it was trained on"
+            f"{name} is {shape[0]}x{shape[1]}: the feature network takes {network.shape[0]}x"
+            f"{network.shape[1]}, the size of what it was trained on"
         )
 
 

@@ -39,6 +39,18 @@ class Moments:
         self.count = 0
         self._shift = self._sum = self._products = None
 
+    @classmethod
+    def of(cls, count: int, *sums: np.ndarray) -> Moments:
+        """What was added, from its `sums`."""
+        made = cls()
+        made.count, (made._shift, made._sum, made._products) = count, sums
+        return made
+
+    @property
+    def sums(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Shift [d], sum [d] and products [d, d] of what was added, float64."""
+        return self._shift, self._sum, self._products
+
     def add(self, features: Float[np.ndarray, "n d"]) -> None:
         """Takes in some more; float32 is widened before any arithmetic."""
         x = np.asarray(features, np.float64)
