@@ -265,7 +265,7 @@ def judged(folder, own, *args):
         f"--features={folder / 'net'}",
         "--metrics=fid,kid",
     ]
-    code, said, err = run("evaluate", *asked, "--metrics=fid,kid", *args)
+    code, _, err = run("evaluate", *asked, *args)
     assert code == 0, err
     computed = re.findall(r"features of (\S+):", err)
     return json.loads((own / "samples.evaluation.json").read_text())["metrics"], set(computed)

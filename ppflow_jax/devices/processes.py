@@ -53,15 +53,15 @@ def without_device() -> str | None:
     A wish for a platform whose plugin is not installed fails where a device is first needed, with
     an error of jax's own.
     """
-    wish = os.environ.get("JAX_PLATFORMS")
+    wish = os.environ.get("JAX_PLATFORMS", "")
     try:
         return None if jax.devices() else "JAX finds no device"
     except (RuntimeError, AssertionError) as e:
         why = str(e).strip().partition(" (set JAX_PLATFORMS")[0].replace("\n", " ")[:200]
         why = f" ({why})" if why else ""
         return (
-            f"JAX finds no device of JAX_PLATFORMS={wish or ''}{why}: install the extra that drives "
-            "it, pip install 'ppflow_jax[gpu]' or 'ppflow_jax[tpu]', or unset JAX_PLATFORMS"
+            f"JAX finds no device of JAX_PLATFORMS={wish}{why}: install the extra that drives it, "
+            "pip install 'ppflow_jax[gpu]' or 'ppflow_jax[tpu]', or unset JAX_PLATFORMS"
         )
 
 
