@@ -349,19 +349,20 @@ def test_pictures_where_nobody_may_write(folder, own, monkeypatch):
 def test_an_evaluation_of_a_checkpoint_that_was_killed_continues(
     small_run, folder, own, monkeypatch
 ):
-    asked = [f"--checkpoint={small_run}", "--reference=digits", "--features=digits", "--num=300"]
-    asked += [f"--out={own / 'card.json'}", "--metrics=fid"]
+    monkeypatch.setattr("ppflow_jax.generate.folder.SHARD", 4)
+    asked = [f"--checkpoint={small_run}", "--reference=digits", f"--features={folder / 'net'}"]
+    asked += [f"--out={own / 'card.json'}", "--metrics=fid", "--num=6"]
     code, _, err = run("evaluate", *asked)
     assert code == 0 and not list(own.glob("*.samples-*")), err
     whole = json.loads((own / "card.json").read_text())
-    monkeypatch.setattr(SampleFolder, "finish", lambda *args: sys.exit(9))
-    assert run("evaluate", *asked)[0] == 9
+    with monkeypatch.context() as killed:
+        killed.setattr(SampleFolder, "finish", lambda *args: sys.exit(9))
+        assert run("evaluate", *asked)[0] == 9
     (begun,) = own.glob("card.samples-*")
     (begun / "shards/000001.npy").unlink()
-    monkeypatch.undo()
     code, _, err = run("evaluate", *asked)
     assert code == 0 and not list(own.glob("*.samples-*")), err
     again = json.loads((own / "card.json").read_text())
     assert again["metrics"] == whole["metrics"]
-    assert again["samples"]["card"]["images_in_these_seconds"] == 44
-    assert whole["samples"]["name"].startswith("300 of ")
+    assert again["samples"]["card"]["images_in_these_seconds"] == 2
+    assert whole["samples"]["name"].startswith("6 of ")

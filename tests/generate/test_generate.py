@@ -108,7 +108,7 @@ def test_devices_do_not_talk():
 
     sampler = Sampler(apply, MODEL, CARD.flow, SamplerConfig("euler", 2, cfg=(2.0,)))
     generator, rows = Generator(sampler, Decoder(CARD)), np.zeros(128, np.int32)
-    noise, keys = jax.eval_shape(generator.drawn, np.uint32(0), rows)
+    noise, keys = jax.eval_shape(generator.drawn, np.zeros(128, np.uint32), rows)
     given = {"factor": np.float32(1)}, None, generator.scales, noise, rows, keys
     text = generator.compiled.lower(*given).compile().as_text()
     collectives = ("all-gather", "all-reduce", "all-to-all", "collective-permute")
