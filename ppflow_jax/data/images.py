@@ -259,7 +259,10 @@ def as_channels(
     if images.shape[-1] == channels:
         return images
     if channels == 1 and (images != images[..., :1]).any():
-        raise InputError("the images have colours, this feature network was trained on grey ones")
+        raise InputError(
+            "the images have colours, this feature network was trained on grey ones: give "
+            "--features of an Inception, or of a network trained on such pictures"
+        )
     return images[..., :1] if channels == 1 else np.repeat(images, channels, axis=-1)
 
 

@@ -31,7 +31,7 @@ for k, (x, y) in enumerate(zip(digits.images, digits.target)):
 """
 API = """
 import ppflow_jax as pf
-model = pf.load("rgb.pt", heads=4)
+model = pf.load("weights/rgb")
 assert model.config.channels == 3
 model = pf.load("runs/fine")
 plan = model.plan(steps=6, cfg=(1, 3))
@@ -55,12 +55,12 @@ HOUR = [
     ["sample", "--checkpoint=runs/fine", "--out=fast", "--num=8", "--accelerate=balanced"],
     ["sample", "--checkpoint=runs/fine", "--out=asked", "--requests=asked.jsonl", "--steps=6"],
     ["convert", "--source=runs/fine", "--to=torch", "--target=fine.pt"],
-    ["report", "runs/sit", "runs/fine", "--out=report.html", "--num=8"],
+    ["report", "runs/sit", "runs/fine", "--out=report.html"],
     ["train", "--config=digits", "--workdir=runs/digits", "--config.train.steps=4"],
     ["evaluate", "--reference=digits", "--train_features=weights/features"],
     ["evaluate", "--checkpoint=runs/digits", "--num=64", "--reference=digits",
      "--features=weights/features"],
-    ["bench", "--size=S", "--work=sample", "--batch=2", "--steps=2", "--rounds=1"],
+    ["bench", "--size=S", "--work=sample", "--batch=2", "--steps=3", "--rounds=1"],
 ]  # fmt: skip
 SAMPLE = ["sample", "--checkpoint=runs/fine", "--out=wrong"]
 WRONG = [
