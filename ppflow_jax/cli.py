@@ -100,14 +100,35 @@ def _parse(program: str, required: tuple[str, ...], positional: str) -> list[str
                 raise flags.Error(f"--{name} is required")
         return rest
     # ml_collections reports bad overrides of a config with these
-    except (AttributeError, KeyError) as e:
-        said = (
-            str(e.args[0] if e.args else e).replace("\\n", " ").replace("\\'", "").replace("'", "")
-        )
-        _fail(program, f"unknown key in a --config override: {said}", 2)
+    except (AttributeError, KeyError):
+        _fail(program, _unknown_key(sys.argv[1:]), 2)
     except (flags.Error, TypeError, ValueError, ImportError, OSError) as e:
         # absl quotes the whole traceback of a config file that raised: its last line says why
         _fail(program, str(e).strip().splitlines()[-1] if "Traceback" in str(e) else e, 2)
+
+
+def _unknown_key(arguments: list[str]) -> str:
+    """The first key in the overrides of a config that it does not have, and what it has there."""
+    names = [argument.lstrip("-").partition("=")[0] for argument in arguments]
+    where = names.index("config")
+    path = _config_by_name(arguments[where]).partition("=")[2] or arguments[where + 1]
+    try:
+        config = flags.FLAGS["config"].parser.parse(path)
+    except Exception as e:  # whatever somebody's file raises
+        return f"--config={path} raises {e!r}: mend it"
+    for name in names:
+        if not name.startswith("config."):
+            continue
+        section = config
+        for key in name.split(".")[1:]:
+            if not isinstance(section, ConfigDict):
+                return f"--{name}: {key!r} is below a value: leave it out"
+            if key not in section:
+                near = difflib.get_close_matches(key, section, 3, 0.5)
+                said = f"Did you mean {' or '.join(near)}? " if near else ""
+                return f"--{name}: unknown key {key!r}: {said}There are {', '.join(section)}"
+            section = section[key]
+    return f"unknown key in an override of --config={path}: see its file"
 
 
 def packaged(folder: str) -> Path:
@@ -125,6 +146,8 @@ def _config_by_name(argument: str) -> str:
     """
     match = re.fullmatch(r"(--?config=)([A-Za-z0-9_]+)(:.*)?", argument)
     if not match:
+        if importlib.util.find_spec("configs") is None:  # a file may build on them from anywhere
+            _import_packaged_configs()
         return argument
     folder = packaged("configs")
     names = sorted(path.stem for path in folder.glob("[!_]*.py"))
@@ -137,11 +160,16 @@ def _config_by_name(argument: str) -> str:
     # They import each other as `configs`, whatever else is called so.
     for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
         del sys.modules[name]
+    _import_packaged_configs()
+    return f"{match[1]}{folder / match[2]}.py{match[3] or ''}"
+
+
+def _import_packaged_configs() -> None:
+    folder = packaged("configs")
     spec = importlib.util.spec_from_file_location(
         "configs", folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
     sys.modules["configs"] = importlib.util.module_from_spec(spec)
-    return f"{match[1]}{folder / match[2]}.py{match[3] or ''}"
 
 
 def usage(main: Callable[..., None], required: tuple[str, ...] = ()) -> str:

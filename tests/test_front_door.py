@@ -107,8 +107,27 @@ def test_configs_by_name_from_any_folder(tmp_path):
 
 
 def test_unknown_keys_list_the_near_ones(tmp_path):
-    code, _, err = commands.train(tmp_path, "--config.optim.lrr=1")
-    assert code == 2 and 'Did you mean "lr" instead of "lrr"' in err and err.count("\n") == 1
+    for key, words in {
+        "optim.lrr": "--config.optim.lrr: unknown key 'lrr': Did you mean lr? There are b1, b2, ",
+        "optim.rl": "Did you mean lr?",
+        "optm.lr": "unknown key 'optm': Did you mean optim?",
+        "optim.zzz": "unknown key 'zzz': There are b1, b2, ",
+        "optim.lr.x": "'x' is below a value",
+    }.items():
+        code, _, err = commands.train(tmp_path, f"--config.{key}=1")
+        assert code == 2 and words in err and err.count("\n") == 1, err
+
+
+def test_a_config_that_fails_is_said(tmp_path):
+    (tmp_path / "bad.py").write_text("def get_config():\n    return {}['gone']\n")
+    code, _, err = commands.run("main", f"--config={tmp_path}/bad.py", f"--workdir={tmp_path}/run")
+    assert code == 2 and "bad.py raises KeyError('gone')" in err and err.count("\n") == 1, err
+
+
+def test_a_weight_file_is_no_checkpoint(tmp_path):
+    (tmp_path / "sit.pt").write_bytes(b"x")
+    code, _, err = commands.run("sample", f"--checkpoint={tmp_path}/sit.pt", f"--out={tmp_path}/x")
+    assert code == 1 and "ppflow convert --source=sit.pt --target=DIR" in err
 
 
 def test_the_architecture_comes_from_the_weights(tmp_path):
@@ -165,3 +184,12 @@ def test_a_platform_that_is_not_there():
     done = python("-m", "ppflow_jax.bench", "--steps=1", JAX_PLATFORMS="nonsense")
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert "JAX_PLATFORMS=nonsense" in done.stderr and "ppflow_jax[gpu]" in done.stderr
+
+
+def test_a_config_of_ones_own_builds_on_those_of_the_package(tmp_path):
+    own = "from configs import digits\n\ndef get_config():\n    return digits.get_config()\n"
+    (tmp_path / "own.py").write_text(own)
+    code = "import sys; sys.argv[0] = 'ppflow'; from ppflow_jax.__main__ import main; main()"
+    asked = ["-I", "-c", code, "train", "--config=own.py", "--config.train.steps=0"]
+    done = python(*asked, f"--workdir={tmp_path}/run", cwd=tmp_path)
+    assert done.returncode == 1 and "steps, *_every" in done.stderr, done.stderr

@@ -107,6 +107,11 @@ def find_checkpoint(path: str | Path) -> Path:
             return folder / str(steps[-1])
     if (path / "state").is_dir() or (path / "config").is_dir():
         return path
+    if path.is_file():
+        raise InputError(
+            f"{path} is a file: give a workdir or the folder of one step; weights of PyTorch "
+            f"become one by ppflow convert --source={path.name} --target=DIR"
+        )
     raise InputError(
         f"no checkpoint in {path}: expected a workdir with {FOLDER}/, or the folder of one step"
     )
