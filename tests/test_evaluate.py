@@ -19,7 +19,7 @@ from ppflow_jax.data.sources import digits
 from ppflow_jax.data.transforms import to_uint8
 from ppflow_jax.errors import InputError
 from ppflow_jax.generate.folder import SampleFolder
-from ppflow_jax.metrics import kept
+from ppflow_jax.metrics import feature_cache
 from ppflow_jax.metrics.evaluator import Evaluator, Reference, open_reference
 from ppflow_jax.metrics.extract import extract, read_statistics, save_statistics
 from ppflow_jax.metrics.frechet import frechet_distance
@@ -317,8 +317,8 @@ def test_killed_features_continue_with_the_same_numbers(folder, own, monkeypatch
     whole, _ = judged(folder, own, reference, "--batch=32")
     for path in own.glob("*.features-*"):
         path.unlink()
-    monkeypatch.setattr(kept, "SECONDS", -1)
-    save, calls = kept.Kept.save, []
+    monkeypatch.setattr(feature_cache, "SECONDS", -1)
+    save, calls = feature_cache.FeatureCache.save, []
 
     def dies(self, found):
         assert save(self, found)
@@ -327,7 +327,7 @@ def test_killed_features_continue_with_the_same_numbers(folder, own, monkeypatch
             raise SystemExit(9)
         return True
 
-    monkeypatch.setattr(kept.Kept, "save", dies)
+    monkeypatch.setattr(feature_cache.FeatureCache, "save", dies)
     asked = [f"--samples={own / 'samples.npz'}", f"--features={folder / 'net'}", "--batch=32"]
     for _ in range(2):
         assert run("evaluate", *asked, "--metrics=fid,kid", reference)[0] == 9
@@ -340,7 +340,7 @@ def test_pictures_where_nobody_may_write(folder, own, monkeypatch):
     def full(path):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(kept, "atomic", full)
+    monkeypatch.setattr(feature_cache, "atomic", full)
     asked = [f"--samples={own / 'samples.npz'}", f"--features={folder / 'net'}", "--metrics=fid"]
     code, _, err = run("evaluate", *asked, f"--reference={own / 'reference.npz'}")
     assert code == 0 and err.count("cannot keep features") == 2, err

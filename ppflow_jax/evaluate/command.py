@@ -23,7 +23,7 @@ from ppflow_jax.metrics.evaluator import (
     open_reference,
 )
 from ppflow_jax.metrics.extract import extract, save_statistics
-from ppflow_jax.metrics.kept import Kept
+from ppflow_jax.metrics.feature_cache import FeatureCache
 from ppflow_jax.metrics.networks import FeatureNetwork, load_features, save_small, small_features
 from ppflow_jax.metrics.table import table
 from ppflow_jax.metrics.train_small_network import train_features
@@ -66,7 +66,7 @@ def judge() -> None:
         _write_statistics(statistics, reference.images, network)
     if samples or made:
         seed = made.seed if made else FLAGS.seed or 0
-        settings = {"batch": FLAGS.batch, "seed": seed, "beside": True}
+        settings = {"batch": FLAGS.batch, "seed": seed, "cache": True}
         evaluator = Evaluator(network, reference, tuple(FLAGS.metrics), **settings)
         if samples:
             result, card = evaluator(samples), _made_by(Path(FLAGS.samples))
@@ -123,15 +123,15 @@ def _train() -> None:
 
 def _write_statistics(path: Path, images: ImageSet, network: FeatureNetwork) -> None:
     moments = tuple(name for name in ("features", "spatial") if name in network.dimensions)
-    kept = Kept.beside(images, network, moments, ())
-    found = extract(images, network, moments=moments, batch=FLAGS.batch, kept=kept)
+    cache = FeatureCache.beside(images, network, moments, ())
+    found = extract(images, network, moments=moments, batch=FLAGS.batch, cache=cache)
     card = {"dataset": images.name, "shape": images.shape, "features": network.card}
     if FLAGS.size:
         card["crop"] = f"ADM's centre crop to {FLAGS.size}"
     path.parent.mkdir(parents=True, exist_ok=True)
     save_statistics(path, found.statistics, card | environment())
-    if kept:
-        kept.remove()
+    if cache:
+        cache.remove()
     print(f"statistics of {images} in {path}")
 
 

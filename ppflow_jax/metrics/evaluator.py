@@ -15,9 +15,9 @@ import numpy as np
 from ppflow_jax.data.images import ImageSet, npz_images, open_images
 from ppflow_jax.errors import InputError
 from ppflow_jax.metrics.extract import Extracted, check_shape, extract, read_statistics
+from ppflow_jax.metrics.feature_cache import FeatureCache
 from ppflow_jax.metrics.frechet import frechet_distance
 from ppflow_jax.metrics.inception_score import SPLIT_SIZE, inception_scores
-from ppflow_jax.metrics.kept import Kept
 from ppflow_jax.metrics.kid import SUBSET_SIZE, SUBSETS, kid_of_subsets, subset_indices
 from ppflow_jax.metrics.moments import Statistics
 from ppflow_jax.metrics.networks import FeatureNetwork
@@ -75,15 +75,15 @@ class Evaluator:
         *,
         batch: int = 64,
         seed: int = 0,
-        beside: bool = False,
+        cache: bool = False,
     ):
         """
         Args:
-          beside: keep features in files beside the pictures: those of the reference for good,
+          cache: keep features in files beside the pictures: those of the reference for good,
             those of samples until they are judged.
         """
         self.network, self.reference, self.batch, self.seed = network, reference, batch, seed
-        self.beside = beside
+        self.cache = cache
         check_names(metrics)
         _check_statistics(reference, network)
         if reference.images:
@@ -97,7 +97,7 @@ class Evaluator:
         self._moments = tuple(_MOMENTS[m] for m in self.metrics if m in _MOMENTS)
         self._pairs = any(m in _PAIRS for m in self.metrics)
         self._known: Extracted | None = None
-        self._reference_file: Kept | None = None
+        self._reference_cache: FeatureCache | None = None
 
     def _impossible(self, metric: str) -> str | None:
         """Why network and reference do not allow it."""
@@ -125,17 +125,17 @@ class Evaluator:
             keep = ("features",) if self._pairs else ()
             found = Extracted()
             if missing or keep:
-                found, self._reference_file = self._extract(reference.images, missing, keep)
+                found, self._reference_cache = self._extract(reference.images, missing, keep)
             self._known = Extracted(found.statistics | reference.statistics, found.kept)
         return self._known
 
     def _extract(
         self, images: ImageSet, moments: tuple[str, ...], keep: tuple[str, ...]
-    ) -> tuple[Extracted, Kept | None]:
+    ) -> tuple[Extracted, FeatureCache | None]:
         """Features, and the file that they are kept in."""
-        kept = Kept.beside(images, self.network, moments, keep) if self.beside else None
-        options = {"moments": moments, "keep": keep, "batch": self.batch, "kept": kept}
-        return extract(images, self.network, **options), kept
+        cache = FeatureCache.beside(images, self.network, moments, keep) if self.cache else None
+        options = {"moments": moments, "keep": keep, "batch": self.batch, "cache": cache}
+        return extract(images, self.network, **options), cache
 
     def check(self, name: str, count: int, shape: tuple[int, ...]) -> None:
         """What can be known of samples before any feature is computed, or any sample made.
@@ -166,7 +166,7 @@ class Evaluator:
         keep = (("features",) if self._pairs else ()) + (
             ("logits",) if "is" in self.metrics else ()
         )
-        found, kept = self._extract(samples, self._moments, keep)
+        found, cache = self._extract(samples, self._moments, keep)
         values, ranks, settings = {}, {}, {}
         for metric in set(self.metrics) & set(_MOMENTS):
             name = _MOMENTS[metric]
@@ -186,8 +186,8 @@ class Evaluator:
             rows = subset_indices(len(x), len(y), size=size, seed=self.seed)
             values["kid"], values["kid_std"] = kid_of_subsets(x, y, *rows)
             settings |= {"kid_subsets": SUBSETS, "kid_subset_size": size, "kid_seed": self.seed}
-        if kept and kept != self._reference_file:  # a set may be compared with itself
-            kept.remove()
+        if cache and cache != self._reference_cache:  # a set may be compared with itself
+            cache.remove()
         shown = {m: values[m] for m in (*METRICS, "kid_std") if m in values}
         shown = {m: v for m, v in shown.items() if m.removesuffix("_std") in self.metrics}
         return {

@@ -19,7 +19,7 @@ from ppflow_jax.console import progress
 from ppflow_jax.data.images import ImageSet, as_channels
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.disk import atomic
-from ppflow_jax.metrics.kept import Diary, Found, Kept
+from ppflow_jax.metrics.feature_cache import Autosave, FeatureCache, Partial
 from ppflow_jax.metrics.moments import Moments, Statistics
 from ppflow_jax.metrics.networks import FeatureNetwork
 
@@ -44,24 +44,24 @@ def extract(
     keep: tuple[str, ...] = (),
     batch: int = 64,
     devices: list[jax.Device] | None = None,
-    kept: Kept | None = None,
+    cache: FeatureCache | None = None,
 ) -> Extracted:
     """One pass over the pictures: statistics of `moments`, float32 arrays of `keep`.
 
     A batch (at least one picture a device) is shared among the devices of this process; sums are
     float64 on the host, so neither its size nor the number of devices nor the order matters.
-    What is `kept` of an earlier pass is not computed again.
+    What is in the `cache` is not computed again.
 
     Raises:
       InputError: pictures that the network does not take or that cannot be read.
     """
     check_shape(images.name, images.shape, network)
-    found = kept.load() if kept else None
+    found = cache.load() if cache else None
     if found is None:
-        found = Found(0, {name: Moments() for name in moments}, {name: [] for name in keep})
+        found = Partial(0, {name: Moments() for name in moments}, {name: [] for name in keep})
     if found.done < images.count:
         devices = devices or jax.local_devices()
-        found = _continue(found, images, network, batch, devices, kept)
+        found = _continue(found, images, network, batch, devices, cache)
     return Extracted(
         {name: sums.statistics() for name, sums in found.sums.items()},
         {name: np.concatenate(parts) for name, parts in found.parts.items()},
@@ -69,13 +69,13 @@ def extract(
 
 
 def _continue(
-    found: Found,
+    found: Partial,
     images: ImageSet,
     network: FeatureNetwork,
     batch: int,
     devices: list[jax.Device],
-    kept: Kept | None,
-) -> Found:
+    cache: FeatureCache | None,
+) -> Partial:
     """With the pictures that are missing."""
     mesh = Mesh(np.array(devices), ("data",))
     place, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
@@ -84,7 +84,7 @@ def _continue(
     params = jax.device_put(network.params, everywhere)
     batch = -(-min(batch, images.count) // len(devices)) * len(devices)
     bar = progress(images.count, found.done, "img", f"features of {Path(images.name).name}")
-    diary = Diary(kept)
+    autosave = Autosave(cache)
 
     def collect(features, count):
         nonlocal found
@@ -96,7 +96,7 @@ def _continue(
                 found.parts[name].append(host)
         found = found._replace(done=found.done + count)
         bar.update(count)
-        diary.note(found, found.done == images.count)
+        autosave.note(found, found.done == images.count)
 
     running = None
     channels = network.shape[-1] if network.shape else 3

@@ -23,7 +23,7 @@ from ppflow_jax.metrics.networks import FeatureNetwork
 SECONDS = 60  # between two writes of what is there so far
 
 
-class Found(NamedTuple):
+class Partial(NamedTuple):
     """What is known of the first `done` pictures: sums, and the parts of single features."""
 
     done: int
@@ -32,7 +32,7 @@ class Found(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Kept:
+class FeatureCache:
     """One npz file, NAME.features-KEY.npz beside the pictures.
 
     The key is of everything that the features depend on: names, sizes and times of the picture
@@ -50,7 +50,7 @@ class Kept:
         network: FeatureNetwork,
         moments: tuple[str, ...],
         keep: tuple[str, ...],
-    ) -> Kept | None:
+    ) -> FeatureCache | None:
         """The file for these pictures; None for pictures that come from no file."""
         if not images.files:
             return None
@@ -68,7 +68,7 @@ class Kept:
         place = Path(os.path.abspath(images.name))
         return cls(place.with_name(f"{place.name}.features-{key}.npz"), text)
 
-    def load(self) -> Found | None:
+    def load(self) -> Partial | None:
         """What is there; None without the file. A damaged one is said and counts as none."""
         if not self.path.exists():
             return None
@@ -81,12 +81,12 @@ class Kept:
                 for name in card["moments"]
             }
             parts = {name: [arrays[f"{name}.single"]] for name in card["features"]}
-            return Found(int(arrays["done"]), sums, parts)
+            return Partial(int(arrays["done"]), sums, parts)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
             say(f"{self.path} is damaged ({e}): its features are computed again")
             return None
 
-    def save(self, found: Found) -> bool:
+    def save(self, found: Partial) -> bool:
         """Write it, if that is possible; pictures may lie where nobody can write."""
         arrays = {"card": np.array(self.card), "done": np.array(found.done)}
         for name, moments in found.sums.items():
@@ -105,16 +105,16 @@ class Kept:
         self.path.unlink(missing_ok=True)
 
 
-class Diary:
-    """Writes what is found every now and then."""
+class Autosave:
+    """Writes what is found every `SECONDS`, and at the end."""
 
-    def __init__(self, kept: Kept | None):
-        self.kept, self._last = kept, time.monotonic()
+    def __init__(self, cache: FeatureCache | None):
+        self.cache, self._last = cache, time.monotonic()
 
-    def note(self, found: Found, last: bool) -> None:
-        if self.kept and (last or time.monotonic() - self._last > SECONDS):
-            if not self.kept.save(found):
-                self.kept = None
+    def note(self, found: Partial, last: bool) -> None:
+        if self.cache and (last or time.monotonic() - self._last > SECONDS):
+            if not self.cache.save(found):
+                self.cache = None
             self._last = time.monotonic()
 
 
