@@ -178,11 +178,11 @@ def main(folder: Path) -> int:
     subprocess.run([bin_ / "pip", "install", "-q", wheel], check=True)
     print(f"installed in {time.monotonic() - started:.0f} s", flush=True)
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    kept["JAX_PLATFORMS"] = "cpu"
+    kept |= {"JAX_PLATFORMS": "cpu", "MPLBACKEND": "agg"}
 
-    def call(*args):
+    def call(*args, cwd=folder):
         start = time.monotonic()
-        done = subprocess.run(args, cwd=folder, env=kept, capture_output=True, text=True)
+        done = subprocess.run(args, cwd=cwd, env=kept, capture_output=True, text=True)
         return done, time.monotonic() - start
 
     problems = []
@@ -207,8 +207,10 @@ def main(folder: Path) -> int:
     code = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
     scripts = {"API": API, "notebook": "\n\n".join(code), "wrong calls": WRONG_API}
     for name, text in scripts.items():
-        (folder / "script.py").write_text(text)
-        done, seconds = call(bin_ / "python", "script.py")
+        here = folder / "examples" if name == "notebook" else folder
+        here.mkdir(exist_ok=True)
+        (here / "script.py").write_text(text)
+        done, seconds = call(bin_ / "python", "script.py", cwd=here)
         expect(done.returncode == 0, f"{name}: {seconds:.0f} s {done.stderr[-300:]}")
     for args, says in WRONG:
         done, _ = call(bin_ / "ppflow", *args)
