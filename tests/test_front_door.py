@@ -189,7 +189,13 @@ def test_a_platform_that_is_not_there():
 def test_a_config_of_ones_own_builds_on_those_of_the_package(tmp_path):
     own = "from configs import digits\n\ndef get_config():\n    return digits.get_config()\n"
     (tmp_path / "own.py").write_text(own)
-    code = "import sys; sys.argv[0] = 'ppflow'; from ppflow_jax.__main__ import main; main()"
-    asked = ["-I", "-c", code, "train", "--config=own.py", "--config.train.steps=0"]
+    # As installed: the package is found, the folder that it lies in is not searched.
+    code = f"""
+import sys
+from ppflow_jax.__main__ import main
+sys.path.remove({str(commands.ROOT)!r})
+main()
+"""
+    asked = ["-c", code, "train", "--config=own.py", "--config.train.steps=0"]
     done = python(*asked, f"--workdir={tmp_path}/run", cwd=tmp_path)
     assert done.returncode == 1 and "steps, *_every" in done.stderr, done.stderr
