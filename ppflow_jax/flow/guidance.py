@@ -3,50 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# (x, t, y, stage) -> prediction with the shape of x
-Predict = Callable[[Array, Array, Array, int], Array]
+# (x, t, y) -> prediction with the shape of x
+Predict = Callable[[Array, Array, Array], Array]
 
 
-def guided(
-    network: Predict,
-    x: Float[Array, "b h w c"],
-    t: Float[Array, " b"],
-    y: Int[Array, " b"],
-    stage: int,
-    scale: Float[Array, ""] | float,
-    null_label: int,
-    channels: int,
-) -> Float[Array, "b h w c"]:
+@dataclass(frozen=True)
+class Cfg:
     """u + scale (c - u), c with the label and u with the null class, from one doubled batch.
 
-    `channels` > 0 guides only the first ones; the others keep c (the PyTorch code guides 3 of
-    4). A scale of 1 is c: callers who know it beforehand call `network` and save half.
+    A scale of 1 is c: callers who know it beforehand call the network and save half.
+
+    Attributes:
+      channels: 0 guides all; n > 0 only the first n, the others keep c (the PyTorch code guides
+        3 of 4).
     """
 
-    def pairs(first: Array, second: Array) -> Array:
-        # The two halves of an image are neighbours, so that a batch split over devices stays put.
-        return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
+    null_label: int
+    channels: int = 0
 
-    both = network(pairs(x, x), pairs(t, t), pairs(y, jnp.full_like(y, null_label)), stage)
-    return _extrapolate(both[0::2], both[1::2], scale, channels)
+    def __call__(
+        self,
+        predict: Predict,
+        weak: Predict | None,
+        x: Float[Array, "b h w c"],
+        t: Float[Array, " b"],
+        y: Int[Array, " b"],
+        scale: Float[Array, ""] | float,
+    ) -> Float[Array, "b h w c"]:
+        def pairs(first: Array, second: Array) -> Array:
+            # The two halves of an image are neighbours: a batch split over devices stays put.
+            return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
+
+        both = predict(pairs(x, x), pairs(t, t), pairs(y, jnp.full_like(y, self.null_label)))
+        return _extrapolate(both[0::2], both[1::2], scale, self.channels)
 
 
-def autoguided(
-    network: Predict,
-    weak: Predict,
-    x: Float[Array, "b h w c"],
-    t: Float[Array, " b"],
-    y: Int[Array, " b"],
-    stage: int,
-    scale: Float[Array, ""] | float,
-    channels: int,
-) -> Float[Array, "b h w c"]:
+@dataclass(frozen=True)
+class Auto:
     """w + scale (c - w), w by a weaker network that sees the same labels; no null class."""
-    return _extrapolate(network(x, t, y, stage), weak(x, t, y, stage), scale, channels)
+
+    channels: int = 0
+
+    def __call__(
+        self,
+        predict: Predict,
+        weak: Predict,
+        x: Float[Array, "b h w c"],
+        t: Float[Array, " b"],
+        y: Int[Array, " b"],
+        scale: Float[Array, ""] | float,
+    ) -> Float[Array, "b h w c"]:
+        return _extrapolate(predict(x, t, y), weak(x, t, y), scale, self.channels)
+
+
+Guidance = Cfg | Auto
 
 
 def _extrapolate(

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from ppflow_jax.models.config import ModelConfig
+
+
+class Evaluation(NamedTuple):
+    """One evaluation of a step, as a method is given it.
+
+    Attributes:
+      call: computes the true value. At level `network`, `call()` is the prediction and
+        `call(trunk=T)` is (prediction, what T returned besides), T a `models.network.Trunk` that
+        replaces the scan over the blocks; at level `velocity`, `call()` is the velocity.
+      inputs: of the step, a row of `Segment.inputs`.
+      full: whether the step is full; see `either`.
+    """
+
+    call: Callable[..., Any]
+    inputs: Any
+    full: Bool[Array, ""] | bool
 
 
 @runtime_checkable
@@ -20,10 +36,10 @@ class Method(Protocol):
     at each step (`Segment.inputs`, arrays with a leading axis of steps: weight tables, slots, ...).
     Both are branches of one program, so that what they share is compiled once. Whatever passes
     from one evaluation to the next is the method's *memory*, a pytree of arrays. The sampler keeps
-    one for every evaluation slot of the solver and for every network (guidance doubles the batch:
-    even rows have the label, odd ones the null class), starts it with the largest numbers
-    (integers: 0, booleans: false) where a segment does not keep the memory of the one before it,
-    and carries it through the steps in place.
+    one for every evaluation of a step and for every network (guidance doubles the batch: even rows
+    have the label, odd ones the null class), starts it with the largest numbers (integers: 0,
+    booleans: false) where a segment does not keep the memory of the one before it, and carries it
+    through the steps in place.
 
     A memory never outlives a stage, a change of batch rows, or a segment without a method.
 
@@ -35,20 +51,12 @@ class Method(Protocol):
     level: str
     name: str
 
-    def evaluate(
-        self, call: Callable[..., Any], memory: Any, inputs: Any, full: Bool[Array, ""] | bool
-    ) -> tuple[Any, Any]:
-        """One evaluation: (its result, the new memory).
+    def memory(self, evaluation: Evaluation) -> Any:
+        """A new memory; only its shapes are used."""
+        ...
 
-        Args:
-          call: computes the true value. At level `network`, `call()` is the prediction and
-            `call(trunk=T)` is (prediction, what T returned besides), T a `models.network.Trunk`
-            that replaces the scan over the blocks; at level `velocity`, `call()` is the velocity.
-          memory: of this slot and network; None asks for the shapes of a new one, and the result
-            is then not used.
-          inputs: of this step, without the leading axis.
-          full: whether the step is full; see `either`.
-        """
+    def evaluate(self, evaluation: Evaluation, memory: Any) -> tuple[Any, Any]:
+        """The value of an evaluation, and the new memory."""
         ...
 
     def flops(self, model: ModelConfig, stage: int, full: bool, inputs: Any) -> int:

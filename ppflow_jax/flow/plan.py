@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.method import Method
+from ppflow_jax.flow.multistep import MULTISTEP, Rows
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.solvers import DIFFUSIONS, LAST_STEPS, ODE_SOLVERS, SDE_SOLVERS
 from ppflow_jax.pyramid import Pyramid
 
 GRIDS = ("aligned", "reference")
 ADAPTIVE = "dopri5"
-SOLVERS = (*ODE_SOLVERS, ADAPTIVE, *SDE_SOLVERS)
+SOLVERS = (*ODE_SOLVERS, *MULTISTEP, ADAPTIVE, *SDE_SOLVERS)
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class Segment:
     """Consecutive steps that share every static fact.
 
     Attributes:
-      kind: `ode`, `sde`, `last` (the SDE's noise-free last step) or `adaptive`.
+      kind: `ode`, `multistep`, `sde`, `last` (the SDE's noise-free last step) or `adaptive`.
       stages: stage of each model evaluation within a step.
       scales: guidance scale of each evaluation.
       times: grid points, one more than steps; float32 values.
@@ -146,6 +148,7 @@ class Segment:
       full: of every step, whether it is full in the sense of `Method`.
       inputs: what the method is given, a pytree of arrays with a leading axis of steps.
       keeps: whether the method's memory of the segment before is kept.
+      rows: of a multistep solver.
     """
 
     kind: str
@@ -156,6 +159,7 @@ class Segment:
     full: tuple[bool, ...] = ()
     inputs: Any = field(default=None, compare=False)
     keeps: bool = False
+    rows: Rows | None = field(default=None, compare=False)
 
     @property
     def steps(self) -> int:
@@ -242,7 +246,8 @@ def plan(config: SamplerConfig, pyramid: Pyramid, flow: Flow) -> tuple[Segment, 
             )
             for s, a, b in pieces
         )
-    nodes = (ODE_SOLVERS | SDE_SOLVERS)[config.solver].nodes
+    multistep = config.solver in MULTISTEP
+    nodes = (0.0,) if multistep else (ODE_SOLVERS | SDE_SOLVERS)[config.solver].nodes
     aligned = config.grid == "aligned"
     if aligned:
         times = aligned_grid(lo, hi, config.steps, pyramid)
@@ -260,12 +265,14 @@ def plan(config: SamplerConfig, pyramid: Pyramid, flow: Flow) -> tuple[Segment, 
         return stages, tuple(config.scale_at(decided, scales[s]) for s in stages)
 
     steps = [(facts(a, b), float(a), float(b)) for a, b in zip(times, times[1:])]
-    kind = "sde" if config.stochastic else "ode"
-    segments = []
+    kind = "sde" if config.stochastic else "multistep" if multistep else "ode"
+    segments: list[Segment] = []
     for (stages, step_scales), group in itertools.groupby(steps, key=lambda s: s[0]):
         group = list(group)
         points = (group[0][1], *(s[2] for s in group))
         segments.append(Segment(kind, stages, step_scales, points))
+    if multistep:
+        return with_rows(segments, MULTISTEP[config.solver](flow, times))
     if config.stochastic and config.last_step != "none":
         start, end = times[-1], times[-1] + np.float32(config.last_step_size)
         stage = pyramid.stage_at(start)
@@ -273,6 +280,15 @@ def plan(config: SamplerConfig, pyramid: Pyramid, flow: Flow) -> tuple[Segment, 
         last = (float(start), float(start) + config.last_step_size)
         segments.append(Segment("last", (stage,), (scale,), last))
     return tuple(segments)
+
+
+def with_rows(segments: Iterable[Segment], rows: Rows) -> tuple[Segment, ...]:
+    """Multistep segments with their parts of the rows of the whole plan."""
+    out, first = [], 0
+    for s in segments:
+        out.append(replace(s, rows=rows.part(first, first + s.steps)))
+        first += s.steps
+    return tuple(out)
 
 
 def evaluations(segments: tuple[Segment, ...]) -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +11,10 @@ from jaxtyping import Array, Float, Int, Key
 
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.adaptive import dopri5
-from ppflow_jax.flow.guidance import autoguided, guided
-from ppflow_jax.flow.path import Flow, velocity_from
+from ppflow_jax.flow.evaluate import Evaluator
+from ppflow_jax.flow.guidance import Auto, Cfg
+from ppflow_jax.flow.multistep import Past, multistep
+from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig, Segment, plan
 from ppflow_jax.flow.solvers import ODE_SOLVERS, Sde, rk_step, sde_last_step, sde_step
 from ppflow_jax.flow.tables import (
@@ -21,7 +22,6 @@ from ppflow_jax.flow.tables import (
     Networks,
     Scales,
     Tables,
-    row,
     runs_of,
     tables_of,
     unwritten,
@@ -47,6 +47,17 @@ def image_noise(
     keys = jax.vmap(pair)(seeds, ids)
     noise = jax.vmap(lambda k: jax.random.normal(k, shape))(keys[:, 0])
     return noise, keys[:, 1]
+
+
+class State(NamedTuple):
+    """What goes from step to step.
+
+    Attributes:
+      past: of a multistep solver.
+    """
+
+    x: Float[Array, "b h w c"]
+    past: Past | None = None
 
 
 class Sampler:
@@ -75,16 +86,16 @@ class Sampler:
         segments: tuple[Segment, ...] | None = None,
         weak: Apply | None = None,
     ):
-        if config.cfg_channels > model.channels:
+        channels = config.cfg_channels
+        if channels > model.channels:
             raise InputError(
-                f"cfg_channels is {config.cfg_channels}, the model has {model.channels} channels: "
+                f"cfg_channels is {channels}, the model has {model.channels} channels: "
                 "give at most as many, or all"
             )
-        self.apply, self.flow, self.config, self.null_label = apply, flow, config, model.null_label
-        self.weak = weak
+        self.apply, self.weak, self.flow, self.config = apply, weak, flow, config
+        self.guidance = Cfg(model.null_label, channels) if weak is None else Auto(channels)
         self.segments = plan(config, model.pyramid, flow) if segments is None else segments
-        self.compiled = jax.jit(self._segment, static_argnames="facts")
-        self.accelerated = jax.jit(self._accelerated, static_argnames="facts")
+        self.compiled = jax.jit(self.run, static_argnames="facts")
 
     def __call__(
         self,
@@ -114,36 +125,41 @@ class Sampler:
         Returns:
           Latents, float32.
         """
-        x, states, first = noise, [noise[None]], 0
+        state, states, first = self.start(noise), [noise[None]], 0
         for number, run in enumerate(runs_of(self.segments)):
             steps = sum(s.steps for s in run)
             noises = None if replay is None else replay[first : first + steps]
             nets = Networks(params, weak, labels)
-            program, tables, facts = self._program(run, trajectory)
+            tables, facts = self.program(run, trajectory)
             tables = tables if scales is None else tables._replace(scales=scales[number])
-            x, passed = program(x, nets, tables, facts, keys, first, noises)
-            states.append(passed[:steps] if trajectory else None)
+            state, passed = self.compiled(state, nets, tables, facts, keys, first, noises)
+            states.append(passed)
             first += steps
-        return jnp.concatenate(states) if trajectory else x
+        return jnp.concatenate(states) if trajectory else state.x
+
+    def start(self, noise: Float[Array, "b h w c"]) -> State:
+        """Before the first step."""
+        rows = self.segments[0].rows
+        return State(noise, None if rows is None else Past.empty(noise, rows.rule))
 
     def lower(self, params: Params, noise: Any, labels: Any, keys: Any) -> list[jax.stages.Lowered]:
         """The program of every run of segments, from shapes alone (`jax.ShapeDtypeStruct`).
 
         For plans without a weaker network.
         """
-        lowered, first = [], 0
+        lowered, first, state = [], 0, jax.eval_shape(self.start, noise)
         for run in runs_of(self.segments):
             nets = Networks(params, None, labels)
-            program, tables, facts = self._program(run, False)
-            lowered.append(program.lower(noise, nets, tables, facts, keys, first, None))
+            tables, facts = self.program(run, False)
+            lowered.append(self.compiled.lower(state, nets, tables, facts, keys, first, None))
             first += sum(s.steps for s in run)
         return lowered
 
-    def _program(self, run: list[Segment], trajectory: bool):
-        """What to call for segments that share a program, with what tables."""
-        segment = run[0]
-        facts = Facts(segment.kind, segment.stages, segment.guided, segment.method, trajectory)
-        return self.compiled if segment.method is None else self.accelerated, tables_of(run), facts
+    def program(self, run: list[Segment], trajectory: bool) -> tuple[Tables, Facts]:
+        """What `run` is given for segments that share a program."""
+        s = run[0]
+        rule = None if s.rows is None else s.rows.rule
+        return tables_of(run), Facts(s.kind, s.stages, s.guided, s.method, rule, trajectory)
 
     def memory_of(
         self, segment: Segment, params: Params, weak: Params | None, x: Any, y: Any
@@ -152,124 +168,82 @@ class Sampler:
         arguments; None without a method."""
         if segment.method is None:
             return None
-        scales = np.float32([segment.scales] * segment.steps)
-        tables = Tables(np.float32(segment.times), scales, segment.inputs)
-        facts = Facts(segment.kind, segment.stages, segment.guided, segment.method, False)
+        tables, facts = self.program([segment], False)
 
-        def run(x, nets, tables):
-            return self._memory(self._accelerated_step(nets, tables, facts), x)
+        def memories(x, nets, tables):
+            return self._memories(self._evaluator(nets, facts), x, tables)
 
-        return jax.eval_shape(run, x, Networks(params, weak, y), tables)
+        return jax.eval_shape(memories, x, Networks(params, weak, y), tables)
 
-    def _predict(self, model, weak, x, t, y, scale, stage, guide):
-        """The prediction of networks (x, t, y, stage) -> prediction, guided or not."""
-        ts = jnp.full(x.shape[:1], t)
-        if not guide:
-            return model(x, ts, y, stage)
-        channels = self.config.cfg_channels
-        if weak is not None:
-            return autoguided(model, weak, x, ts, y, stage, scale, channels)
-        return guided(model, x, ts, y, stage, scale, self.null_label, channels)
+    def run(
+        self,
+        state: State,
+        nets: Networks,
+        tables: Tables,
+        facts: Facts,
+        keys: Key[Array, " b"] | None,
+        first: Any,
+        replay: Float[Array, "n b h w c"] | None,
+    ) -> tuple[State, Float[Array, "n b h w c"] | None]:
+        """The state after the steps of a program; if asked, the latents after each of them.
 
-    def _plain(self, nets: Networks):
-        """The networks with their parameters."""
-        weak = partial(self.weak, nets.weak) if self.weak is not None else None
-        return partial(self.apply, nets.params), weak
+        Args:
+          first: number of the first step in the plan.
+        """
+        evaluator, config, x = self._evaluator(nets, facts), self.config, state.x
+        sde = Sde(self.flow, config.diffusion, config.diffusion_norm)
+        if facts.kind in ("adaptive", "last"):
+            start, end = tables.times[0], tables.times[1]
+            step = evaluator.step(tables.scales[0], self._none())
+            if facts.kind == "adaptive":
+                tolerances = config.rtol, config.atol
+                x = dopri5(
+                    lambda x, t, y: step.velocity(x, t, 0, y),
+                    *(x, nets.labels, (start, end), tolerances),
+                )
+            else:
+                prediction, size = step.prediction(x, start, 0), config.last_step_size
+                x = sde_last_step(config.last_step, sde, prediction, x, start, size)
+            return State(x), x[None] if facts.trajectory else None
 
-    def _segment(self, x, nets, tables, facts, keys, first, replay):
-        """Final state of a plain segment, and if asked the states after its steps."""
-        flow, config, networks = self.flow, self.config, self._plain(nets)
-        times, scales = tables.times, tables.scales
-
-        def predict(scale, x, t, i, y=nets.labels):
-            args = (scale[i], facts.stages[i], facts.guide[i])
-            return self._predict(*networks, x, t, y, *args)
-
-        def velocity(scale, x, t, i, y=nets.labels):
-            return velocity_from(flow, predict(scale, x, t, i, y), x, jnp.full(x.shape[:1], t))
-
-        if facts.kind == "adaptive":
-            x = dopri5(
-                lambda x, t, y: velocity(scales[0], x, t, 0, y),
-                x,
-                nets.labels,
-                (times[0], times[1]),
-                (config.rtol, config.atol),
-            )
-            return x, x[None] if facts.trajectory else None
-        sde = Sde(flow, config.diffusion, config.diffusion_norm)
-        if facts.kind == "last":
-            size = config.last_step_size
-            prediction = predict(scales[0], x, times[0], 0)
-            x = sde_last_step(config.last_step, sde, prediction, x, times[0], size)
-            return x, x[None] if facts.trajectory else None
-
-        def step(x, inputs):
-            t0, t1, scale, index, noise = inputs
+        def advance(carry, row):
+            (x, past), memories = carry
+            (t0, t1, scale, weights, inputs, full), index, noise = row
+            step = evaluator.step(scale, memories, inputs, full)
             if facts.kind == "ode":
-                x = rk_step(ODE_SOLVERS[config.solver], partial(velocity, scale), x, t0, t1)
+                x = rk_step(ODE_SOLVERS[config.solver], step.velocity, x, t0, t1)
+            elif facts.kind == "multistep":
+                x, past = multistep(facts.rule, self.flow, step.velocity, x, t0, weights, past)
             else:
                 if noise is None:
                     step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
                     noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(step_keys)
-                x = sde_step(config.solver, sde, partial(predict, scale), x, t0, t1, noise)
-            return x, x if facts.trajectory else None
+                x = sde_step(config.solver, sde, step.prediction, x, t0, t1, noise)
+            return (State(x, past), tuple(step.memories)), x if facts.trajectory else None
 
-        indices = first + jnp.arange(times.shape[0] - 1)
-        x, states = jax.lax.scan(step, x, (times[:-1], times[1:], scales, indices, replay))
-        return x, states
+        indices = first + jnp.arange(tables.times.shape[0] - 1)
+        shapes = jax.eval_shape(lambda x: self._memories(evaluator, x, tables), x)
+        memories = jax.tree.map(unwritten, shapes)
+        (state, _), states = jax.lax.scan(
+            advance, (state, memories), (tables.by_step(), indices, replay)
+        )
+        return state, states
 
-    def _accelerated(self, x, nets, tables, facts, keys, first, replay):
-        """`_segment` of a fixed-grid ODE whose evaluations a method computes.
+    def _evaluator(self, nets: Networks, facts: Facts) -> Evaluator:
+        return Evaluator(self.apply, self.weak, self.flow, self.guidance, nets, facts)
 
-        The tables may be longer than the steps that are taken.
-        """
-        step = self._accelerated_step(nets, tables, facts)
-        memory = jax.tree.map(unwritten, jax.eval_shape(partial(self._memory, step), x))
-        states = jnp.zeros((tables.times.shape[0] - 1, *x.shape)) if facts.trajectory else None
+    def _none(self) -> tuple[dict, ...]:
+        """The memories of a step before there are any."""
+        tableau = ODE_SOLVERS.get(self.config.solver)
+        return ({},) * (2 if tableau is None else len(tableau.nodes))
 
-        def body(k, carry):
-            x, memory, states = carry
-            x, memory = step(x, memory, k, row(tables.full, k))
-            return x, memory, None if states is None else states.at[k].set(x)
-
-        x, _, states = jax.lax.fori_loop(0, tables.steps, body, (x, memory, states))
-        return x, states
-
-    def _memory(self, step, x):
-        """What `step` leaves in its method's memory, which it makes."""
-        return step(x, tuple({} for _ in ODE_SOLVERS[self.config.solver].nodes), 0, True)[1]
-
-    def _accelerated_step(self, nets, tables, facts):
-        """(state, memory, number of the step, whether it is full) -> (state, memory)."""
-        flow, tableau, method = self.flow, ODE_SOLVERS[self.config.solver], facts.method
-        model, weak = self._plain(nets)
-
-        def step(x, memory, k, full):
-            scale, now = row((tables.scales, tables.inputs), k)
-            slots = [dict(slot) for slot in memory]
-
-            def through(level, name, i, call):
-                """`call` by the method where it works at this level; its memory is replaced."""
-                if method.level != level:
-                    return call()
-                result, slots[i][name] = method.evaluate(call, slots[i].get(name), now, full)
-                return result
-
-            def velocity(x, t, i):
-                def net(name, network, *args):
-                    return through("network", name, i, partial(network, *args))
-
-                def guided_velocity():
-                    weaker = partial(net, "weak", weak) if weak is not None else None
-                    args = (x, t, nets.labels, scale[i], facts.stages[i], facts.guide[i])
-                    prediction = self._predict(partial(net, "model", model), weaker, *args)
-                    return velocity_from(flow, prediction, x, jnp.full(x.shape[:1], t))
-
-                return through("velocity", "velocity", i, guided_velocity)
-
-            times = tables.times
-            x = rk_step(tableau, velocity, x, row(times, k), row(times, k + 1))
-            return x, tuple(slots)
-
-        return step
+    def _memories(self, evaluator: Evaluator, x: Any, tables: Tables) -> tuple[dict, ...]:
+        """What the method of a segment keeps, which a first step of it makes."""
+        none = self._none()
+        if evaluator.facts.method is None:
+            return none
+        t0, _, scale, _, inputs, full = jax.tree.map(lambda table: table[0], tables.by_step())
+        step = evaluator.step(scale, none, inputs, full)
+        for i in range(len(evaluator.facts.stages)):
+            step.velocity(x, t0, i)
+        return tuple(step.memories)

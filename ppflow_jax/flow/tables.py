@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ppflow_jax.flow.method import Method
+from ppflow_jax.flow.multistep import Rule
 from ppflow_jax.flow.plan import Segment
 from ppflow_jax.models.network import Params
 
@@ -24,23 +24,12 @@ def unwritten(shape: jax.ShapeDtypeStruct) -> Array:
     return jnp.full(shape.shape, fill, shape.dtype)
 
 
-def row(tables: Any, k: Int[Array, ""] | int) -> Any:
-    """Row k of every table; that k is not negative saves code."""
-    row = partial(jax.lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False)
-    return jax.tree.map(lambda table: row(table, k), tables)
-
-
-def padded(table: np.ndarray) -> np.ndarray:
-    """The last row repeated up to a multiple of 64: plans of any length share one program."""
-    return np.pad(table, [(0, -len(table) % 64), *[(0, 0)] * (table.ndim - 1)], mode="edge")
-
-
 def runs_of(segments: tuple[Segment, ...]) -> list[list[Segment]]:
     """Consecutive segments that differ only in guidance scale; each list is one program."""
     runs: list[list[Segment]] = []
     for s in segments:
         facts = (s.kind, s.stages, s.guided, s.method)
-        goes_on = s.kind in ("ode", "sde") and (s.method is None or s.keeps)
+        goes_on = s.kind in ("ode", "multistep", "sde") and (s.method is None or s.keeps)
         last = runs[-1][-1] if runs else None
         if goes_on and last and facts == (last.kind, last.stages, last.guided, last.method):
             runs[-1].append(s)
@@ -52,14 +41,17 @@ def runs_of(segments: tuple[Segment, ...]) -> list[list[Segment]]:
 def tables_of(run: list[Segment]) -> Tables:
     """Tables of segments that share a program."""
     first = run[0]
-    times = np.float32([first.times[0], *(t for s in run for t in s.times[1:])])
-    scales = np.float32([s.scales for s in run for _ in range(s.steps)])
-    if first.method is None:
-        return Tables(times, scales)
-    full = np.concatenate([s.full for s in run])
-    inputs = jax.tree.map(lambda *a: np.concatenate(a), *(s.inputs for s in run))
-    tables = jax.tree.map(padded, Tables(times, scales, inputs, full))
-    return tables._replace(steps=len(full))
+
+    def joined(trees: list[Any]) -> Any:
+        return jax.tree.map(lambda *arrays: np.concatenate(arrays), *trees)
+
+    return Tables(
+        np.float32([first.times[0], *(t for s in run for t in s.times[1:])]),
+        np.float32([s.scales for s in run for _ in range(s.steps)]),
+        None if first.rows is None else joined([s.rows.tables for s in run]),
+        None if first.method is None else joined([s.inputs for s in run]),
+        None if first.method is None else np.concatenate([s.full for s in run]),
+    )
 
 
 def scales_of(segments: tuple[Segment, ...]) -> Scales:
@@ -76,13 +68,24 @@ class Networks(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """Numbers of every step of a program: grid points, guidance scales, inputs of its method."""
+    """Numbers of every step of a program.
+
+    Attributes:
+      times: grid points.
+      scales: of guidance.
+      rows: weights of a multistep solver.
+      inputs, full: of the method.
+    """
 
     times: Float[Array, " points"]
     scales: Float[Array, "steps evaluations"]
+    rows: Any = None
     inputs: Any = None
     full: Any = None
-    steps: Any = None
+
+    def by_step(self) -> tuple:
+        """(start, end, scales, rows, inputs, full), each with a leading axis of steps."""
+        return self.times[:-1], self.times[1:], *self[1:]
 
 
 class Facts(NamedTuple):
@@ -91,5 +94,6 @@ class Facts(NamedTuple):
     kind: str
     stages: tuple[int, ...]
     guide: tuple[bool, ...]
-    method: Method | None
-    trajectory: bool
+    method: Method | None = None
+    rule: Rule | None = None
+    trajectory: bool = False

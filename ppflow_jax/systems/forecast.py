@@ -8,7 +8,7 @@ polynomial extrapolation, Delta-DiT and DeepCache (a range of blocks), and multi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from ppflow_jax.errors import InputError
-from ppflow_jax.flow.method import either
+from ppflow_jax.flow.method import Evaluation, either
 from ppflow_jax.flow.plan import Segment
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.flops import block_flops, ends_flops
@@ -115,16 +115,23 @@ class Forecast:
     def level(self) -> str:
         return "velocity" if self.place == "velocity" else "network"
 
-    def evaluate(
-        self, call: Callable[..., Any], memory: Any, inputs: Any, full: Bool[Array, ""] | bool
-    ) -> tuple[Array, Any]:
+    def memory(self, evaluation: Evaluation) -> Any:
+        if self.place == "velocity":
+            return self._ring(evaluation.call())
+
+        def trunk(blocks: Block, h: Float[Array, "b n d"], c: Float[Array, "b d"]):
+            if self.place == "blocks":
+                return h, self._ring(h)
+            branch = self._ring(h.astype(blocks.attention.dtype))
+            return h, [jnp.stack([branch] * depth_of(blocks))] * 2
+
+        return evaluation.call(trunk=trunk)[1]
+
+    def evaluate(self, evaluation: Evaluation, memory: Any) -> tuple[Array, Any]:
+        call, inputs, full = evaluation
         if self.place != "velocity":
             trunk = self._branches if self.place == "branch" else self._range
             return call(trunk=partial(trunk, memory, inputs, full))
-
-        if memory is None:
-            value = call()
-            return value, self._ring(value)
 
         def record(memory):
             return write(memory, call(), inputs["slot"])
@@ -145,9 +152,6 @@ class Forecast:
         c: Float[Array, "b d"],
     ) -> tuple[Float[Array, "b n d"], Any]:
         """The trunk with the branches of every block recorded, or forecast; and the memory."""
-        if memory is None:
-            branch = self._ring(h.astype(blocks.attention.dtype))
-            return h, [jnp.stack([branch] * depth_of(blocks))] * 2
 
         def record(h, memory):
             return record_branches(memory, inputs["slot"], blocks, h, c)
@@ -167,8 +171,6 @@ class Forecast:
         c: Float[Array, "b d"],
     ) -> tuple[Float[Array, "b n d"], Any]:
         """The same with what the blocks of the range add to the tokens, [b, n, d]."""
-        if memory is None:
-            return h, self._ring(h)
         first, last = self.blocks
 
         def record(h, memory):

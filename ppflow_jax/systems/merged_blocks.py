@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ppflow_jax.flow.method import either
+from ppflow_jax.flow.method import Evaluation, either
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.flops import block_flops, ends_flops
 from ppflow_jax.models.layers import Block, modulate
@@ -194,9 +194,16 @@ class Merged:
     name: str = "merged"
     level: str = "network"
 
-    def evaluate(
-        self, call: Callable[..., Any], memory: Any, inputs: Any, full: Bool[Array, ""] | bool
-    ) -> tuple[Array, Any]:
+    def memory(self, evaluation: Evaluation) -> Any:
+        def trunk(blocks: Block, h: Float[Array, "b n d"], c: Float[Array, "b d"]):
+            depth = jax.tree.leaves(blocks)[0].shape[0]
+            stored = (jnp.zeros((depth, *h.shape)),) * 2 if self.protected else None
+            return h, {"counter": jnp.zeros(h.shape[:2], jnp.int32), "stored": stored}
+
+        return evaluation.call(trunk=trunk)[1]
+
+    def evaluate(self, evaluation: Evaluation, memory: Any) -> tuple[Array, Any]:
+        call, inputs, full = evaluation
         return call(trunk=partial(self.trunk, memory, inputs, full))
 
     def trunk(
@@ -209,10 +216,6 @@ class Merged:
         c: Float[Array, "b d"],
     ) -> tuple[Float[Array, "b n d"], Any]:
         """The blocks, in full or merged; besides, the memory after them."""
-        if memory is None:
-            depth = jax.tree.leaves(blocks)[0].shape[0]
-            stored = (jnp.zeros((depth, *h.shape)),) * 2 if self.protected else None
-            return h, {"counter": jnp.zeros(h.shape[:2], jnp.int32), "stored": stored}
 
         def store(x, stored):
             h, stored = store_branches(stored, blocks, x[0], c)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppflow_jax.convert.load import from_torch
+from ppflow_jax.flow.method import Evaluation
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.sampler import Sampler
@@ -153,8 +154,8 @@ class Runs:
                 return apply(self.params, x, jnp.full(len(x), t), self.y, 0, trunk=trunk)
 
             if memory is None:
-                memory = method.evaluate(call, None, inputs, True)[1]
-            return method.evaluate(call, memory, inputs, True)[1]
+                memory = method.memory(Evaluation(call, inputs, True))
+            return method.evaluate(Evaluation(call, inputs, True), memory)[1]
 
         for k, full in enumerate(segment.full):
             inputs = {name: table[k] for name, table in segment.inputs.items()}

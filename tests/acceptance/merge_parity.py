@@ -17,7 +17,6 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -25,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppflow_jax.convert.load import from_torch
-from ppflow_jax.flow.guidance import guided
+from ppflow_jax.flow.guidance import Cfg
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.sampler import Sampler
@@ -330,7 +329,8 @@ class Network:
             if scale == 1:
                 apply(self.params, x, t, y, 0)
             else:
-                guided(partial(apply, self.params), x, t, y, 0, scale, self.model.null_label, 3)
+                predict = lambda x, t, y: apply(self.params, x, t, y, 0)
+                Cfg(self.model.null_label, 3)(predict, None, x, t, y, scale)
             return extra
 
         for i in range(steps):

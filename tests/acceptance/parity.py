@@ -14,7 +14,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import einops
@@ -28,7 +27,7 @@ from ppflow_jax.convert.keys import key_table, to_torch
 from ppflow_jax.convert.load import from_torch
 from ppflow_jax.data.transforms import center_crop
 from ppflow_jax.flow import path as paths
-from ppflow_jax.flow.guidance import guided
+from ppflow_jax.flow.guidance import Cfg
 from ppflow_jax.flow.likelihood import log_likelihood
 from ppflow_jax.flow.loss import Draws, Objective, loss_fn, stage_losses
 from ppflow_jax.flow.path import Flow
@@ -148,8 +147,8 @@ def guidance(case: Case, ref: dict) -> Iterator[Row]:
     n = len(ref["x"]) // 2
     x, y, null = nhwc(ref["x"])[:n], ref["y"][:n], case.config.null_label
     run = jax.jit(
-        lambda params, x, t, scale, stage: guided(
-            partial(case.apply, params), x, t, y, stage, scale, null, GUIDED_CHANNELS
+        lambda params, x, t, scale, stage: Cfg(null, GUIDED_CHANNELS)(
+            lambda x, t, y: case.apply(params, x, t, y, stage), None, x, t, y, scale
         ),
         static_argnums=4,
     )
@@ -368,11 +367,11 @@ def ode(case: Case, ref: dict) -> Iterator[Row]:
             t0, t1 = np.float32(ref["smooth_t0_t1"])
             stage = case.pyramid.stage_at((t0 + t1) / 2)
             scale = run.config.scales(case.pyramid)[stage]
-            final, _ = run.compiled(
-                z,
+            (final, _), _ = run.compiled(
+                run.start(z),
                 Networks(case.params, None, y),
                 Tables(np.float32([t0, t1]), np.float32([[scale]])),
-                Facts("adaptive", (stage,), (scale != 1,), None, False),
+                Facts("adaptive", (stage,), (scale != 1,)),
                 None,
                 0,
                 None,

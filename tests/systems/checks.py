@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ppflow_jax.flow.method import Evaluation
 from ppflow_jax.models.network import abstract_params
 
 
@@ -16,8 +17,8 @@ def within(rows):
 
 def first_full(method, call, inputs):
     """A full evaluation with a new memory: (result, memory)."""
-    memory = method.evaluate(call, None, inputs, True)[1]
-    return method.evaluate(call, memory, inputs, True)
+    now = Evaluation(call, inputs, True)
+    return method.evaluate(now, method.memory(now))
 
 
 def random_params(model):

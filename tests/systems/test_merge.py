@@ -8,6 +8,7 @@ import pytest
 
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.cost import sampling_flops
+from ppflow_jax.flow.method import Evaluation
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig, plan
 from ppflow_jax.flow.sampler import Sampler
@@ -113,9 +114,9 @@ def test_the_plan_cuts_where_the_count_changes(sdtm):
 def test_images_are_finite_and_rows_never_mix(sdtm, params):
     out = sdtm(params, NOISE, LABELS)
     assert np.isfinite(out).all()  # memory starts as NaN
-    programs = sdtm.accelerated._cache_size()
+    programs = sdtm.compiled._cache_size()
     changed = sdtm(params, NOISE.at[1].add(1.0), LABELS.at[1].set(3))
-    assert sdtm.accelerated._cache_size() == programs
+    assert sdtm.compiled._cache_size() == programs
     same = np.arange(8) != 1
     np.testing.assert_array_equal(changed[same], out[same])
     assert (np.asarray(changed[1]) != np.asarray(out[1])).any()
@@ -135,7 +136,7 @@ def test_the_label_never_reaches_the_row_of_the_null_class(params):
             return make_apply(MODEL)(params, rows, jnp.full(4, 0.8), labels, 2, trunk=trunk)
 
         _, memory = first_full(method, call, inputs)
-        out, memory = method.evaluate(call, memory, inputs, False)
+        out, memory = method.evaluate(Evaluation(call, inputs, False), memory)
         return out, memory["counter"], *(jnp.swapaxes(b, 0, 1) for b in memory["stored"])
 
     for a, b in zip(memory_after(jnp.array([0, 1])), memory_after(jnp.array([2, 3]))):
