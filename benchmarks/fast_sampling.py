@@ -77,19 +77,20 @@ def settings(steps: int, levels: int, depth: int) -> list[Setting]:
             n = round(steps * share)
             found.append(Setting(f"{solver.capitalize()} {n}", "fewer", solver, n, free))
     third = f"{depth // 3}-{2 * depth // 3}"
-    for name, text in {
-        "FORA, interval 2": "forecast=taylor,order=0,schedule=fora,interval=2",
-        "FORA, interval 4": "forecast=taylor,order=0,schedule=fora,interval=4",
-        "TaylorSeer, interval 2, order 1": "interval=2,order=1",
-        "TaylorSeer, interval 3, order 1": "interval=3,order=1",
-        "TaylorSeer, interval 4, order 2": "interval=4,order=2",
-        "polynomial, interval 3, order 1": "forecast=newton,interval=3,order=1",
-        "Adams-Bashforth 2, interval 2": "forecast=adams,place=velocity,interval=2,order=1",
-        "DeepCache, middle third": f"place=blocks,blocks={third},interval=2,order=0",
+    for name, keys in {
+        "FORA, interval 2": ".order=0,.schedule=fora,.interval=2",
+        "FORA, interval 4": ".order=0,.schedule=fora,.interval=4",
+        "TaylorSeer, interval 2, order 1": ".interval=2,.order=1",
+        "TaylorSeer, interval 3, order 1": ".interval=3,.order=1",
+        "TaylorSeer, interval 4, order 2": ".interval=4,.order=2",
+        "polynomial, interval 3, order 1": "=newton,.interval=3,.order=1",
+        "Adams-Bashforth 2, interval 2": "=adams,.place=velocity,.interval=2,.order=1",
+        "DeepCache, middle third": f".place=blocks,.blocks={third},.interval=2,.order=0",
     }.items():
+        text = ",".join(f"forecast{key}" for key in keys.split(","))
         found.append(Setting(name, "forecast", "euler", steps, free, text))
     for name in ("SDTM", "ToMe"):
-        text = f"merge={name.lower()},round_to=1,plateaus=64"
+        text = f"merge={name.lower()},merge.round_to=1,merge.plateaus=64"
         found.append(Setting(name, "merge", "euler", steps, free, text))
     for name in PRESETS:
         if name != "exact":

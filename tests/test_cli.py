@@ -109,7 +109,7 @@ def test_init_from_another_model(workdir, tmp_path):
         (["--cfg=1,2", "--cfg_until=0.5,0.9"], "the last one 1"),
         (["--cfg_until=x"], "--cfg_until=x|write e.g."),
         (["--accelerate=warp"], "unknown preset 'warp'|exact, balanced, fast"),
-        (["--accelerate=interval=4", "--solver=dopri5"], "dopri5 chooses its own steps"),
+        (["--accelerate=forecast.interval=4", "--solver=dopri5"], "dopri5 chooses its own steps"),
     ],
 )
 def test_sampling_refuses(workdir, tmp_path, args, words):
@@ -176,7 +176,8 @@ def test_sampling_writes_pictures_and_latents(workdir, tmp_path):
 
 
 def test_a_plan_is_explained_and_nothing_sampled(workdir, tmp_path):
-    args = ["--accelerate=interval=2,order=1", "--steps=12", "--cfg=1,2", "--explain"]
+    forecast = "--accelerate=forecast.interval=2,forecast.order=1"
+    args = [forecast, "--steps=12", "--cfg=1,2", "--explain"]
     code, out, err = sample(workdir, tmp_path / "out", *args)
     assert code == 0, err
     assert "0.500-1.000" in out and "x faster by FLOPs" in out and "MiB" in out

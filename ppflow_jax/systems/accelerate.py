@@ -32,10 +32,10 @@ class AccelerateConfig:
 
     @classmethod
     def parse(cls, text: str) -> AccelerateConfig:
-        """`"balanced"`, `"forecast=taylor,interval=1/4,order=2"` or a preset and changes to it.
+        """`"balanced"`, `"forecast.interval=1/4,forecast.order=2"` or a preset and changes to it.
 
         Values for each stage are joined by `/`, ranges by `-`. `forecast=none` takes forecasting
-        out of a preset. `merge=sdtm` or any other field of `MergeConfig` adds merging.
+        out of a preset. `merge=sdtm` or a field of `MergeConfig`, as `merge.ratio`, adds merging.
 
         Raises:
           InputError: an unknown key or preset, or a value that cannot be read.
@@ -49,22 +49,22 @@ class AccelerateConfig:
                 )
             preset, pairs = PRESETS[first], rest
         changes: dict[str, dict[str, Any]] = {part: {} for part in _PARTS}
-        guidance = preset.guidance
+        guidance, known = preset.guidance, {k: v for part in _PARTS for k, v in _keys(part).items()}
         for pair in pairs:
             key, _, value = pair.partition("=")
             try:
                 if key == "guidance":
                     guidance = _pair(float)(value)
-                else:
-                    part = next(p for p, c in _PARTS.items() if key in _readers(c))
-                    changes[part][key] = _readers(_PARTS[part])[key](value)
-            except StopIteration:
-                known = ["guidance", *(k for c in _PARTS.values() for k in _readers(c))]
-                raise InputError(f"cannot read {pair!r}: keys are {', '.join(known)}") from None
+                    continue
+                part, name, read = known[key]
+                changes[part][name] = read(value)
+            except KeyError:
+                raise InputError(_unknown(pair, text, known)) from None
             except ValueError as e:
                 raise InputError(
-                    f"cannot read {pair!r}: {e}; write e.g. interval=4, interval=1/4 (one for "
-                    "each stage), blocks=4-8, guidance=0.2-1, merge_stages=0/1"
+                    f"cannot read {pair!r}: {e}; write e.g. forecast.interval=4, "
+                    "forecast.interval=1/4 (one for each stage), forecast.blocks=4-8, "
+                    "guidance=0.2-1, merge.stages=0/1"
                 ) from e
         parts = {name: _changed(getattr(preset, name), name, changes[name]) for name in _PARTS}
         return cls(guidance=guidance, **parts)
@@ -91,9 +91,25 @@ def _changed(config: Any, name: str, changes: dict[str, Any]) -> Any:
     return replace(config or _PARTS[name](), **changes)
 
 
-def _readers(config: type) -> dict[str, Callable[[str], Any]]:
-    """How the text of every field is read, by its annotation."""
-    return {f.name: _READERS[str(f.type)] for f in fields(config)}
+def _keys(part: str) -> dict[str, tuple[str, str, Callable[[str], Any]]]:
+    """Key in the text -> (part, field, how its text is read)."""
+    return {
+        part if f.name == part else f"{part}.{f.name.removeprefix(f'{part}_')}": (
+            *(part, f.name),
+            _READERS[str(f.type)],
+        )
+        for f in fields(_PARTS[part])
+    }
+
+
+def _unknown(pair: str, text: str, known: dict[str, tuple]) -> str:
+    """What to write instead of a key that there is not."""
+    now = {name: key for key, (_, name, _) in known.items()}
+    if pair.partition("=")[0] in now:
+        pairs = (p.partition("=") for p in text.replace(" ", "").split(","))
+        new = ",".join(now.get(key, key) + equals + value for key, equals, value in pairs)
+        return f"keys have their part in front: write {new}"
+    return f"cannot read {pair!r}: keys are guidance, {', '.join(known)}"
 
 
 def _pair(read: Callable[[str], Any]) -> Callable[[str], Any]:

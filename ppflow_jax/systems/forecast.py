@@ -86,11 +86,14 @@ class ForecastConfig:
             raise InputError(f"forecast centre {self.centre} must be in [0, 1)")
         if bool(self.blocks) != (self.place == "blocks"):
             raise InputError(
-                f"place={self.place} with blocks={self.blocks or 'none'}: a range of blocks is "
-                "given, e.g. blocks=4-8, with place=blocks and only then"
+                f"forecast.place={self.place} with blocks={self.blocks or 'none'}: a range of "
+                "blocks is given, e.g. forecast.blocks=4-8, with forecast.place=blocks and only "
+                "then"
             )
         if self.forecast == "adams" and self.place != "velocity":
-            raise InputError("forecast=adams is a rule for velocities: give place=velocity")
+            raise InputError(
+                "forecast=adams is a rule for velocities: give forecast.place=velocity"
+            )
 
 
 @dataclass(frozen=True)
@@ -220,7 +223,7 @@ def forecasted(
         if not 0 <= first < last <= model.depth:
             raise InputError(
                 f"blocks={first}-{last}: give a range within the model's {model.depth} blocks, "
-                f"e.g. blocks=1-{model.depth}"
+                f"e.g. forecast.blocks=1-{model.depth}"
             )
     out: list[Segment] = []
     for (stages, _), alike in itertools.groupby(segments, key=lambda s: (s.stages, s.guided)):

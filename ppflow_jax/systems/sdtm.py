@@ -163,7 +163,7 @@ def merged(segments: Iterable[Segment], model: ModelConfig, config: MergeConfig)
     chosen = config.merge_stages or (levels - 1,)
     if wrong := [s for s in chosen if not 0 <= s < levels]:
         raise InputError(
-            f"merge_stages has {wrong[0]}: the model has {levels} stage(s), 0 to {levels - 1}"
+            f"merge.stages has {wrong[0]}: the model has {levels} stage(s), 0 to {levels - 1}"
         )
     steps = collections.Counter()
     for s in segments:
@@ -177,10 +177,11 @@ def merged(segments: Iterable[Segment], model: ModelConfig, config: MergeConfig)
             out.extend(group)
             continue
         if group[0].method is not None:
-            without = "/".join("1" if s == stage else "4" for s in range(levels))
+            intervals = "/".join("1" if s == stage else "4" for s in range(levels))
+            without = f"leave one out there, e.g. forecast.interval={intervals}"
             raise InputError(
                 f"stage {stage} cannot have both {group[0].method.name} and merged steps: "
-                + ("choose one" if levels == 1 else f"leave one out there, e.g. interval={without}")
+                + ("choose one" if levels == 1 else without)
             )
         grid = model.pyramid.grid(stage, model.latent_size)
         methods = on_plateaus(schedule(config, steps[stages], grid), config.plateaus)

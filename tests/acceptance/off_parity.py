@@ -37,11 +37,11 @@ from tests.systems.checks import random_params
 MODEL = ModelConfig(SIT, latent_size=8, channels=2, width=8, depth=3, heads=2, num_classes=4)
 PYRAMIDS, SOLVERS = (SIT, PPFLOW2, PPFLOW3), ("euler", "heun")
 SETTINGS = {
-    "interval 1": "interval=1",
-    "interval 1, order 0": "interval=1,order=0,schedule=fora",
-    "ratio 0": "ratio=0",
-    "ratio 0, tome": "ratio=0,merge=tome",
-    "every step protected": "protect=1",
+    "interval 1": "forecast.interval=1",
+    "interval 1, order 0": "forecast.interval=1,forecast.order=0,forecast.schedule=fora",
+    "ratio 0": "merge.ratio=0",
+    "ratio 0, tome": "merge.ratio=0,merge=tome",
+    "every step protected": "merge.protect=1",
     "guidance in [0, 1]": "guidance=0-1",
     "exact": "exact",
 }

@@ -36,7 +36,7 @@ def test_a_model_samples_what_the_command_samples(run, model, tmp_path):
     assert ours.labels.tolist() == theirs["arr_1"].tolist() == [0, 1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("accelerate", ["exact", "interval=2,order=1"])
+@pytest.mark.parametrize("accelerate", ["exact", "forecast.interval=2,forecast.order=1"])
 def test_other_numbers_compile_nothing(model, accelerate):
     def plan(cfg):
         return model.plan(steps=8, cfg=cfg, accelerate=accelerate)

@@ -17,23 +17,23 @@ from ppflow_jax.systems.sdtm import MergeConfig
         ("exact", AccelerateConfig()),
         ("forecast=newton", AccelerateConfig(forecast=ForecastConfig("newton"))),
         (
-            "interval=1/4, order=1, guidance=0.25-1",
+            "forecast.interval=1/4, forecast.order=1, guidance=0.25-1",
             AccelerateConfig((0.25, 1.0), ForecastConfig(order=1, interval=(1, 4))),
         ),
         (
-            "place=blocks,blocks=14-28/0-14,order=0",
+            "forecast.place=blocks,forecast.blocks=14-28/0-14,forecast.order=0",
             AccelerateConfig(
                 forecast=ForecastConfig(order=0, place="blocks", blocks=((14, 28), (0, 14)))
             ),
         ),
         ("fast,forecast=none", AccelerateConfig()),
         (
-            "merge=tome,frequency=-0.05,merge_stages=0/1,proportional=true",
+            "merge=tome,merge.frequency=-0.05,merge.stages=0/1,merge.proportional=true",
             AccelerateConfig(
                 merge=MergeConfig("tome", frequency=-0.05, proportional=True, merge_stages=(0, 1))
             ),
         ),
-        ("balanced,interval=7", AccelerateConfig(forecast=ForecastConfig(interval=(7,)))),
+        ("balanced,forecast.interval=7", AccelerateConfig(forecast=ForecastConfig(interval=(7,)))),
     ],
 )
 def test_text_is_read(text, expected):
@@ -45,20 +45,22 @@ def test_text_is_read(text, expected):
     [
         ("warp", "unknown preset 'warp': one of exact, balanced, fast"),
         ("", "unknown preset"),
-        ("speed=3", "keys are guidance, forecast, order"),
-        ("interval=often", "cannot read 'interval=often'"),
-        ("blocks=3", "LOW-HIGH"),
-        ("order=9", "0 to 8"),
-        ("interval=0", "at least 1"),
+        ("speed=3", "keys are guidance, forecast, forecast.order"),
+        ("fast,interval=3,merge_stages=1", "write fast,forecast.interval=3,merge.stages=1$"),
+        ("ratio=0.2,forecast.order=1", "write merge.ratio=0.2,forecast.order=1$"),
+        ("forecast.interval=often", "cannot read 'forecast.interval=often'"),
+        ("forecast.blocks=3", "LOW-HIGH"),
+        ("forecast.order=9", "0 to 8"),
+        ("forecast.interval=0", "at least 1"),
         ("forecast=chebyshev", "unknown forecast"),
-        ("schedule=random", "unknown schedule"),
-        ("place=blocks", "a range of blocks"),
-        ("blocks=1-2", "only then"),
-        ("forecast=adams", "place=velocity"),
-        ("centre=1", "centre"),
-        ("forecast=none,order=2", "with order"),
-        ("ratio=0.2,merge=none", "with ratio"),
-        ("proportional=yes", "true or false"),
+        ("forecast.schedule=random", "unknown schedule"),
+        ("forecast.place=blocks", "a range of blocks"),
+        ("forecast.blocks=1-2", "only then"),
+        ("forecast=adams", "forecast.place=velocity"),
+        ("forecast.centre=1", "centre"),
+        ("forecast=none,forecast.order=2", "with order"),
+        ("merge.ratio=0.2,merge=none", "with ratio"),
+        ("merge.proportional=yes", "true or false"),
     ],
 )
 def test_bad_text_is_refused(text, words):
@@ -78,7 +80,7 @@ def test_cost_of_the_presets():
     assert shares == sorted(shares, reverse=True)
     assert shares[0] == pytest.approx(0.561, abs=0.005)
     # 7 + 7 full steps of 25 + 25, the first half unguided: 15.7% before the gates
-    taylor = cost(PPFLOW2, "interval=4,order=0", (1.0, 1.5)) / sit
+    taylor = cost(PPFLOW2, "forecast.interval=4,forecast.order=0", (1.0, 1.5)) / sit
     assert taylor == pytest.approx(0.157, abs=0.005)
     guided_late = cost(PPFLOW2, "guidance=0.75-1", (1.5,)) / sit
     assert guided_late == pytest.approx((0.243 / 2 + 1.5 / 2) / 2, abs=0.01)

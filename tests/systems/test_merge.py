@@ -210,18 +210,18 @@ def test_composition():
         model = replace(MODEL, pyramid=pyramid)
         return accelerated(config, model, Flow(), AccelerateConfig.parse(text))
 
-    for pyramid, advice in ((PPFLOW3, "interval=4/4/1"), (SIT, "choose one")):
+    for pyramid, advice in ((PPFLOW3, "forecast.interval=4/4/1"), (SIT, "choose one")):
         words = f"stage {len(pyramid) - 1} cannot have both forecast and merged steps: .*{advice}"
         with pytest.raises(InputError, match=words):
             segments("balanced,merge=sdtm", pyramid=pyramid)
-    both = segments("interval=3/3/1,merge=sdtm,round_to=1,merge_stages=2")
+    both = segments("forecast.interval=3/3/1,merge=sdtm,merge.round_to=1,merge.stages=2")
     names = [s.method.name for s in both]
     assert names[:2] == ["forecast"] * 2 and set(names[2:]) == {"merged"}
     for solver in ("dopri5", "sde-heun"):
         with pytest.raises(InputError, match="choose euler or heun with merge"):
             segments("merge=sdtm", SamplerConfig(solver, 16))
     # guidance cuts the stage: other batch rows, so a full step first
-    cut = [s for s in segments("guidance=0.9-1,merge=sdtm,round_to=1") if s.method]
+    cut = [s for s in segments("guidance=0.9-1,merge=sdtm,merge.round_to=1") if s.method]
     first = [s for s in cut if not s.keeps]
     assert [s.guided[0] for s in first] == [False, True] and all(s.full[0] for s in first)
 

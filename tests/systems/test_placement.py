@@ -19,13 +19,13 @@ MODEL = ModelConfig(PPFLOW2, latent_size=8, channels=2, width=16, depth=3, heads
 NOISE = jax.random.normal(jax.random.key(3), (8, *MODEL.shape))
 LABELS = jnp.arange(8) % 4
 CONFIG = SamplerConfig("euler", 12, cfg=(1.0, 2.0))
-MERGE = "ratio=0.4,deviation=0.2,switch=0.3,round_to=1"
+MERGE = "merge.ratio=0.4,merge.deviation=0.2,merge.switch=0.3,merge.round_to=1"
 SETTINGS = [
-    "interval=3",
-    "interval=3,place=blocks,blocks=1-2",
-    "interval=3,place=velocity",
-    f"{MERGE},interval=3/1",
-    f"merge=tome,{MERGE},proportional=true",
+    "forecast.interval=3",
+    "forecast.interval=3,forecast.place=blocks,forecast.blocks=1-2",
+    "forecast.interval=3,forecast.place=velocity",
+    f"{MERGE},forecast.interval=3/1",
+    f"merge=tome,{MERGE},merge.proportional=true",
 ]
 
 
