@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "FID and its relatives of samples or of a checkpoint"),
     "convert": ("convert", "PyTorch weights to a checkpoint and back; a SiT to a pyramid"),
     "prepare": ("prepare", "encode a dataset of pictures once, to train on its latents"),
+    "tune": ("tune", "fit a sampling plan to a model: fewer steps for the same error"),
     "serve": ("serve", "pictures over HTTP, and a page to play with"),
     "report": ("report", "one HTML page of one or several runs"),
     "bench": ("bench", "time training steps and sampling with random weights"),

@@ -19,8 +19,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 import ppflow_jax
-from ppflow_jax.checks import check_local, check_seed
-from ppflow_jax.errors import InputError, RunError, Stopped
+from ppflow_jax.errors import InputError, RunError, Stopped, check_local, check_seed
 
 
 def run(main: Callable[..., None], required: tuple[str, ...] = (), positional: str = "") -> None:
@@ -212,6 +211,18 @@ def _check_flags() -> None:
             check_seed(value, name)
         elif isinstance(value, str):
             check_local(value, name)
+
+
+def numbers(name: str, texts: list[str]) -> tuple[float, ...]:
+    """The numbers of a flag.
+
+    Raises:
+      InputError: something else.
+    """
+    try:
+        return tuple(map(float, texts))
+    except ValueError as e:
+        raise InputError(f"--{name}={','.join(texts)}: {e}; write e.g. --{name}=0.4,1") from e
 
 
 def _leaves(config: ConfigDict, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -1,4 +1,16 @@
-"""The exceptions that speak to the person at the keyboard: one line, no traceback. See cli.py."""
+"""The exceptions that speak to the person at the keyboard (one line, no traceback, see cli.py), and
+checks of values that every command shares."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+SEEDS = 2**32  # the key of a seed takes 32 bits of it
+_SCHEME = re.compile(r"(?:^|[:,=])([A-Za-z][A-Za-z0-9+.-]+)://")
+# With one slash too: what a typing error or a path library leaves of an address
+_KNOWN = re.compile(r"(?:^|[:,=])(gs|s3|r2|hf|hdfs|az|abfss?|https?|ftp|file):/")
 
 
 class InputError(ValueError):
@@ -11,3 +23,30 @@ class RunError(RuntimeError):
 
 class Stopped(RuntimeError):
     """A run that was asked to stop and has saved everything: the same command continues."""
+
+
+def check_seed(seed: int, name: str) -> None:
+    """
+    Raises:
+      InputError: a seed that no random key can be made of, or that gives the key of another one.
+    """
+    if not 0 <= seed < SEEDS:
+        raise InputError(f"{name}={seed}: a seed is a whole number from 0 to {SEEDS - 1}")
+
+
+def stream_seed(seed: int, stream: int) -> np.uint32:
+    """Seed of one of the random streams of a run."""
+    return np.uint32((seed + stream) % SEEDS)
+
+
+def check_local(text: str, name: str) -> None:
+    """
+    Raises:
+      InputError: the address of a remote store, which would become a local folder of that name.
+    """
+    if found := _SCHEME.search(text) or _KNOWN.search(text):
+        scheme = found[1]
+        do = "leave it out" if scheme == "file" else "copy the data here, or mount the store"
+        raise InputError(
+            f"{name}={text}: {scheme}:// addresses are not supported, only local paths: {do}"
+        )

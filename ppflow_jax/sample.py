@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -31,7 +32,10 @@ _MICROBATCH = flags.DEFINE_integer(
     "microbatch", 16, "Images a device computes at once (at most --num); changes last bits."
 )
 _SOLVER = flags.DEFINE_string(
-    "solver", "heun", "euler, midpoint, heun, heun3, rk4, dopri5 (adaptive), sde-euler or sde-heun."
+    "solver",
+    "heun",
+    "euler, midpoint, heun, heun3, rk4, ab2, ab3, ab4, dpm++2m, unipc2, dopri5 (adaptive), "
+    "sde-euler or sde-heun.",
 )
 _STEPS = flags.DEFINE_integer(
     "steps", 50, "Intervals; with --grid=reference the points of linspace(0, 1, N)."
@@ -64,6 +68,9 @@ _LAST_SIZE = flags.DEFINE_float("last_step_size", 0.04, "Its length in time.")
 _ACCELERATE = flags.DEFINE_string(
     "accelerate", "exact", "exact, balanced, fast or key=value,... (docs/accelerate.md)."
 )
+_PLAN = flags.DEFINE_string(
+    "plan", None, "File of `ppflow tune`: times, stages, guidance and rows of every step."
+)
 _EXPLAIN = flags.DEFINE_bool("explain", False, "Print the plan and its cost; do not sample.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of matrix products.")
 _DECODE = flags.DEFINE_string(
@@ -80,6 +87,7 @@ def main() -> None:
     from ppflow_jax.api.model import Model
     from ppflow_jax.api.requests import read_lines
     from ppflow_jax.checkpoints.weights import open_weights
+    from ppflow_jax.console import say
     from ppflow_jax.devices import processes
     from ppflow_jax.devices.host_memory import keep_scratch
     from ppflow_jax.generate.noise import load_noise
@@ -90,22 +98,9 @@ def main() -> None:
         path and Model(open_weights(path, _WEIGHTS.value), _DTYPE.value)
         for path in (_CHECKPOINT.value, _WEAK.value or None)
     )
-    plan = model.plan(
-        steps=_STEPS.value,
-        solver=_SOLVER.value,
-        cfg=_numbers("cfg", _CFG.value),
-        accelerate=_ACCELERATE.value,
-        weak=weak,
-        grid=_GRID.value,
-        cfg_until=_numbers("cfg_until", _CFG_UNTIL.value),
-        cfg_channels=_channels(_CFG_CHANNELS.value),
-        rtol=_RTOL.value,
-        atol=_ATOL.value,
-        diffusion=_DIFFUSION.value,
-        diffusion_norm=_NORM.value,
-        last_step=_LAST.value,
-        last_step_size=_LAST_SIZE.value,
-    )
+    plan = _plan_of(model, weak)
+    for note in plan.notes:
+        say(note)
     if _EXPLAIN.value:
         lines = [plan.explain(_BATCH.value)]
     elif not _OUT.value:
@@ -130,19 +125,41 @@ def main() -> None:
         print(*lines, sep="\n")
 
 
+# Flags that a plan file decides
+_DECIDED = (
+    *("steps", "solver", "accelerate", "weak", "grid", "cfg_until", "cfg_channels"),
+    *("rtol", "atol", "diffusion", "diffusion_norm", "last_step", "last_step_size"),
+)
+
+
+def _plan_of(model: Any, weak: Any) -> Any:
+    cfg = cli.numbers("cfg", _CFG.value)
+    if _PLAN.value:
+        if given := [f"--{name}" for name in _DECIDED if flags.FLAGS[name].present]:
+            raise InputError(f"--plan decides {', '.join(given)}: leave that out, or the file")
+        return model.plan(_PLAN.value, cfg=cfg if flags.FLAGS["cfg"].present else None)
+    return model.plan(
+        steps=_STEPS.value,
+        solver=_SOLVER.value,
+        cfg=cfg,
+        accelerate=_ACCELERATE.value,
+        weak=weak,
+        grid=_GRID.value,
+        cfg_until=cli.numbers("cfg_until", _CFG_UNTIL.value),
+        cfg_channels=_channels(_CFG_CHANNELS.value),
+        rtol=_RTOL.value,
+        atol=_ATOL.value,
+        diffusion=_DIFFUSION.value,
+        diffusion_norm=_NORM.value,
+        last_step=_LAST.value,
+        last_step_size=_LAST_SIZE.value,
+    )
+
+
 def _check_alone(name: str, others: tuple[str, ...]) -> None:
     """A file says for every picture what these flags say for all."""
     if given := [f"--{other}" for other in others if flags.FLAGS[other].present]:
         raise InputError(f"--{name} says this for every picture: leave out {', '.join(given)}")
-
-
-def _numbers(name: str, texts: list[str]) -> tuple[float, ...]:
-    try:
-        return tuple(map(float, texts))
-    except ValueError as e:
-        raise InputError(
-            f"--{name}={','.join(texts)}: {e}; write e.g. --cfg=1.0,3.0 --cfg_until=0.4,1"
-        ) from e
 
 
 def _channels(text: str) -> int:

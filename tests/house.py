@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "ppflow_jax"
 # From the ground up: a room imports from rooms of lower floors only.
 FLOORS = (
     ("errors",),
-    ("pyramid", "checks"),
+    ("pyramid",),
     ("console",),
     ("files",),
     ("devices",),
@@ -31,7 +31,7 @@ FLOORS = (
     ("train",),
     ("convert", "cost"),
     ("api",),
-    ("report",),
+    ("report", "tune"),
     ("__init__",),
     ("main", "sample", "evaluate", "prepare", "bench", "serve"),
     ("__main__",),

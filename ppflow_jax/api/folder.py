@@ -8,7 +8,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from ppflow_jax.files.disk import check_room, locked
 from ppflow_jax.files.store import digest
 from ppflow_jax.generate.folder import SHARD, SampleFolder, begun
 from ppflow_jax.generate.images import MICROBATCH, Images
-from ppflow_jax.generate.plan import Plan, make_plan
+from ppflow_jax.generate.plan import Plan, guided_by
 from ppflow_jax.generate.provenance import ROUNDING, decoded_by, made_from, origin
 from ppflow_jax.train.ema import reminder_of
 
@@ -129,6 +129,7 @@ def _settings(
         **made_from(model.weights, plan),
         "weak_sha256": digest(plan.weak.path) if plan.weak else None,
         "accelerate": asdict(plan.added),
+        "plan_sha256": None if plan.tuned is None else plan.tuned.sha256,
         "dtype": model.dtype,
         **decoded_by(request.decode),
         "rounding": ROUNDING,
@@ -154,8 +155,7 @@ def _plans(lines: Lines | None, model: Model, plan: Plan) -> Plans:
             continue
         if plan.config.cfg_until:
             raise InputError("the requests have guidance of their own: leave out --cfg_until")
-        config = replace(plan.config, cfg=guidance)
-        plans[guidance] = make_plan(model.card, config, plan.added, plan.weak)
+        plans[guidance] = guided_by(plan, model.card, guidance)
     return plans
 
 

@@ -10,8 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from ppflow_jax.checkpoints.card import Card
-from ppflow_jax.checks import check_seed
-from ppflow_jax.errors import InputError
+from ppflow_jax.errors import InputError, check_seed
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.generate.images import choose_labels
 from ppflow_jax.pyramid import Pyramid

@@ -13,14 +13,13 @@ import numpy as np
 from ppflow_jax.api.inputs import DTYPES, seed_of
 from ppflow_jax.api.model import Model, Samples
 from ppflow_jax.checkpoints.weights import Weights, open_weights
-from ppflow_jax.checks import check_local
 from ppflow_jax.convert.infer import find_kind
 from ppflow_jax.convert.names import Wanted
 from ppflow_jax.convert.reading import Reading, read_model
 from ppflow_jax.convert.shards import find_weights
 from ppflow_jax.convert.source import open_source
 from ppflow_jax.data.images import ImageSet, array_images, open_images
-from ppflow_jax.errors import InputError
+from ppflow_jax.errors import InputError, check_local
 from ppflow_jax.metrics.evaluator import Evaluator, open_reference
 from ppflow_jax.metrics.networks import load_features
 

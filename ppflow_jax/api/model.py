@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,6 @@ from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from ppflow_jax.api.inputs import (
     Labels,
-    config_of,
     count_of,
     labels_of,
     latents_of,
@@ -21,20 +21,20 @@ from ppflow_jax.api.inputs import (
     stage_of,
     whole,
 )
+from ppflow_jax.api.plans import ACCELERATE, SOLVER, STEPS, Guidance, plan_of
 from ppflow_jax.autoencoders.decode import Decoder
 from ppflow_jax.checkpoints.card import Card
 from ppflow_jax.checkpoints.weights import Weights
-from ppflow_jax.checks import check_local
-from ppflow_jax.errors import InputError
+from ppflow_jax.errors import InputError, check_local
 from ppflow_jax.flow.likelihood import log_likelihood
 from ppflow_jax.flow.path import velocity_from
 from ppflow_jax.flow.sampler import Sampler, image_noise
 from ppflow_jax.flow.tables import scales_of
 from ppflow_jax.generate.images import MICROBATCH, Generator, Images
-from ppflow_jax.generate.plan import Plan, make_plan
+from ppflow_jax.generate.plan import Plan
+from ppflow_jax.generate.plan_file import PlanFile
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Apply, Params, make_apply
-from ppflow_jax.systems.accelerate import AccelerateConfig
 
 
 class Samples(NamedTuple):
@@ -112,20 +112,23 @@ class Model:
 
     def plan(
         self,
+        file: str | Path | PlanFile | None = None,
         *,
-        steps: int = 50,
-        solver: str = "heun",
-        cfg: float | int | Sequence[float | int] = 1.0,
-        accelerate: str = "exact",
+        steps: int = STEPS,
+        solver: str = SOLVER,
+        cfg: Guidance = None,
+        accelerate: str = ACCELERATE,
         weak: Model | None = None,
         **settings: Any,
     ) -> Plan:
         """How to sample.
 
         Args:
+          file: of `ppflow tune`, which decides all but `cfg`.
           steps: intervals of the grid.
           solver: one of `flow.plan.SOLVERS`.
-          cfg: guidance scale, or one of every stage; 1 does not evaluate the null class.
+          cfg: guidance scale, or one of every stage; 1, the default, does not evaluate the null
+            class. With a file: instead of the scales of its fit.
           accelerate: `exact`, `balanced`, `fast` or key=value,... (docs: accelerate).
           weak: autoguidance by this model in place of the null class (arXiv 2406.02507).
           settings: of `flow.plan.SamplerConfig`, such as grid, cfg_channels, cfg_interval.
@@ -133,12 +136,10 @@ class Model:
         Raises:
           InputError: a setting that there is not, or a value out of its range.
         """
-        if not isinstance(accelerate, str):
-            raise InputError(f"accelerate={accelerate!r}: give text")
         if not (weak is None or isinstance(weak, Model)):
             raise InputError(f"weak={weak!r}: give a model, as pf.load makes it")
-        config, added = config_of(steps, solver, cfg, settings), AccelerateConfig.parse(accelerate)
-        return make_plan(self.card, config, added, weak.weights if weak else None)
+        weaker = weak.weights if weak else None
+        return plan_of(self.weights, file, steps, solver, cfg, accelerate, weaker, settings)
 
     def sample(
         self,
@@ -244,9 +245,8 @@ class Model:
         plan = self._checked(plan)
         count, y, start = self._given(num, labels, seed, noise)
         drawn, keys = image_noise(np.uint32(seed), np.arange(count), self.config.shape)
-        sampler = self._sampler(plan)
         states = self._exact(
-            sampler,
+            self._sampler(plan),
             self.params,
             drawn if start is None else jnp.asarray(start),
             jnp.asarray(y),

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from ppflow_jax.api.model import Model
-from ppflow_jax.checks import SEEDS
-from ppflow_jax.errors import InputError
+from ppflow_jax.errors import SEEDS, InputError
 
 MOST_GUIDANCE = 100.0
 _SHOWN = 60  # characters of a wrong value that an error repeats

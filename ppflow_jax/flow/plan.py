@@ -19,6 +19,7 @@ from ppflow_jax.pyramid import Pyramid
 
 GRIDS = ("aligned", "reference")
 ADAPTIVE = "dopri5"
+FITTED = "fitted"  # rows of a plan file
 SOLVERS = (*ODE_SOLVERS, *MULTISTEP, ADAPTIVE, *SDE_SOLVERS)
 
 
@@ -62,7 +63,7 @@ class SamplerConfig:
 
     def __post_init__(self):
         for name, value, known in (
-            ("solver", self.solver, SOLVERS),
+            ("solver", self.solver, (*SOLVERS, FITTED)),
             ("grid", self.grid, GRIDS),
             ("diffusion", self.diffusion, tuple(DIFFUSIONS)),
             ("last_step", self.last_step, LAST_STEPS),
@@ -227,15 +228,18 @@ def plan(config: SamplerConfig, pyramid: Pyramid, flow: Flow) -> tuple[Segment, 
     """Segments of a run, in order.
 
     For the adaptive solver there is one per stage and change of guidance; a stochastic one with a
-    last step has that step as its last segment. On the aligned grid stage and guidance of a step
-    follow its middle; on the reference grid stages follow the time of each evaluation, and
-    whether a step is guided the time where it starts.
+    last step has that step as its last segment; a multistep one looks at no step of another stage
+    or guidance (their velocities are another field's, which costs more than the lower order). On
+    the aligned grid stage and guidance of a step follow its middle; on the reference grid stages
+    follow the time of each evaluation, and whether a step is guided the time where it starts.
 
     Raises:
       InputError: guidance scales or steps that do not fit the pyramid.
     """
     scales = config.scales(pyramid)
     lo, hi = time_range(config, flow)
+    if config.solver == FITTED:
+        raise InputError("solver=fitted is that of a plan file: give the file as the plan")
     if config.solver == ADAPTIVE:
         cuts = sorted({*pyramid.boundaries, *config.guidance_cuts()})
         ends = np.float32([lo, *(b for b in cuts if lo < b < hi), hi])
@@ -249,13 +253,11 @@ def plan(config: SamplerConfig, pyramid: Pyramid, flow: Flow) -> tuple[Segment, 
     multistep = config.solver in MULTISTEP
     nodes = (0.0,) if multistep else (ODE_SOLVERS | SDE_SOLVERS)[config.solver].nodes
     aligned = config.grid == "aligned"
-    if aligned:
-        times = aligned_grid(lo, hi, config.steps, pyramid)
-    else:
-        times = reference_grid(lo, hi, config.steps)
+    grid = (lo, hi, config.steps)
+    times = aligned_grid(*grid, pyramid) if aligned else reference_grid(*grid)
 
     def facts(t0: np.float32, t1: np.float32) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        """Stage and scale of every evaluation; guidance is on or off for a step as a whole."""
+        """Stage and scale of every evaluation; a step is guided or not as a whole."""
         middle = (t0 + t1) / 2
         if aligned:
             stages = (pyramid.stage_at(middle),) * len(nodes)
@@ -272,7 +274,8 @@ def plan(config: SamplerConfig, pyramid: Pyramid, flow: Flow) -> tuple[Segment, 
         points = (group[0][1], *(s[2] for s in group))
         segments.append(Segment(kind, stages, step_scales, points))
     if multistep:
-        return with_rows(segments, MULTISTEP[config.solver](flow, times))
+        restarts = tuple(np.cumsum([s.steps for s in segments[:-1]]).tolist())
+        return with_rows(segments, MULTISTEP[config.solver](flow, times, restarts))
     if config.stochastic and config.last_step != "none":
         start, end = times[-1], times[-1] + np.float32(config.last_step_size)
         stage = pyramid.stage_at(start)

@@ -13,9 +13,10 @@ from ppflow_jax.checkpoints.card import Card
 from ppflow_jax.checkpoints.weights import Weights
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.path import Flow
-from ppflow_jax.flow.plan import ADAPTIVE, SamplerConfig, Segment, evaluations
+from ppflow_jax.flow.plan import ADAPTIVE, FITTED, SamplerConfig, Segment, evaluations
 from ppflow_jax.flow.sampler import Sampler
 from ppflow_jax.generate.explain import explain
+from ppflow_jax.generate.plan_file import PlanFile
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Apply, make_apply
 from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
@@ -30,6 +31,8 @@ class Plan:
     Attributes:
       added: what `segments` have beyond the plain plan of `config`.
       weak: a weaker network in place of the null class (autoguidance).
+      tuned: the plan file that it came from.
+      notes: what a person should know of it.
     """
 
     model: ModelConfig
@@ -38,6 +41,8 @@ class Plan:
     segments: tuple[Segment, ...]
     added: AccelerateConfig = PLAIN
     weak: Weights | None = None
+    tuned: PlanFile | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def nfe(self) -> int | None:
@@ -78,11 +83,63 @@ class Plan:
         config = replace(self.config, cfg=(1.0,), cfg_until=())
         facts = [(s.kind, s.stages, s.guided, s.times, s.method) for s in self.segments]
         tables = [
-            jax.tree.map(lambda a: np.asarray(a).tobytes(), (s.inputs, s.full))
+            jax.tree.map(
+                lambda a: np.asarray(a).tobytes(),
+                (s.inputs, s.full, None if s.rows is None else s.rows.tables),
+            )
             for s in self.segments
         ]
         weak = None if self.weak is None else self.weak.card.model
         return config, tuple(facts), repr(tables), weak
+
+
+def guided_by(plan: Plan, card: Card, cfg: tuple[float, ...]) -> Plan:
+    """The same plan with other guidance scales, one or one of every stage.
+
+    Raises:
+      InputError: another number of scales.
+    """
+    config = replace(plan.config, cfg=cfg)
+    if plan.tuned is None:
+        return make_plan(card, config, plan.added, plan.weak)
+    segments = plan.tuned.fitted.guided(config.scales(plan.model.pyramid)).segments
+    return replace(plan, config=config, segments=segments)
+
+
+def tuned_plan(
+    card: Card, file: PlanFile, sha256: str | None, cfg: tuple[float, ...] | None = None
+) -> Plan:
+    """A plan of a file for a model; what does not fit but may be tried is in its notes.
+
+    Args:
+      sha256: of the model's checkpoint, if it has one.
+      cfg: guidance scales instead of those of the fit.
+
+    Raises:
+      InputError: a plan of another pyramid, path or prediction.
+    """
+    for what, theirs, ours in (
+        ("pyramid", file.pyramid, card.model.pyramid),
+        ("path and prediction", file.flow, card.flow),
+    ):
+        if theirs != ours:
+            raise InputError(
+                f"the plan is of another {what} ({theirs}) than the model ({ours}): tune one for "
+                "this model"
+            )
+    config = SamplerConfig(
+        FITTED, len(file.fitted.stages), cfg=file.cfg, cfg_channels=file.cfg_channels
+    )
+    plan = Plan(card.model, card.flow, config, file.fitted.segments, tuned=file)
+    notes = []
+    if sha256 != file.made.get("checkpoint_sha256"):
+        notes.append("the plan was fitted to other weights: its errors are not those of this model")
+    if cfg is not None:
+        plan = guided_by(plan, card, cfg)
+        if plan.config.scales(card.model.pyramid) != file.cfg:
+            scales = ",".join(f"{s:g}" for s in file.cfg)
+            notes.append(f"the plan was fitted with guidance {scales}, and its errors are of that")
+    return replace(plan, notes=tuple(notes))
 
 
 def make_plan(

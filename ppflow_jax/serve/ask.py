@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ppflow_jax.api.model import Model
 from ppflow_jax.api.requests import guidance_of, label_of, one_of, parse_object, whole_of
-from ppflow_jax.checks import SEEDS
+from ppflow_jax.errors import SEEDS
 from ppflow_jax.systems.accelerate import PRESETS
 
 SOLVERS = ("heun", "euler")  # image k is then a function of its noise alone

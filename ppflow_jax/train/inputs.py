@@ -16,13 +16,12 @@ from ml_collections import ConfigDict
 
 from ppflow_jax.autoencoders.encode import Encoder, moments, to_float
 from ppflow_jax.checkpoints.card import Card
-from ppflow_jax.checks import stream_seed
 from ppflow_jax.data.cache import CacheSource
 from ppflow_jax.data.checks import check_shape
 from ppflow_jax.data.pipeline import Source
 from ppflow_jax.data.sources import open_source
 from ppflow_jax.devices.sharding import batch_sharding, data_shards, replicated
-from ppflow_jax.errors import InputError
+from ppflow_jax.errors import InputError, stream_seed
 
 CHUNK = 16  # pictures that a device encodes at once
 

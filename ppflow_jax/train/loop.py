@@ -21,7 +21,6 @@ from ppflow_jax.autoencoders.encode import Encoder
 from ppflow_jax.checkpoints.card import read_card
 from ppflow_jax.checkpoints.run import Checkpoints, latest_card
 from ppflow_jax.checkpoints.weights import load_weights
-from ppflow_jax.checks import stream_seed
 from ppflow_jax.console import progress, say
 from ppflow_jax.data.classes import describe
 from ppflow_jax.data.pipeline import Source, Stream
@@ -37,7 +36,7 @@ from ppflow_jax.devices.sharding import (
     to_global,
 )
 from ppflow_jax.devices.stop import StopRequest
-from ppflow_jax.errors import InputError, RunError, Stopped
+from ppflow_jax.errors import InputError, RunError, Stopped, stream_seed
 from ppflow_jax.files.disk import locked, writable_directory
 from ppflow_jax.files.store import FOLDER, find_checkpoint
 from ppflow_jax.flow.sampler import image_noise

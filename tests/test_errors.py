@@ -2,8 +2,7 @@
 
 import pytest
 
-from ppflow_jax.checks import check_local, check_seed
-from ppflow_jax.errors import InputError
+from ppflow_jax.errors import InputError, check_local, check_seed
 from tests.commands import ROOT, run
 
 

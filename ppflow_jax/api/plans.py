@@ -1,0 +1,55 @@
+"""What a plan is asked for, checked at the door."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ppflow_jax.api.inputs import config_of
+from ppflow_jax.checkpoints.weights import Weights
+from ppflow_jax.errors import InputError, check_local
+from ppflow_jax.files.store import digest
+from ppflow_jax.generate.plan import Plan, make_plan, tuned_plan
+from ppflow_jax.generate.plan_file import PlanFile
+from ppflow_jax.systems.accelerate import AccelerateConfig
+
+STEPS, SOLVER, ACCELERATE = 50, "heun", "exact"
+
+Guidance = float | int | Sequence[float | int] | None
+
+
+def plan_of(
+    weights: Weights,
+    file: str | Path | PlanFile | None,
+    steps: int,
+    solver: str,
+    cfg: Guidance,
+    accelerate: str,
+    weak: Weights | None,
+    settings: dict[str, Any],
+) -> Plan:
+    """The plan of a file, or of settings.
+
+    Raises:
+      InputError: a setting that there is not or that the file decides, or a value out of its range.
+    """
+    if not isinstance(accelerate, str):
+        raise InputError(f"accelerate={accelerate!r}: give text")
+    if file is None:
+        config = config_of(steps, solver, 1.0 if cfg is None else cfg, settings)
+        return make_plan(weights.card, config, AccelerateConfig.parse(accelerate), weak)
+    given = {"steps": (steps, STEPS), "solver": (solver, SOLVER), "weak": (weak, None)}
+    given["accelerate"] = accelerate, ACCELERATE
+    if others := [k for k, (v, default) in given.items() if v != default] + list(settings):
+        raise InputError(f"a plan file decides {', '.join(others)}: leave that out, or the file")
+    if not isinstance(file, PlanFile):
+        check_local(str(file), "plan")
+        file = PlanFile.read(file)
+    scales = None if cfg is None else config_of(STEPS, SOLVER, cfg, {}).cfg
+    return tuned_plan(weights.card, file, sha256_of(weights), scales)
+
+
+def sha256_of(weights: Weights) -> str | None:
+    """Of a checkpoint; None for a PyTorch file."""
+    return digest(weights.path) if weights.path.is_dir() else None

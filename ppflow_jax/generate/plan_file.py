@@ -1,0 +1,143 @@
+"""Plan files: what `ppflow tune` found for a model, as JSON.
+
+    {"format": 1, "pyramid": TEXT, "flow": {...}, "cfg": [...], "times": [...], "stages": [...],
+     "scales": [...], "rule": {...}, "weights": [[...]], "corrector": null, "made": {...}}
+
+`made` says from what: SHA-256 of the weights, calibration, errors, the command. It decides nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ppflow_jax.errors import InputError
+from ppflow_jax.files.disk import atomic
+from ppflow_jax.flow.fitted import Fitted
+from ppflow_jax.flow.multistep import BASES, Rows, Rule
+from ppflow_jax.flow.path import Flow
+from ppflow_jax.pyramid import Pyramid
+
+FORMAT = 1
+_MOST_STEPS = 10_000
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """A fitted plan, and whose it is.
+
+    Attributes:
+      cfg: guidance scale of every stage that it was fitted with.
+      cfg_channels: as in `flow.plan.SamplerConfig`.
+      made: from what.
+    """
+
+    fitted: Fitted
+    pyramid: Pyramid
+    flow: Flow
+    cfg: tuple[float, ...]
+    cfg_channels: int = 0
+    made: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sha256(self) -> str:
+        """Of the file that `write` makes."""
+        return hashlib.sha256(self._text().encode()).hexdigest()
+
+    def write(self, path: str | Path) -> None:
+        """The same plan gives the same bytes."""
+        with atomic(Path(path)) as temporary:
+            temporary.write_text(self._text())
+
+    def _text(self) -> str:
+        rows = self.fitted.rows
+        corrector = None if rows.corrector is None else rows.corrector.tolist()
+        values = {
+            "format": FORMAT,
+            "pyramid": str(self.pyramid),
+            "flow": asdict(self.flow),
+            "cfg": self.cfg,
+            "cfg_channels": self.cfg_channels,
+            "times": self.fitted.times,
+            "stages": self.fitted.stages,
+            "scales": self.fitted.scales,
+            "rule": rows.rule._asdict(),
+            "weights": rows.weights.tolist(),
+            "corrector": corrector,
+            "made": self.made,
+        }
+        return json.dumps(values) + "\n"
+
+    @classmethod
+    def read(cls, path: str | Path) -> PlanFile:
+        """
+        Raises:
+          InputError: not there, damaged, or no plan file.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text()
+        except (OSError, UnicodeDecodeError) as e:
+            reason = getattr(e, "strerror", None) or "no text"
+            raise InputError(
+                f"cannot read the plan {path} ({reason}): give a file of `ppflow tune`"
+            ) from e
+        try:
+            values = json.loads(text)
+            if not isinstance(values, dict) or values.get("format") != FORMAT:
+                raise ValueError(f"no plan of format {FORMAT}")
+            return cls._of(values)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+            said = f"no {e}" if isinstance(e, KeyError) else str(e)
+            raise InputError(
+                f"{path} is not a plan of `ppflow tune`, or damaged ({said}): make it again"
+            ) from e
+
+    @classmethod
+    def _of(cls, values: dict[str, Any]) -> PlanFile:
+        pyramid = Pyramid.parse(str(values["pyramid"]))
+        times, stages = _numbers(values, "times"), values["stages"]
+        steps = len(times) - 1
+        if not 1 <= steps <= _MOST_STEPS or (np.diff(np.float32(times)) <= 0).any():
+            raise ValueError("times do not increase")
+        if times[0] < 0 or times[-1] > 1:
+            raise ValueError("times are not in [0, 1]")
+        levels = range(len(pyramid))
+        if len(stages) != steps or not all(type(s) is int and s in levels for s in stages):
+            raise ValueError(f"stages are not {steps} numbers below {len(pyramid)}")
+        scales, cfg = _numbers(values, "scales"), _numbers(values, "cfg")
+        if len(scales) != steps or len(cfg) != len(pyramid):
+            raise ValueError("scales are not one of every step, or cfg not one of every stage")
+        rule = Rule(**values["rule"])
+        if rule.basis not in BASES or type(rule.history) is not int or not 1 <= rule.history <= 32:
+            raise ValueError(f"unknown rule {values['rule']}")
+        weights = _table(values["weights"], steps, 1 + rule.history)
+        corrector = None
+        if bool(rule.corrects) != (values["corrector"] is not None):
+            raise ValueError("a corrector without its rule, or a rule without its corrector")
+        if rule.corrects:
+            corrector = _table(values["corrector"], steps, 2 + rule.history)
+        channels = values["cfg_channels"]
+        if type(channels) is not int or channels < 0 or not isinstance(values["made"], dict):
+            raise ValueError("cfg_channels or made of another kind")
+        fitted = Fitted(times, tuple(stages), scales, Rows(rule, weights, corrector))
+        return cls(fitted, pyramid, Flow(**values["flow"]), cfg, channels, values["made"])
+
+
+def _numbers(values: dict[str, Any], name: str) -> tuple[float, ...]:
+    found = np.array(values[name], np.float64)
+    if found.ndim != 1 or not np.isfinite(found).all():
+        raise ValueError(f"{name} are not finite numbers")
+    return tuple(found.tolist())
+
+
+def _table(value: Any, rows: int, columns: int) -> np.ndarray:
+    table = np.array(value, np.float64)
+    if table.shape != (rows, columns) or not np.isfinite(np.float32(table)).all():
+        raise ValueError(f"weights are not {rows} rows of {columns} finite numbers")
+    return table

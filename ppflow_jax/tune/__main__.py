@@ -1,0 +1,60 @@
+"""Fit a sampling plan to a model: python -m ppflow_jax.tune --checkpoint=DIR --evaluations=8
+
+    python -m ppflow_jax.tune --checkpoint=RUN --cfg=1,2 --evaluations=8 --out=plan.json
+    python -m ppflow_jax.sample --checkpoint=RUN --plan=plan.json --out=samples
+
+Times, steps of every stage and rows of a multistep rule, from fine trajectories of the same model
+and guidance. --flops and --ms are other budgets.
+"""
+
+from __future__ import annotations
+
+from absl import flags
+
+from ppflow_jax import cli
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir (its latest step) or one step.")
+_OUT = flags.DEFINE_string("out", "plan.json", "The plan; its calibration is kept beside it.")
+_WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Which parameters.")
+_CFG = flags.DEFINE_list("cfg", ["1"], "Guidance scale: one, or one for every stage.")
+_CFG_CHANNELS = flags.DEFINE_integer("cfg_channels", 0, "0: all, or guide only the first N.")
+_EVALUATIONS = flags.DEFINE_integer("evaluations", None, "Budget: network evaluations an image.")
+_FLOPS = flags.DEFINE_float(
+    "flops", None, "Budget: share of the FLOPs of SiT's 50 Euler steps, guided if the plan is."
+)
+_MS = flags.DEFINE_float("ms", None, "Budget: measured milliseconds an image, batches of 64.")
+_NOISES = flags.DEFINE_integer("noises", 256, "Trajectories to fit to; half as many are held out.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the calibration's noises.")
+_CALIBRATION = flags.DEFINE_string(
+    "calibration", None, "Folder of fine trajectories; default: that of --out."
+)
+_REFINE = flags.DEFINE_bool(
+    "refine", True, "Refine rows and step lengths by gradients; without: closed form, in seconds."
+)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of matrix products.")
+
+
+def main() -> None:
+    from ppflow_jax.api.load import load
+    from ppflow_jax.devices.host_memory import keep_scratch
+    from ppflow_jax.tune.command import Asked, tune
+
+    keep_scratch()
+    asked = Asked(
+        out=_OUT.value,
+        cfg=cli.numbers("cfg", _CFG.value),
+        cfg_channels=_CFG_CHANNELS.value,
+        evaluations=_EVALUATIONS.value,
+        flops=_FLOPS.value,
+        ms=_MS.value,
+        noises=_NOISES.value,
+        seed=_SEED.value,
+        calibration=_CALIBRATION.value,
+        refine=_REFINE.value,
+    )
+    model = load(_CHECKPOINT.value, weights=_WEIGHTS.value, dtype=_DTYPE.value)
+    print(tune(model, asked))
+
+
+if __name__ == "__main__":
+    cli.run(main, required=("checkpoint",))

@@ -1,0 +1,152 @@
+"""The work of the command `tune`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ppflow_jax.api.inputs import config_of
+from ppflow_jax.api.model import Model
+from ppflow_jax.api.plans import sha256_of
+from ppflow_jax.console import table
+from ppflow_jax.errors import InputError
+from ppflow_jax.files.disk import writable_directory
+from ppflow_jax.flow.fitted import Fitted
+from ppflow_jax.flow.multistep import MULTISTEP, adams_bashforth
+from ppflow_jax.generate.plan_file import PlanFile
+from ppflow_jax.models.flops import forward_flops
+from ppflow_jax.pyramid import Pyramid, Stage
+from ppflow_jax.tune.allocate import Budget, best_allocation, shared_out, start_of
+from ppflow_jax.tune.calibrate import FINE, Setting, calibrated
+from ppflow_jax.tune.fit import Field, error, refined
+
+SIT_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the flags of the command say; exactly one budget.
+
+    Attributes:
+      cfg: guidance scale, one or one of every stage.
+      calibration: folder of fine trajectories; None: that of `out`.
+    """
+
+    out: str = "plan.json"
+    cfg: tuple[float, ...] = (1.0,)
+    cfg_channels: int = 0
+    evaluations: int | None = None
+    flops: float | None = None
+    ms: float | None = None
+    noises: int = 256
+    seed: int = 0
+    calibration: str | None = None
+    refine: bool = True
+
+
+def tune(model: Model, asked: Asked) -> str:
+    """Writes the plan; returns a table of its error beside those of the fixed solvers.
+
+    Raises:
+      InputError: none or several budgets, one below a step a stage, or other bad settings.
+      RunError: trajectories or a loss that are not finite.
+    """
+    if sum(b is not None for b in (asked.evaluations, asked.flops, asked.ms)) != 1:
+        raise InputError("give one budget: --evaluations=8, --flops=0.1 or --ms=5")
+    config = config_of(50, "ab2", asked.cfg, {"cfg_channels": asked.cfg_channels})
+    cfg = config.scales(model.config.pyramid)
+    if asked.cfg_channels > model.config.channels:
+        raise InputError(
+            f"--cfg_channels={asked.cfg_channels}: the model has {model.config.channels} channels"
+        )
+    field = Field(model, asked.cfg_channels)
+    budget = _budget(field, cfg, asked)
+    budget.allocations()
+    out = Path(asked.out).absolute()
+    writable_directory(out.parent)
+    setting = Setting(cfg, asked.cfg_channels, asked.noises, asked.seed)
+    fit, held_out = calibrated(model, setting, asked.calibration or out.parent)
+    plan = best_allocation(field, cfg, budget, fit)
+    if asked.refine:
+        both = plan, refined(field, plan, fit)
+        plan = min(both, key=lambda plan: error(field, plan, fit))
+    errors = {"plan": error(field, plan, held_out)}
+    usual = start_of(field, cfg, shared_out(field, budget))
+    for name, rows in _fixed(field, usual).items():
+        errors[name] = error(field, replace(usual, rows=rows), held_out)
+    made = {
+        "checkpoint_sha256": sha256_of(model.weights),
+        "weights": model.weights.which,
+        "dtype": model.dtype,
+        "budget": {budget.unit: budget.limit},
+        "noises": asked.noises,
+        "seed": asked.seed,
+        "fine": f"heun, {FINE} steps",
+        "refined": asked.refine,
+        "held_out_errors": errors,
+        "jax": jax.__version__,
+    }
+    pyramid, flow = model.config.pyramid, model.card.flow
+    PlanFile(plan, pyramid, flow, cfg, asked.cfg_channels, made).write(out)
+    return _said(plan, usual, errors, out)
+
+
+def _fixed(field: Field, usual: Fitted) -> dict[str, Any]:
+    """Rows of the solvers to beat, on the steps of the aligned grid."""
+    counts = list(usual.counts.values())
+    restarts = tuple(np.cumsum(counts)[:-1].tolist())
+    flow, times = field.model.card.flow, np.float64(usual.times)
+    rows = {"euler": adams_bashforth(1, times)}
+    return rows | {name: make(flow, times, restarts) for name, make in MULTISTEP.items()}
+
+
+def _said(plan: Fitted, usual: Fitted, errors: dict[str, float], out: Path) -> str:
+    def steps(of: Fitted) -> str:
+        return "+".join(map(str, of.counts.values()))
+
+    rows = [["", "steps", "error"], ["plan", steps(plan), f"{errors['plan']:.4f}"]]
+    rows += [[k, steps(usual), f"{v:.4f}"] for k, v in errors.items() if k != "plan"]
+    best = min(v for k, v in errors.items() if k != "plan")
+    return (
+        f"{table(rows)}\n{errors['plan'] / best:.2f} of the error of the best fixed solver, on "
+        f"held-out noise; the plan is {out}"
+    )
+
+
+def _budget(field: Field, cfg: tuple[float, ...], asked: Asked) -> Budget:
+    """
+    Raises:
+      InputError: no number above 0.
+    """
+    model = field.model.config
+    limit = float(next(b for b in (asked.evaluations, asked.flops, asked.ms) if b is not None))
+    if not 0 < limit < np.inf:
+        raise InputError(f"a budget of {limit:g}: give a number above 0")
+    guided = [2 if scale != 1 else 1 for scale in cfg]
+    if asked.evaluations is not None:
+        return Budget(limit, (1.0,) * len(cfg))
+    if asked.flops is not None:
+        fine = min((s.patch for s in model.pyramid.stages), key=np.prod)
+        sit = replace(model, pyramid=Pyramid((Stage(1.0, fine),)))
+        whole = SIT_STEPS * forward_flops(sit, 0) * max(guided)
+        costs = (g * forward_flops(model, s) / whole for s, g in enumerate(guided))
+        return Budget(limit, tuple(costs), "of the FLOPs of SiT's 50 steps")
+    costs = tuple(_milliseconds(field, stage, scale) for stage, scale in enumerate(cfg))
+    return Budget(limit, costs, "milliseconds")
+
+
+def _milliseconds(field: Field, stage: int, scale: float) -> float:
+    """Of an evaluation of one image, in a batch of 64: the median of five."""
+    x = np.zeros((64, *field.model.config.shape), np.float32)
+    t = float(np.mean(field.model.config.pyramid.intervals[stage]))
+    y, seconds = np.zeros(len(x), np.int32), []
+    for _ in range(6):
+        start = time.perf_counter()
+        field.at(x, t, y, stage, scale)
+        seconds.append(time.perf_counter() - start)
+    return 1000 * float(np.median(seconds[1:])) / len(x)
