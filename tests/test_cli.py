@@ -15,10 +15,8 @@ SAMPLE = ["--batch=8", "--steps=2", "--solver=euler"]
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    assert train(folder)[0] == 0
-    return folder
+def workdir(small_run):
+    return small_run
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,16 @@ from tests.acceptance import parity
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 GROUPS = parity.groups(REFERENCE)
+# What repeats a kind that is compared all the same, and takes long to compile; the command
+# compares it too.
+_SCORES = ("score_None", "score_velocity", "noise_None", "noise_likelihood")
+REPEATED = {
+    "ppflow_l2/ode": ("heun2_n51_cfg_traj", "heun2_n250_cfg_final", "exact_nocfg"),
+    "ppflow_l3/ode": ("exact_cfg",),
+    "sit/ode": ("exact_cfg",),
+    "ppflow_l2/likelihood": ("euler_n5_logp",),
+    "sit/train": tuple(f"loss_{path}_{s}" for path in ("GVP", "VP") for s in _SCORES),
+}
 
 
 def test_nothing_of_the_selection_is_left_out():
@@ -16,7 +26,16 @@ def test_nothing_of_the_selection_is_left_out():
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_within_bounds(group):
+def test_within_bounds(group, monkeypatch):
+    left_out = REPEATED.get(group, ())
+
+    def fewer(file):
+        arrays = load(file)
+        assert arrays.keys() >= set(left_out)
+        return {name: array for name, array in arrays.items() if name not in left_out}
+
+    load = parity.load
+    monkeypatch.setattr(parity, "load", fewer)
     with jax.default_matmul_precision("highest"):
         rows = list(GROUPS[group]())
     over = [f"{r.name}: {r.error:.2e} > {r.bound:.1e}" for r in rows if not r.ok]

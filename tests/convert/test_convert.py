@@ -1,7 +1,7 @@
 """The command, end to end: both ways, what it refuses, and what the other commands make of it.
 
-Commands are run as a person runs them; those that only convert share one process that forks, so
-that JAX is imported once.
+Conversions are run as a person runs them, in processes that one process forks, so that JAX is
+imported once.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from ppflow_jax.flow.path import Flow
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import abstract_params
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, Pyramid
+from tests.commands import run
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "tests" / "reference"
@@ -88,17 +89,6 @@ def convert(folder: Path, *commands: list[str]) -> list[Result]:
     for log in logs.iterdir():
         log.unlink()
     return results
-
-
-def run(module: str, *flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", f"ppflow_jax.{module}", *flags],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 def same(path: Path, expected) -> bool:
@@ -360,7 +350,7 @@ def test_sample_from_a_converted_file_and_decode(tmp_path, ppflow2):
     params = jax.tree.map(np.asarray, Autoencoder(tiny).init(0))
     save_autoencoder(tmp_path / "taesd", "taesd", tiny, params, "float32")
     np.save(tmp_path / "noise.npy", np.moveaxis(ref["z"], 1, -1))
-    done = run(
+    code, _, err = run(
         "sample",
         f"--checkpoint={tmp_path / 'model'}",
         f"--out={tmp_path / 'out'}",
@@ -370,7 +360,7 @@ def test_sample_from_a_converted_file_and_decode(tmp_path, ppflow2):
         *("--steps=9", "--grid=reference", "--cfg_channels=3", "--save_latents"),
         f"--decode=taesd:{tmp_path / 'taesd'}",
     )
-    assert done.returncode == 0, done.stderr
+    assert code == 0, err
     latents = np.load(tmp_path / "out" / "latents.npy")
     theirs = np.moveaxis(ref["heun2_n9_cfg"], 1, -1)
     np.testing.assert_allclose(latents, theirs, rtol=0, atol=2e-5)
@@ -402,7 +392,7 @@ def test_train_from_a_converted_file_and_back(tmp_path):
         "optim.lr": 1e-30,
         "train.steps": 1,
         "train.ema": 0.0,
-        "data.batch_size": 8,
+        "data.batch_size": 16,
         "sample.count": 1,
         "sample.solver": "euler",
         "sample.steps": 2,
@@ -410,8 +400,9 @@ def test_train_from_a_converted_file_and_back(tmp_path):
         "init_from": tmp_path / "start",
     }
     flags = [f"--config.{k}={v}" for k, v in flags.items()]
-    done = run("main", "--config=configs/digits.py", f"--workdir={tmp_path / 'run'}", *flags)
-    assert done.returncode == 0, done.stderr
+    config_file = f"--config={ROOT}/configs/digits.py"
+    code, _, err = run("main", config_file, f"--workdir={tmp_path / 'run'}", *flags)
+    assert code == 0, err
     results = convert(
         tmp_path,
         ["--source=~run", "--target=~ema.safetensors", "--to=safetensors"],
@@ -427,5 +418,5 @@ def test_train_from_a_converted_file_and_back(tmp_path):
     again = read_card(find_checkpoint(tmp_path / "again")).model
     assert again == config
     # a converted folder is no run to continue
-    done = run("main", "--config=configs/digits.py", f"--workdir={tmp_path / 'start'}", *flags[:-1])
-    assert done.returncode == 1 and "--config.init_from" in done.stderr
+    code, _, err = run("main", config_file, f"--workdir={tmp_path / 'start'}", *flags[:-1])
+    assert code == 1 and "--config.init_from" in err

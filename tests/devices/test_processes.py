@@ -97,7 +97,7 @@ def test_a_bad_example_in_the_rows_of_one_process_ends_both(tmp_path):
     np.save(tmp_path / "latents.npy", x)
     np.save(tmp_path / "labels.npy", np.arange(16) % 10)
     data = [f"--config.data.path={tmp_path}", "--config.data.source=arrays"]
-    both = start([[*SHORT, *data, f"--workdir={tmp_path / 'run'}"]] * 2)
+    both = start([[*SHORT, *MESH, *data, f"--workdir={tmp_path / 'run'}"]] * 2)
     said = "".join(process.communicate(timeout=600)[1] for process in both)
     assert all(process.returncode for process in both)
     assert said.count("example 5 (label 5)") == 1 and "x has 1 of 64 values that are NaN" in said

@@ -92,13 +92,13 @@ def test_programs_that_do_not_go_together_are_refused(gpu):
 
 def trained(found, monkeypatch, steps=2):
     """Losses and gradient norms of training steps on one device, with the programs `found`."""
-    config = importlib.import_module("configs.digits").get_config()
+    config = importlib.import_module("configs.digits").get_config("sit")
     config.model.update(dict(width=32, depth=2, heads=2))
     config.data.batch_size = 8
     experiment = Experiment.from_config(config)
     monkeypatch.setattr(program, "for_training", lambda *args, **kwargs: found)
     made = program.make_program(experiment, make_mesh(devices=jax.devices()[:1]))
-    state, rows = made.init(jax.random.key(0)), []
+    state, rows = jax.jit(made.init)(jax.random.key(0)), []
     x = jax.random.normal(jax.random.key(1), (8, 8, 8, 1))
     for _ in range(steps):
         batch = {"x": x, "label": jnp.arange(8)}

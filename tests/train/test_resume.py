@@ -165,24 +165,38 @@ def test_data_that_moved_goes_on_and_its_new_place_is_said(begun, copy):
     assert history(copy)[0]["experiment"]["trained_on"]["name"] == str(begun / "data")
 
 
+def moved_to(path, run):
+    """As if `run` had been trained on the data in `path`."""
+    stored = find_checkpoint(run)
+    edit(stored, lambda e: e["data"].update(path=str(path)))
+    edit(stored, lambda e: e["trained_on"].update(name=str(path)))
+
+
+@pytest.mark.parametrize("place", ["the same", "another"])
 @pytest.mark.parametrize(
     ("other", "said"),
     [
         (dict(labels=range(61)), "trained_on.examples: 60 -> 61"),
         (dict(labels=[*range(59), 0]), "trained_on.labels_sha256"),
-        (dict(scale=1.5), "trained_on.some_sha256"),
         (dict(dtype=np.float16), "trained_on.dtype: float32 -> float16"),
     ],
 )
-@pytest.mark.parametrize("place", ["the same", "another"])
 def test_other_data_is_refused_wherever_it_is(tmp_path, begun, copy, other, said, place):
     path = written(tmp_path, "data", **other)
     if place == "the same":
-        stored = find_checkpoint(copy)
-        edit(stored, lambda e: e["data"].update(path=str(path)))
-        edit(stored, lambda e: e["trained_on"].update(name=str(path)))
+        moved_to(path, copy)
+    before = contents(copy)
+    refused(start(copy, steps=4, data=path), said, "--config.resume_changed=true")
+    assert contents(copy) == before
+
+
+@pytest.mark.parametrize("place", ["the same", "another"])
+def test_other_data_that_was_accepted_is_trained_on(tmp_path, begun, copy, place):
+    path, said = written(tmp_path, "data", scale=1.5), "trained_on.some_sha256"
+    if place == "the same":
+        moved_to(path, copy)
     refused(start(copy, steps=4, data=path), said)
-    steps = 4 if place == "another" else 2  # accepted is accepted; one place is trained on
+    steps = 4 if place == "another" else 2
     code, out, err = start(copy, "--config.resume_changed=true", steps=steps, data=path)
     assert code == 0 and said in out and f"done: step {steps}" in out, err
 

@@ -32,4 +32,4 @@ def _most_operands(depth: int) -> int:
 
 
 def test_no_block_sums_up_the_gradients_of_all_blocks_after_it():
-    assert _most_operands(depth=6) == _most_operands(depth=3)
+    assert _most_operands(depth=4) == _most_operands(depth=2)
