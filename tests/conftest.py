@@ -39,8 +39,17 @@ flags.FLAGS.mark_as_parsed()
 
 # Files that take longest come first, so that no process is left alone with one at the end.
 _LONGEST = (
-    *("test_resume", "test_parity", "test_train", "test_processes", "test_convert", "test_judge"),
-    *("test_cli", "test_bench", "test_earlier_versions", "test_stop", "test_sample", "test_report"),
+    *("test_resume", "test_train", "test_parity", "test_convert", "test_processes"),
+    *(
+        "test_evaluate",
+        "test_judge",
+        "test_sample",
+        "test_docs",
+        "test_cli",
+        "test_front_door",
+        "test_api",
+    ),
+    *("test_stop", "test_bench", "test_ema", "test_earlier_versions", "test_report"),
 )
 
 
