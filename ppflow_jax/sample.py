@@ -66,7 +66,9 @@ _LAST = flags.DEFINE_string(
 )
 _LAST_SIZE = flags.DEFINE_float("last_step_size", 0.04, "Its length in time.")
 _ACCELERATE = flags.DEFINE_string(
-    "accelerate", "exact", "exact, balanced, fast or key=value,... (docs/accelerate.md)."
+    "accelerate",
+    "exact",
+    "exact, balanced, fast, key=value,... (docs/accelerate.md), or auto: the run's plan.json.",
 )
 _PLAN = flags.DEFINE_string(
     "plan", None, "File of `ppflow tune`: times, stages, guidance and rows of every step."
@@ -133,27 +135,31 @@ _DECIDED = (
 
 
 def _plan_of(model: Any, weak: Any) -> Any:
+    """By a file, or by the flags; with --accelerate=auto by those that are given."""
+    file, auto = _PLAN.value, _ACCELERATE.value == "auto"
+    present = [name for name in _DECIDED if flags.FLAGS[name].present]
+    if file and present:
+        given = ", ".join(f"--{name}" for name in present)
+        raise InputError(f"--plan decides {given}: leave that out, or the file")
+    settings = {
+        "steps": _STEPS.value,
+        "solver": _SOLVER.value,
+        "accelerate": _ACCELERATE.value,
+        "weak": weak,
+        "grid": _GRID.value,
+        "cfg_until": cli.numbers("cfg_until", _CFG_UNTIL.value),
+        "cfg_channels": _channels(_CFG_CHANNELS.value),
+        "rtol": _RTOL.value,
+        "atol": _ATOL.value,
+        "diffusion": _DIFFUSION.value,
+        "diffusion_norm": _NORM.value,
+        "last_step": _LAST.value,
+        "last_step_size": _LAST_SIZE.value,
+    }
+    if file or auto:
+        settings = {name: settings[name] for name in present}
     cfg = cli.numbers("cfg", _CFG.value)
-    if _PLAN.value:
-        if given := [f"--{name}" for name in _DECIDED if flags.FLAGS[name].present]:
-            raise InputError(f"--plan decides {', '.join(given)}: leave that out, or the file")
-        return model.plan(_PLAN.value, cfg=cfg if flags.FLAGS["cfg"].present else None)
-    return model.plan(
-        steps=_STEPS.value,
-        solver=_SOLVER.value,
-        cfg=cfg,
-        accelerate=_ACCELERATE.value,
-        weak=weak,
-        grid=_GRID.value,
-        cfg_until=cli.numbers("cfg_until", _CFG_UNTIL.value),
-        cfg_channels=_channels(_CFG_CHANNELS.value),
-        rtol=_RTOL.value,
-        atol=_ATOL.value,
-        diffusion=_DIFFUSION.value,
-        diffusion_norm=_NORM.value,
-        last_step=_LAST.value,
-        last_step_size=_LAST_SIZE.value,
-    )
+    return model.plan(file, cfg=cfg if flags.FLAGS["cfg"].present else None, **settings)
 
 
 def _check_alone(name: str, others: tuple[str, ...]) -> None:

@@ -129,7 +129,6 @@ def _settings(
         **made_from(model.weights, plan),
         "weak_sha256": digest(plan.weak.path) if plan.weak else None,
         "accelerate": asdict(plan.added),
-        "plan_sha256": None if plan.tuned is None else plan.tuned.sha256,
         "dtype": model.dtype,
         **decoded_by(request.decode),
         "rounding": ROUNDING,

@@ -127,9 +127,9 @@ class Model:
           file: of `ppflow tune`, which decides all but `cfg`.
           steps: intervals of the grid.
           solver: one of `flow.plan.SOLVERS`.
-          cfg: guidance scale, or one of every stage; 1, the default, does not evaluate the null
-            class. With a file: instead of the scales of its fit.
-          accelerate: `exact`, `balanced`, `fast` or key=value,... (docs: accelerate).
+          cfg: guidance scale, or one of every stage; 1 (the default, or the file's) does not
+            evaluate the null class.
+          accelerate: a preset, `auto` (the run's plan.json) or key=value,... (docs: accelerate).
           weak: autoguidance by this model in place of the null class (arXiv 2406.02507).
           settings: of `flow.plan.SamplerConfig`, such as grid, cfg_channels, cfg_interval.
 
@@ -138,7 +138,7 @@ class Model:
         """
         if not (weak is None or isinstance(weak, Model)):
             raise InputError(f"weak={weak!r}: give a model, as pf.load makes it")
-        weaker = weak.weights if weak else None
+        weaker = None if weak is None else weak.weights
         return plan_of(self.weights, file, steps, solver, cfg, accelerate, weaker, settings)
 
     def sample(

@@ -15,6 +15,7 @@ from ppflow_jax.generate.plan_file import PlanFile
 from ppflow_jax.systems.accelerate import AccelerateConfig
 
 STEPS, SOLVER, ACCELERATE = 50, "heun", "exact"
+AUTO, OWN = "auto", "plan.json"  # the plan in the folder of a run or a converted model
 
 Guidance = float | int | Sequence[float | int] | None
 
@@ -36,6 +37,9 @@ def plan_of(
     """
     if not isinstance(accelerate, str):
         raise InputError(f"accelerate={accelerate!r}: give text")
+    if accelerate == AUTO and file is None:
+        beside = weights.path.parent.parent / OWN
+        file, accelerate = (beside, ACCELERATE) if beside.is_file() else (None, "balanced")
     if file is None:
         config = config_of(steps, solver, 1.0 if cfg is None else cfg, settings)
         return make_plan(weights.card, config, AccelerateConfig.parse(accelerate), weak)

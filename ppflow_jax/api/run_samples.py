@@ -32,18 +32,23 @@ from ppflow_jax.train.experiment import sampler_of
 class RunSamples:
     """The first `num` pictures of a checkpoint's EMA, the trained classes in turn.
 
+    Args:
+      plan: file of `ppflow tune` instead of the run's own settings.
+
     Attributes:
       seed: of the noise; the run's, unless another is given.
       card: what makes the pictures, and when they are made how it went.
       name: what is sampled, in a few words.
       shape: of a picture.
-      reminder: a line about an average that is still too much of its first weights.
+      reminders: lines about the plan, and an average that is still too much of its first weights.
 
     Raises:
       InputError: no such checkpoint, a model of latents without a decoder.
     """
 
-    def __init__(self, path: str, *, num: int, seed: int | None, decode: str):
+    def __init__(
+        self, path: str, *, num: int, seed: int | None, decode: str, plan: str | None = None
+    ):
         if num < 2:
             raise InputError(f"--num must be at least 2, got {num}")
         weights = open_weights(path)
@@ -54,10 +59,13 @@ class RunSamples:
         self.num, self.decode, self.microbatch = num, decode, min(MICROBATCH, num)
         self.seed = seed_of((run["seed"] if run else 0) if seed is None else seed)
         self.model = Model(weights)
-        self.plan = make_plan(card, sampler_of(run["sample"]) if run else SamplerConfig())
+        if plan:
+            self.plan = self.model.plan(plan)
+        else:
+            self.plan = make_plan(card, sampler_of(run["sample"]) if run else SamplerConfig())
         self.model.generator(self.plan, decode, self.microbatch)
         self.shape = shape_of_a_picture(self.model, decode)
-        self.reminder = reminder_of(weights.path, card)
+        self.reminders = (*self.plan.notes, reminder_of(weights.path, card) or "")
         self.card: dict[str, Any] = {
             "settings": {
                 **made_from(weights, self.plan),

@@ -18,6 +18,9 @@ _SAMPLES = flags.DEFINE_string("samples", None, "npz with arr_0, folder of image
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir or step to sample from instead.")
 _NUM = flags.DEFINE_integer("num", 10_000, "Samples of --checkpoint, its classes in turn.")
 _DECODE = flags.DEFINE_string("decode", "none", "vae:DIR or taesd:DIR for a model of latents.")
+_PLAN = flags.DEFINE_string(
+    "plan", None, "File of `ppflow tune` for --checkpoint, instead of the run's own sampler."
+)
 _REFERENCE = flags.DEFINE_string(
     "reference", None, "The same, or an npz with mu and sigma: what samples are compared with."
 )

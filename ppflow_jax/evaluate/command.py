@@ -96,9 +96,10 @@ def _network() -> FeatureNetwork:
 
 
 def _of_checkpoint(path: str) -> RunSamples:
-    found = RunSamples(path, num=FLAGS.num, seed=FLAGS.seed, decode=FLAGS.decode)
-    if found.reminder:
-        print(found.reminder)
+    settings = {"num": FLAGS.num, "seed": FLAGS.seed, "decode": FLAGS.decode}
+    found = RunSamples(path, plan=FLAGS.plan, **settings)
+    for line in filter(None, found.reminders):
+        print(line)
     return found
 
 

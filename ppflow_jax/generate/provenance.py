@@ -28,12 +28,14 @@ def made_from(weights: Weights, plan: Plan) -> dict[str, Any]:
       InputError: a checkpoint without checksums.
     """
     pyramid = plan.model.pyramid
+    tuned = {} if plan.tuned is None else {"plan_sha256": plan.tuned.sha256}
     return {
         "checkpoint_sha256": digest(weights.path),
         "weights": weights.which,
         "pyramid": str(pyramid),
         **asdict(plan.config),
         "cfg": plan.config.scales(pyramid),
+        **tuned,
     }
 
 

@@ -24,6 +24,9 @@ _DECODE = flags.DEFINE_string(
 )
 _WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Which parameters.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of matrix products.")
+_PLAN = flags.DEFINE_string(
+    "plan", None, "File of `ppflow tune`, for requests with the preset `tuned`."
+)
 _MICROBATCH = flags.DEFINE_integer(
     "microbatch", 16, "Images a device computes at once; changes last bits."
 )
@@ -43,6 +46,7 @@ def main() -> None:
     from ppflow_jax.api.load import load
     from ppflow_jax.console import say
     from ppflow_jax.devices.host_memory import keep_scratch
+    from ppflow_jax.serve.ask import tuned_for
     from ppflow_jax.serve.batcher import Batcher
     from ppflow_jax.serve.device import Device
 
@@ -51,7 +55,8 @@ def main() -> None:
         host, port = bound.getsockname()[:2]
         keep_scratch()
         model = load(_CHECKPOINT.value, weights=_WEIGHTS.value, dtype=_DTYPE.value)
-        server = Server(Batcher(Device(model, _DECODE.value, _MICROBATCH.value), most))
+        batcher = Batcher(Device(model, _DECODE.value, _MICROBATCH.value), most)
+        server = Server(batcher, tuned_for(model, _PLAN.value) if _PLAN.value else None)
         if not ipaddress.ip_address(host).is_loopback:
             say(f"{host} can be reached from other machines, and nothing here asks who they are")
         where = f"http://{f'[{host}]' if ':' in host else host}:{port}"

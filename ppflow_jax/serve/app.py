@@ -20,7 +20,8 @@ from starlette.routing import Route
 from ppflow_jax.api.requests import MOST_GUIDANCE
 from ppflow_jax.data.save import png
 from ppflow_jax.errors import InputError, RunError
-from ppflow_jax.serve.ask import MOST_IMAGES, MOST_STEPS, SOLVERS, Ask, parse
+from ppflow_jax.generate.plan_file import PlanFile
+from ppflow_jax.serve.ask import MOST_IMAGES, MOST_STEPS, SOLVERS, TUNED, Ask, parse
 from ppflow_jax.serve.batcher import Batcher, Broken, Job, Picture
 from ppflow_jax.serve.counts import Counted, Counts
 from ppflow_jax.serve.device import Row, Way, stages_of
@@ -36,9 +37,10 @@ POLICY = (
 
 
 class Service:
-    """Answers from a batcher."""
+    """Answers from a batcher; `tuned` is the plan of the preset of that name."""
 
-    def __init__(self, batcher: Batcher):
+    def __init__(self, batcher: Batcher, tuned: PlanFile | None = None):
+        self.tuned, self.presets = tuned, (*PRESETS, *((TUNED,) if tuned else ()))
         self.batcher, self.model = batcher, batcher.device.model
         self.counts = Counts()
         # Requests repeat few plans, and making one takes a millisecond.
@@ -64,6 +66,8 @@ class Service:
         return self.way(Ask.steps, Ask.solver, Ask.preset, (1.0,) * stages, False)
 
     def _way(self, steps: int, solver: str, preset: str, guidance: tuple, staged: bool) -> Way:
+        if preset == TUNED:
+            return Way(self.model.plan(self.tuned, cfg=guidance), staged)
         plan = self.model.plan(steps=steps, solver=solver, cfg=guidance, accelerate=preset)
         return Way(plan, staged)
 
@@ -104,7 +108,7 @@ class Service:
                 "no_class": config.num_classes,
                 "stages": stages,
                 "solvers": SOLVERS,
-                "presets": list(PRESETS),
+                "presets": list(self.presets),
                 "defaults": {k: v for k, v in asdict(ask).items() if k != "label"},
                 "run_guidance": sampled.get("cfg"),
                 "limits": {
@@ -120,7 +124,7 @@ class Service:
 
     async def images(self, request: Request) -> Response:
         """Finished images: a PNG, or JSON for who accepts that."""
-        ask = parse(await body_of(request), self.model)
+        ask = parse(await body_of(request), self.model, self.presets)
         wants_json = "application/json" in request.headers.get("accept", "")
         if ask.n > 1 and not wants_json:
             raise InputError(f"n={ask.n}: several images need the header Accept: application/json")
@@ -149,7 +153,7 @@ class Service:
 
     async def stages(self, request: Request) -> Response:
         """One image on its way: a line of JSON for the plan, then one for every stage."""
-        ask = parse(await body_of(request), self.model)
+        ask = parse(await body_of(request), self.model, self.presets)
         if ask.n != 1:
             raise InputError(f"n={ask.n}: the stages are those of one image")
         way, job, news = self._job(ask, staged=True)
@@ -244,4 +248,6 @@ def _tokens(config: Any, stage: int) -> int:
 
 def _said(ask: Ask, way: Way) -> str:
     scales = ",".join(f"{scale:g}" for scale in ask.guidance)
-    return f"{ask.solver}, {ask.steps} steps, guidance {scales}, {ask.preset}, {way.plan.nfe} NFE"
+    config = way.plan.config
+    steps = f"{config.solver}, {config.steps} steps"
+    return f"{steps}, guidance {scales}, {ask.preset}, {way.plan.nfe} NFE"

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 
 from ppflow_jax.api.model import Model
 from ppflow_jax.api.requests import guidance_of, label_of, one_of, parse_object, whole_of
+from ppflow_jax.console import say
 from ppflow_jax.errors import SEEDS
+from ppflow_jax.generate.plan_file import PlanFile
 from ppflow_jax.systems.accelerate import PRESETS
 
+TUNED = "tuned"
 SOLVERS = ("heun", "euler")  # image k is then a function of its noise alone
 MOST_STEPS, MOST_IMAGES = 250, 16
 
@@ -20,7 +23,8 @@ class Ask:
     Attributes:
       label: class; the number of classes itself is none.
       guidance: scale of every stage.
-      preset: one of `systems.accelerate.PRESETS`.
+      preset: one of `systems.accelerate.PRESETS`, or `TUNED`: the plan of a file, which decides
+        steps and solver.
     """
 
     label: int
@@ -32,7 +36,18 @@ class Ask:
     n: int = 1
 
 
-def parse(body: bytes, model: Model) -> Ask:
+def tuned_for(model: Model, path: str) -> PlanFile:
+    """A plan file of this model; what a person should know of it is said.
+
+    Raises:
+      InputError: none, or one of another kind of model.
+    """
+    for note in model.plan(path).notes:
+        say(note)
+    return PlanFile.read(path)
+
+
+def parse(body: bytes, model: Model, presets: tuple[str, ...] = tuple(PRESETS)) -> Ask:
     """The request of a JSON body; what it leaves out is as in the command `sample`.
 
     Raises:
@@ -46,6 +61,6 @@ def parse(body: bytes, model: Model) -> Ask:
         guidance_of(given.get("guidance", 1), len(model.config.pyramid)),
         whole_of("steps", given.get("steps", Ask.steps), 1, MOST_STEPS),
         one_of("solver", given.get("solver", Ask.solver), SOLVERS),
-        one_of("preset", given.get("preset", Ask.preset), tuple(PRESETS)),
+        one_of("preset", given.get("preset", Ask.preset), presets),
         whole_of("n", given.get("n", Ask.n), 1, MOST_IMAGES),
     )

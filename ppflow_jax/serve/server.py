@@ -13,6 +13,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ppflow_jax.errors import InputError, RunError
+from ppflow_jax.generate.plan_file import PlanFile
 from ppflow_jax.serve.app import Service
 from ppflow_jax.serve.batcher import Batcher
 
@@ -85,8 +86,8 @@ class Protocol(H11Protocol):
 class Server(uvicorn.Server):
     """A service on a socket. SIGTERM or Ctrl-C ends it when all that was asked for is answered."""
 
-    def __init__(self, batcher: Batcher):
-        self.batcher, self.service = batcher, Service(batcher)
+    def __init__(self, batcher: Batcher, tuned: PlanFile | None = None):
+        self.batcher, self.service = batcher, Service(batcher, tuned)
         config = uvicorn.Config(
             self.service.app(),
             http=Protocol,

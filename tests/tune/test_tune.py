@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import ppflow_jax as pf
+from ppflow_jax.api.run_samples import RunSamples
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.fitted import stepwise
 from ppflow_jax.flow.multistep import adams_bashforth
 from ppflow_jax.generate.plan_file import PlanFile
+from ppflow_jax.serve.app import Service
+from ppflow_jax.serve.ask import parse
+from ppflow_jax.serve.batcher import Batcher
+from ppflow_jax.serve.device import Device, Row
 from ppflow_jax.tune.allocate import Budget
 from ppflow_jax.tune.calibrate import Trajectories, grid_of
 from ppflow_jax.tune.fit import Field, closed_form, distance
@@ -228,3 +234,33 @@ def test_a_damaged_calibration_is_named(small_run, tuned):
     code, _, err = commands.run("tune.__main__", f"--checkpoint={small_run}", *flags)
     parts[0].write_bytes(kept)
     assert code == 1 and "is damaged" in err and "remove it" in err, err
+
+
+def test_auto_is_the_plan_in_the_folder_of_the_run(small_run, tuned, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(small_run, run)
+    assert pf.load(run).plan(accelerate="auto", cfg=(1, 2)).tuned is None
+    (run / "plan.json").write_bytes(tuned[0].read_bytes())
+    plan = pf.load(run).plan(accelerate="auto", cfg=(1, 2))
+    assert plan.nfe == 5 and not plan.notes
+    for flags, words in (
+        (["--accelerate=auto", "--steps=8"], "decides steps"),
+        ([f"--plan={tuned[0]}", "--solver=heun"], "--plan decides --solver"),
+    ):
+        out = f"--out={tmp_path}/out"
+        code, _, err = commands.run("sample", f"--checkpoint={run}", "--num=2", out, *flags)
+        assert code == 1 and words in err, err
+
+
+def test_the_service_and_the_evaluation_take_a_plan(small_run, model, tuned):
+    service = Service(Batcher(Device(model, "none", 2), 16), PlanFile.read(tuned[0]))
+    ask = parse(b'{"label": 1, "guidance": [1, 2], "preset": "tuned"}', model, service.presets)
+    way = service.way(ask.steps, ask.solver, ask.preset, ask.guidance, False)
+    (made,) = service.batcher.device.run(way, [Row(1, 0, 0), Row(1, 0, 1)])
+    expected = model.sample(2, plan=model.plan(tuned[0]), labels=1).pictures
+    np.testing.assert_array_equal(made.clean, expected)
+    with pytest.raises(InputError, match="exact, balanced, fast"):
+        parse(b'{"label": 1, "preset": "tuned"}', model)
+    judged = RunSamples(str(small_run), num=4, seed=0, decode="none", plan=str(tuned[0]))
+    assert judged.plan.nfe == 5
+    assert judged.card["settings"]["plan_sha256"] == PlanFile.read(tuned[0]).sha256
