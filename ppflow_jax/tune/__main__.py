@@ -2,9 +2,11 @@
 
     python -m ppflow_jax.tune --checkpoint=RUN --cfg=1,2 --evaluations=8 --out=plan.json
     python -m ppflow_jax.sample --checkpoint=RUN --plan=plan.json --out=samples
+    python -m ppflow_jax.tune --data=CACHE --patches=4x4,2x2
 
 Times, steps of every stage and rows of a multistep rule, from fine trajectories of the same model
-and guidance. --flops and --ms are other budgets.
+and guidance. --flops and --ms are other budgets. The last needs no model: it proposes the
+boundaries of a pyramid from the power spectrum of the data.
 """
 
 from __future__ import annotations
@@ -31,10 +33,23 @@ _CALIBRATION = flags.DEFINE_string(
 _REFINE = flags.DEFINE_bool(
     "refine", True, "Refine rows and step lengths by gradients; without: closed form, in seconds."
 )
+_DATA = flags.DEFINE_string(
+    "data", None, "Instead of a model: digits, or the folder of a latent cache or of latents.npy."
+)
+_PATCHES = flags.DEFINE_string(
+    "patches", "4x4,2x2", "Of the levels of --data, coarse to fine, width x height."
+)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of matrix products.")
 
 
 def main() -> None:
+    if _DATA.value:
+        from ppflow_jax.tune.spectrum import proposed
+
+        print(proposed(_DATA.value, _PATCHES.value))
+        return
+    if not _CHECKPOINT.value:
+        raise flags.Error("--checkpoint or --data is required")
     from ppflow_jax.api.load import load
     from ppflow_jax.devices.host_memory import keep_scratch
     from ppflow_jax.tune.command import Asked, tune
@@ -57,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("checkpoint",))
+    cli.run(main)

@@ -26,6 +26,7 @@ from ppflow_jax.tune.calibrate import FINE, Setting, calibrated
 from ppflow_jax.tune.fit import Field, error, refined
 
 SIT_STEPS = 50
+ROUNDS = 150  # of the gradient refinement
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def tune(model: Model, asked: Asked) -> str:
     fit, held_out = calibrated(model, setting, asked.calibration or out.parent)
     plan = best_allocation(field, cfg, budget, fit)
     if asked.refine:
-        both = plan, refined(field, plan, fit)
+        both = plan, refined(field, plan, fit, ROUNDS)
         plan = min(both, key=lambda plan: error(field, plan, fit))
     errors = {"plan": error(field, plan, held_out)}
     usual = start_of(field, cfg, shared_out(field, budget))

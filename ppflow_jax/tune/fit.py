@@ -34,7 +34,7 @@ from ppflow_jax.tune.calibrate import Trajectories
 
 HISTORY = 4
 RIDGES = (1e-4, 1e-6, 0.0)  # as a share of the mean square of a velocity
-ROUNDS, BATCH, RATE = 150, 16, 0.01  # of the gradient refinement
+BATCH, RATE = 16, 0.01  # of the gradient refinement
 _TURN = 1e-2  # where the loss of the end state turns from squares to distances
 _WAY = 0.1  # weight of the states on the way against the end
 
@@ -152,7 +152,7 @@ def _changes(plan: Fitted) -> tuple[int, ...]:
     return tuple(i for i in range(1, len(facts)) if facts[i] != facts[i - 1])
 
 
-def refined(field: Field, plan: Fitted, given: Trajectories, rounds: int = ROUNDS) -> Fitted:
+def refined(field: Field, plan: Fitted, given: Trajectories, rounds: int) -> Fitted:
     """All rows and step lengths at once, by Adam on the end state and the states on the way.
 
     Lengths change within their stage, whose boundaries stay.

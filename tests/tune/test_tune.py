@@ -111,11 +111,14 @@ def model(small_run):
 def tuned(small_run, tmp_path_factory):
     """A plan of the command, made twice, and what the command said."""
     folder, files = tmp_path_factory.mktemp("tuned"), []
-    for name in ("plan", "again"):
-        flags = ("--cfg=1,2", "--evaluations=5", "--noises=8", f"--out={folder}/{name}.json")
-        code, said, err = commands.run("tune.__main__", f"--checkpoint={small_run}", *flags)
-        assert code == 0, err
-        files.append(folder / f"{name}.json")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ppflow_jax.tune.command.ROUNDS", 20)
+        patch.setattr("ppflow_jax.tune.calibrate.FINE", 24)
+        for name in ("plan", "again"):
+            flags = ("--cfg=1,2", "--evaluations=5", "--noises=8", f"--out={folder}/{name}.json")
+            code, said, err = commands.run("tune.__main__", f"--checkpoint={small_run}", *flags)
+            assert code == 0, err
+            files.append(folder / f"{name}.json")
     return *files, said
 
 
@@ -226,11 +229,12 @@ def test_bad_flags_are_refused(small_run, tmp_path, args, words):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_damaged_calibration_is_named(small_run, tuned):
+def test_a_damaged_calibration_is_named(small_run, tuned, monkeypatch):
     parts = sorted(tuned[0].parent.glob("calibration-*/*.npy"))
     kept = parts[0].read_bytes()
     parts[0].write_bytes(kept[:1000])
     flags = ("--cfg=1,2", "--evaluations=5", "--noises=8", f"--out={tuned[0].parent}/new.json")
+    monkeypatch.setattr("ppflow_jax.tune.calibrate.FINE", 24)
     code, _, err = commands.run("tune.__main__", f"--checkpoint={small_run}", *flags)
     parts[0].write_bytes(kept)
     assert code == 1 and "is damaged" in err and "remove it" in err, err
