@@ -4,9 +4,9 @@
         [--evaluations=5,6,8,10,15] [--noises=256]
 
 Every run is given with its guidance scales. Errors are of the end states on held-out noises and
-labels, relative to 100 Heun steps. Plans lie in DIR: a killed command continues, and the calibration
-is made once a run. Writes DIR/errors.md and DIR/errors.png. Exit code 0 only if every plan has at
-most 0.6 of the error of the best fixed solver.
+labels, relative to 100 Heun steps. Plans lie in DIR: a killed command continues, and a run is
+calibrated once. Writes DIR/errors.md and DIR/errors.png. Exit code 0 only if every plan has at most
+0.6 of the error of the best fixed solver.
 """
 
 from __future__ import annotations
