@@ -43,7 +43,7 @@ class ForecastConfig:
     """What is forecast, when, and how.
 
     Attributes:
-      forecast: weights, one of `schedule.BASES`: `taylor`, `newton`, or `adams`.
+      forecast: weights, one of `schedule.BASES`: `taylor`, `hermite`, `newton`, or `adams`.
       order: degree of the forecast; 0 repeats the last full value.
       interval: steps from one full step to the next in every stage, or one for all; 1 leaves a
         stage as it is.

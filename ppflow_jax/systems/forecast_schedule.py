@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 SCHEDULES = ("taylor", "fora", "deepcache")
-BASES = ("taylor", "newton", "adams")
+BASES = ("taylor", "hermite", "newton", "adams")
+_CONTRACTION = 0.5  # sigma of HiCache
 
 
 def full_steps(
@@ -61,6 +62,8 @@ def weight_table(
       basis: `taylor` is TaylorSeer's recursion, in which differences over the latest gap stand
         for derivatives: D0 = F, D[j+1] = (D[j] - D[j] at the full step before) / gap, forecast
         sum_j D[j] x^j / j! at x steps later. It damps: a quadratic is missed by -gap x.
+        `hermite` is HiCache (arXiv 2508.16984), which puts s^j H_j(s x) in the place of x^j, H the
+        physicists' Hermite polynomials and s = 0.5.
         `newton` is the polynomial through the last values. `adams` is the mean over the step
         that follows of that polynomial (Adams-Bashforth), at full steps too.
       order: degree at most; it grows by one per full step. 0 repeats the last full value.
@@ -75,15 +78,16 @@ def weight_table(
     for i in range(steps):
         if full[i]:
             own = np.eye(order + 1)[len(known) % (order + 1)]
-            if basis == "taylor":
+            if basis in ("taylor", "hermite"):
                 # the ring reuses the slot whose value the highest difference drops here
                 differences = _differences(
                     own, differences, order, i - known[-1] if known and i > warmup - 2 else 0
                 )
             known.append(i)
-        if basis == "taylor":
+        if basis in ("taylor", "hermite"):
             x = i - known[-1]
-            table[i] = sum(d * x**j / math.factorial(j) for j, d in enumerate(differences))
+            powers = [_power(basis, j, x) / math.factorial(j) for j in range(len(differences))]
+            table[i] = sum(d * power for d, power in zip(differences, powers))
             continue
         last = range(max(0, len(known) - order - 1), len(known))
         slots, at = [n % (order + 1) for n in last], [known[n] for n in last]
@@ -93,6 +97,14 @@ def weight_table(
             nodes, weights = np.polynomial.legendre.leggauss(order // 2 + 1)
             table[i, slots] = _polynomial(at, i + (nodes + 1) / 2) @ (weights / 2)
     return table
+
+
+def _power(basis: str, j: int, x: int) -> float:
+    """What stands for x^j."""
+    if basis == "taylor" or x == 0:  # a full step is itself
+        return float(x**j)
+    s = _CONTRACTION
+    return s**j * np.polynomial.hermite.hermval(s * x, np.eye(j + 1)[j])
 
 
 def _differences(own, old: list[np.ndarray], order: int, gap: int) -> list[np.ndarray]:

@@ -72,3 +72,17 @@ def test_adams_weights_are_adams_bashforth():
     for order, last in ((1, [3 / 2, -1 / 2]), (2, [23 / 12, -16 / 12, 5 / 12])):
         weights = by_step(weight_table("adams", order, np.ones(6, bool), 1), np.ones(6, bool))
         np.testing.assert_allclose(weights[-1][::-1][: order + 1], last, atol=1e-12)
+
+
+def test_hermite_stands_for_powers_and_full_steps_are_themselves():
+    """HiCache at s = 0.5: H_1 = 2 y, H_2 = 4 y^2 - 2 at y = s x."""
+    full = np.array([True, True, True, False, False])
+    taylor, hermite = (weight_table(basis, 2, full, 2) for basis in ("taylor", "hermite"))
+    np.testing.assert_array_equal(hermite[:3], taylor[:3])
+    value, first, second = np.eye(3)[2], np.array([0, -1.0, 1.0]), None
+    for row, x in ((3, 1), (4, 2)):
+        powers = 0.5 * x, 0.25 * (x**2 - 2)
+        second = (taylor[row] - value - x * first) * 2 / x**2
+        np.testing.assert_allclose(
+            hermite[row], value + powers[0] * first + powers[1] / 2 * second, atol=1e-12
+        )
