@@ -49,7 +49,7 @@ _LONGEST = (
         "test_front_door",
         "test_api",
     ),
-    *("test_stop", "test_bench", "test_ema", "test_earlier_versions", "test_report"),
+    *("test_tune", "test_stop", "test_bench", "test_ema", "test_earlier_versions", "test_report"),
 )
 
 
@@ -72,7 +72,12 @@ def pytest_collection_finish():
     gc.set_threshold(50_000, 10, 10)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    """Tests marked `bits` are run by test_bits.py, by programs as users compile them."""
+    if not config.option.markexpr:
+        bits = [item for item in items if item.get_closest_marker("bits")]
+        config.hook.pytest_deselected(items=bits)
+        items[:] = [item for item in items if item not in bits]
     order = {name: place for place, name in enumerate(_LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 

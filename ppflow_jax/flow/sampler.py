@@ -184,7 +184,7 @@ class Sampler:
         keys: Key[Array, " b"] | None,
         first: Any,
         replay: Float[Array, "n b h w c"] | None,
-    ) -> tuple[State, Float[Array, "n b h w c"] | None]:
+    ) -> tuple[State, Float[Array, "points b h w c"] | None]:
         """The state after the steps of a program; if asked, the latents after each of them.
 
         Args:

@@ -46,11 +46,11 @@ def proposed(data: str, patches: str, path: str = "linear") -> str:
     for coarse, fine in zip(levels, levels[1:]):
         band = above(coarse, power.shape) & ~above(fine, power.shape)
         strength = float(power[band].mean())
-        end = _time(strength, Flow(path))
-        rows.append([f"{_text(coarse)} to {_text(fine)}", f"{strength:.3g}", f"{end:.3f}"])
+        end = round(_time(strength, Flow(path)), 2)
+        rows.append([f"{_text(coarse)} to {_text(fine)}", f"{strength:.3g}", f"{end:.2f}"])
         # A level whose band is past its time when the one before ends has no time of its own.
         if end > (stages[-1].t_end if stages else 0) and end < 1:
-            stages.append(Stage(round(end, 2), coarse))
+            stages.append(Stage(end, coarse))
     pyramid = Pyramid((*stages, Stage(1.0, levels[-1])))
     lines = [table(rows), f"--config.model.pyramid={pyramid}"]
     if gone := len(levels) - len(pyramid):

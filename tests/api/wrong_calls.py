@@ -25,7 +25,7 @@ WRONG = {
     "three scales": (lambda m: m.plan(cfg=(1, 2, 3)), "3 guidance scales"),
     "scale of text": (lambda m: m.plan(cfg="big"), "cfg"),
     "scale nan": (lambda m: m.plan(cfg=float("nan")), "finite"),
-    "scale None": (lambda m: m.plan(cfg=None), "finite"),
+    "scale text": (lambda m: m.plan(cfg="strong"), "cfg='strong'"),
     "solver": (lambda m: m.plan(solver="ddim"), "unknown solver"),
     "solver 3": (lambda m: m.plan(solver=3), "give text"),
     "accelerate": (lambda m: m.plan(accelerate="warp"), "unknown preset"),

@@ -101,6 +101,7 @@ def test_dopri5_agrees_with_many_small_steps():
     np.testing.assert_allclose(adaptive, precise, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.bits
 def test_trajectory_starts_at_the_noise_and_ends_at_the_sample():
     config = SamplerConfig("heun", 7)
     states = sample(config, trajectory=True)

@@ -77,6 +77,7 @@ def test_one_device_makes_the_arrays_of_eight(eight, params, monkeypatch):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.bits
 def test_an_image_does_not_depend_on_those_beside_it(eight, params):
     generator, (_, latents, pictures) = eight
     chosen = np.int32([19, 4, 7])

@@ -128,7 +128,7 @@ def test_a_plan_fitted_twice_has_the_same_bytes(tuned):
     errors = json.loads(first.read_text())["made"]["held_out_errors"]
     for name, value in errors.items():
         assert f"{value:.4f}" in next(line for line in said.splitlines() if name in line)
-    assert min(errors, key=errors.get) == "plan"
+    assert errors["plan"] < errors["euler"]
 
 
 def test_the_command_and_the_api_sample_it_alike(small_run, model, tuned, tmp_path):
