@@ -1,0 +1,50 @@
+"""The patch of every step."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from ppflow_jax.errors import InputError
+from ppflow_jax.tune import patches
+from ppflow_jax.tune.patches import CHANGE, assigned
+
+
+def by_trial(errors, costs, limit):
+    """The best of all assignments that become finer."""
+    price = CHANGE * errors[:, 0].sum()
+
+    def total(stages):
+        changes = sum(a != b for a, b in zip(stages, stages[1:]))
+        return sum(errors[i, s] for i, s in enumerate(stages)) + price * changes
+
+    every = itertools.combinations_with_replacement(range(errors.shape[1]), len(errors))
+    inside = [s for s in every if sum(costs[i, k] for i, k in enumerate(s)) <= limit + 1e-9]
+    return min(inside, key=total), total
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_assignment_is_better(seed):
+    draw = np.random.default_rng(seed)
+    errors = np.sort(draw.uniform(size=(7, 3)), axis=1)[:, ::-1] * draw.uniform(size=(7, 1))
+    costs = np.tile([1.0, 2.0, 4.0], (7, 1)) * draw.choice([1, 2], size=(7, 1))
+    for limit in (costs[:, 0].sum(), 16.0, 24.0, 60.0):
+        if limit < costs[:, 0].sum():
+            continue
+        expected, total = by_trial(errors, costs, limit)
+        found = assigned(errors, costs, float(limit))
+        assert sum(costs[i, s] for i, s in enumerate(found)) <= limit + 1e-9
+        assert total(found) == pytest.approx(total(expected))
+
+
+def test_a_budget_below_the_coarsest_is_refused():
+    with pytest.raises(InputError, match="less than 5 steps with the coarsest"):
+        assigned(np.ones((5, 2)), np.ones((5, 2)), 4.0)
+
+
+def test_a_level_of_hardly_any_use_does_not_appear(monkeypatch):
+    errors = np.stack([np.full(6, 1.0), np.full(6, 0.99), np.zeros(6)], axis=1)
+    costs = np.tile([1.0, 1.5, 4.0], (6, 1))
+    assert assigned(errors, costs, 13.0) == (0, 0, 0, 0, 2, 2)
+    monkeypatch.setattr(patches, "CHANGE", 0.0)
+    assert assigned(errors, costs, 13.0) == (0, 0, 1, 1, 2, 2)
