@@ -9,6 +9,7 @@ import numpy as np
 
 from ppflow_jax.flow.multistep import Rows
 from ppflow_jax.flow.plan import Segment, with_rows
+from ppflow_jax.pyramid import Pyramid
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,10 @@ class Fitted:
             first = last
         return with_rows(segments, self.rows)
 
-    def guided(self, scales: tuple[float, ...]) -> Fitted:
-        """The same with other guidance scales, one for every stage of the model."""
-        return replace(self, scales=tuple(scales[stage] for stage in self.stages))
+    def guided(self, scales: tuple[float, ...], pyramid: Pyramid) -> Fitted:
+        """The same with other guidance scales, one for every stage of the pyramid."""
+        middles = [(a + b) / 2 for a, b in zip(self.times, self.times[1:])]
+        return replace(self, scales=tuple(scales[pyramid.stage_at(t)] for t in middles))
 
     @property
     def counts(self) -> dict[int, int]:

@@ -102,7 +102,8 @@ def guided_by(plan: Plan, card: Card, cfg: tuple[float, ...]) -> Plan:
     config = replace(plan.config, cfg=cfg)
     if plan.tuned is None:
         return make_plan(card, config, plan.added, plan.weak)
-    segments = plan.tuned.fitted.guided(config.scales(plan.model.pyramid)).segments
+    pyramid = plan.model.pyramid
+    segments = plan.tuned.fitted.guided(config.scales(pyramid), pyramid).segments
     return replace(plan, config=config, segments=segments)
 
 

@@ -30,6 +30,12 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the calibration's noises.")
 _CALIBRATION = flags.DEFINE_string(
     "calibration", None, "Folder of fine trajectories; default: that of --out."
 )
+_CHOOSE = flags.DEFINE_bool(
+    "choose_patches",
+    False,
+    "Choose the patch of each of --evaluations steps under --flops or --ms, instead of the model's "
+    "stages.",
+)
 _REFINE = flags.DEFINE_bool(
     "refine", True, "Refine rows and step lengths by gradients; without: closed form, in seconds."
 )
@@ -66,6 +72,7 @@ def main() -> None:
         seed=_SEED.value,
         calibration=_CALIBRATION.value,
         refine=_REFINE.value,
+        choose_patches=_CHOOSE.value,
     )
     model = load(_CHECKPOINT.value, weights=_WEIGHTS.value, dtype=_DTYPE.value)
     print(tune(model, asked))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,12 +26,14 @@ class Budget:
 
     Attributes:
       limit: of the sum over the steps.
-      costs: of a step of every stage: 1 for evaluations, FLOPs, milliseconds.
+      costs: of a step of every stage under its guidance: 1 for evaluations, FLOPs, milliseconds.
+      cost: the same of any stage and guidance scale.
     """
 
     limit: float
     costs: tuple[float, ...]
     unit: str = "evaluations"
+    cost: Callable[[int, float], float] = lambda stage, scale: 1.0
 
     def of(self, counts: Counts) -> float:
         return sum(n * cost for n, cost in zip(counts, self.costs))

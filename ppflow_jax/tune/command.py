@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,15 @@ from ppflow_jax.generate.plan_file import PlanFile
 from ppflow_jax.models.flops import forward_flops
 from ppflow_jax.pyramid import Pyramid, Stage
 from ppflow_jax.tune.allocate import Budget, best_allocation, shared_out, start_of
-from ppflow_jax.tune.calibrate import FINE, Setting, calibrated
-from ppflow_jax.tune.fit import Field, error, refined
+from ppflow_jax.tune.calibrate import FINE, Setting, Trajectories, calibrated
+from ppflow_jax.tune.fit import Field, closed_form, distance, error, refined
+from ppflow_jax.tune.patches import (
+    assigned,
+    patch_errors,
+    plan_of,
+    pyramid_of,
+    say_what_was_not_trained,
+)
 
 SIT_STEPS = 50
 ROUNDS = 150  # of the gradient refinement
@@ -35,6 +43,7 @@ class Asked:
 
     Attributes:
       cfg: guidance scale, one or one of every stage.
+      choose_patches: the patch of each of `evaluations` steps under one of the other budgets.
       calibration: folder of fine trajectories; None: that of `out`.
     """
 
@@ -48,6 +57,19 @@ class Asked:
     seed: int = 0
     calibration: str | None = None
     refine: bool = True
+    choose_patches: bool = False
+
+    @property
+    def command(self) -> str:
+        """What makes the plan again, given the checkpoint."""
+        default, flags = Asked(), []
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in ("out", "calibration") or value == getattr(default, f.name):
+                continue
+            text = ",".join(f"{v:g}" for v in value) if f.name == "cfg" else str(value).lower()
+            flags.append(f"--{f.name}={text}")
+        return " ".join(["ppflow tune", *flags])
 
 
 def tune(model: Model, asked: Asked) -> str:
@@ -57,7 +79,10 @@ def tune(model: Model, asked: Asked) -> str:
       InputError: none or several budgets, one below a step a stage, or other bad settings.
       RunError: trajectories or a loss that are not finite.
     """
-    if sum(b is not None for b in (asked.evaluations, asked.flops, asked.ms)) != 1:
+    given = sum(b is not None for b in (asked.evaluations, asked.flops, asked.ms))
+    if asked.choose_patches and (given != 2 or asked.evaluations is None):
+        raise InputError("--choose_patches needs --evaluations and a budget, --flops or --ms")
+    if given != 1 and not asked.choose_patches:
         raise InputError("give one budget: --evaluations=8, --flops=0.1 or --ms=5")
     config = config_of(50, "ab2", asked.cfg, {"cfg_channels": asked.cfg_channels})
     cfg = config.scales(model.config.pyramid)
@@ -73,6 +98,8 @@ def tune(model: Model, asked: Asked) -> str:
     setting = Setting(cfg, asked.cfg_channels, asked.noises, asked.seed)
     fit, held_out = calibrated(model, setting, asked.calibration or out.parent)
     plan = best_allocation(field, cfg, budget, fit)
+    if asked.choose_patches:
+        plan = _patched(field, cfg, budget, asked.evaluations, fit, plan)
     if asked.refine:
         both = plan, refined(field, plan, fit, ROUNDS)
         plan = min(both, key=lambda plan: error(field, plan, fit))
@@ -84,7 +111,9 @@ def tune(model: Model, asked: Asked) -> str:
         "checkpoint_sha256": sha256_of(model.weights),
         "weights": model.weights.which,
         "dtype": model.dtype,
+        "command": asked.command,
         "budget": {budget.unit: budget.limit},
+        "patches": str(pyramid_of(field, plan)),
         "noises": asked.noises,
         "seed": asked.seed,
         "fine": f"heun, {FINE} steps",
@@ -95,6 +124,25 @@ def tune(model: Model, asked: Asked) -> str:
     pyramid, flow = model.config.pyramid, model.card.flow
     PlanFile(plan, pyramid, flow, cfg, asked.cfg_channels, made).write(out)
     return _said(plan, usual, errors, out)
+
+
+def _patched(
+    field: Field,
+    cfg: tuple[float, ...],
+    budget: Budget,
+    steps: int,
+    fit: Trajectories,
+    usual: Fitted,
+) -> Fitted:
+    """A plan with the patch of every step chosen, or the usual one if that is better."""
+    say_what_was_not_trained(field)
+    times = np.float64(np.float32(np.linspace(usual.times[0], usual.times[-1], steps + 1)))
+    pyramid = field.model.config.pyramid
+    scales = [cfg[pyramid.stage_at((a + b) / 2)] for a, b in zip(times, times[1:])]
+    costs = np.array([[budget.cost(stage, s) for stage in range(len(cfg))] for s in scales])
+    stages = assigned(patch_errors(field, cfg, times, fit), costs, budget.limit)
+    chosen, ends = closed_form(field, plan_of(field, cfg, times, stages), fit)
+    return chosen if distance(ends, fit) < error(field, usual, fit) else usual
 
 
 def _fixed(field: Field, usual: Fitted) -> dict[str, Any]:
@@ -125,20 +173,29 @@ def _budget(field: Field, cfg: tuple[float, ...], asked: Asked) -> Budget:
       InputError: no number above 0.
     """
     model = field.model.config
-    limit = float(next(b for b in (asked.evaluations, asked.flops, asked.ms) if b is not None))
+    units = {"milliseconds": asked.ms, "of the FLOPs of SiT's 50 steps": asked.flops}
+    unit, limit = next(
+        ((unit, value) for unit, value in units.items() if value is not None),
+        ("evaluations", asked.evaluations),
+    )
+    limit = float(limit)
     if not 0 < limit < np.inf:
         raise InputError(f"a budget of {limit:g}: give a number above 0")
-    guided = [2 if scale != 1 else 1 for scale in cfg]
-    if asked.evaluations is not None:
-        return Budget(limit, (1.0,) * len(cfg))
-    if asked.flops is not None:
+    if unit == "evaluations":
+        cost = lambda stage, scale: 1.0
+    elif unit == "milliseconds":
+        cost = functools.cache(functools.partial(_milliseconds, field))
+    else:
         fine = min((s.patch for s in model.pyramid.stages), key=np.prod)
         sit = replace(model, pyramid=Pyramid((Stage(1.0, fine),)))
-        whole = SIT_STEPS * forward_flops(sit, 0) * max(guided)
-        costs = (g * forward_flops(model, s) / whole for s, g in enumerate(guided))
-        return Budget(limit, tuple(costs), "of the FLOPs of SiT's 50 steps")
-    costs = tuple(_milliseconds(field, stage, scale) for stage, scale in enumerate(cfg))
-    return Budget(limit, costs, "milliseconds")
+        whole = SIT_STEPS * forward_flops(sit, 0) * max(map(_rows, cfg))
+        cost = lambda stage, scale: forward_flops(model, stage) * _rows(scale) / whole
+    return Budget(limit, tuple(cost(s, scale) for s, scale in enumerate(cfg)), unit, cost)
+
+
+def _rows(scale: float) -> int:
+    """Of the batch, for an image under this guidance."""
+    return 2 if scale != 1 else 1
 
 
 def _milliseconds(field: Field, stage: int, scale: float) -> float:

@@ -1,13 +1,17 @@
 """The patch of every step."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
 
+import ppflow_jax as pf
 from ppflow_jax.errors import InputError
+from ppflow_jax.pyramid import Pyramid
 from ppflow_jax.tune import patches
 from ppflow_jax.tune.patches import CHANGE, assigned
+from tests import commands
 
 
 def by_trial(errors, costs, limit):
@@ -48,3 +52,15 @@ def test_a_level_of_hardly_any_use_does_not_appear(monkeypatch):
     assert assigned(errors, costs, 13.0) == (0, 0, 0, 0, 2, 2)
     monkeypatch.setattr(patches, "CHANGE", 0.0)
     assert assigned(errors, costs, 13.0) == (0, 0, 1, 1, 2, 2)
+
+
+def test_the_command_chooses_patches_or_keeps_the_stages(small_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("ppflow_jax.tune.calibrate.FINE", 8)
+    file = tmp_path / "plan.json"
+    flags = ("--cfg=2", "--choose_patches", "--evaluations=4", "--flops=0.05", "--norefine")
+    run = (f"--checkpoint={small_run}", "--noises=8", f"--out={file}")
+    code, out, err = commands.run("tune.__main__", *run, *flags)
+    assert code == 0 and "were trained" not in out and "overlap" in err, err
+    made = json.loads(file.read_text())["made"]
+    assert Pyramid.parse(made["patches"]) and "--choose_patches=true" in made["command"]
+    assert pf.load(small_run).plan(file).nfe <= 4

@@ -214,6 +214,7 @@ def test_a_file_that_is_no_text_and_settings_that_a_plan_decides(model, tuned, t
     [
         ([], "give one budget"),
         (["--evaluations=8", "--ms=3"], "give one budget"),
+        (["--choose_patches", "--evaluations=8"], "needs --evaluations and a budget"),
         (["--evaluations=1"], "less than one step of each of 2"),
         (["--evaluations=0"], "above 0"),
         (["--flops=nan"], "above 0"),
