@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -46,6 +47,12 @@ class Fitted:
     def counts(self) -> dict[int, int]:
         """Steps of every stage."""
         return {s: len(list(group)) for s, group in itertools.groupby(self.stages)}
+
+
+def changes_in(stages: Sequence[int], scales: Sequence[float]) -> tuple[int, ...]:
+    """Steps whose stage or guidance is another than that of the step before."""
+    facts = list(zip(stages, scales))
+    return tuple(i for i in range(1, len(facts)) if facts[i] != facts[i - 1])
 
 
 def stepwise(times: np.ndarray, stages: tuple[int, ...], scales: tuple[float, ...], rows: Rows):

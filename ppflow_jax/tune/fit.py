@@ -23,7 +23,7 @@ from ppflow_jax.console import progress
 from ppflow_jax.devices.programs import for_training
 from ppflow_jax.errors import RunError
 from ppflow_jax.flow.evaluate import Evaluator
-from ppflow_jax.flow.fitted import Fitted
+from ppflow_jax.flow.fitted import Fitted, changes_in
 from ppflow_jax.flow.guidance import Cfg
 from ppflow_jax.flow.multistep import Past, Rows, Rule, adams_bashforth, multistep
 from ppflow_jax.flow.plan import FITTED, SamplerConfig
@@ -40,11 +40,7 @@ _WAY = 0.1  # weight of the states on the way against the end
 
 
 class Field:
-    """The guided velocity of a model, compiled once for every stage.
-
-    Attributes:
-      evaluations: of one state so far.
-    """
+    """The guided velocity of a model, compiled once for every stage."""
 
     def __init__(self, model: Model, cfg_channels: int = 0):
         self.model, self.channels = model, cfg_channels
@@ -67,9 +63,14 @@ class Field:
             out.append(call(jnp.asarray(x[now]), np.float32(t), y[now], np.float32(scale)))
         return np.concatenate([np.asarray(v) for v in out])
 
+    @property
+    def precision(self) -> str:
+        """Of matrix products."""
+        return "highest" if self.model.dtype == "float32" else "default"
+
     def _velocity(self, params, x, t, y, scale, *, stage, guided):
         model, facts = self.model, Facts("ode", (stage,), (guided,))
-        with jax.default_matmul_precision("highest" if model.dtype == "float32" else "default"):
+        with jax.default_matmul_precision(self.precision):
             given = self.guidance, Networks(params, None, y), facts
             of = Evaluator(model.network, None, model.card.flow, *given)
             return of.step(scale[None], ({},)).velocity(x, t, 0)
@@ -110,7 +111,7 @@ def closed_form(
     Ridge least squares around AB2; the ridge is the one of `RIDGES` that predicts one half of the
     trajectories best from the other.
     """
-    times, changes = np.float64(plan.times), _changes(plan)
+    times, changes = np.float64(plan.times), changes_in(plan.stages, plan.scales)
     x, targets = np.float64(given.states[0]), given.at(times)
     prior = adams_bashforth(2, times, changes).weights
     weights = np.zeros((len(plan.stages), HISTORY + 1))
@@ -146,12 +147,6 @@ def _ridge(columns: Float[np.ndarray, "n d k"], wanted: Float[np.ndarray, "n d"]
     return solved(slice(None), min(RIDGES, key=left))
 
 
-def _changes(plan: Fitted) -> tuple[int, ...]:
-    """Steps whose stage or guidance is another than that of the step before."""
-    facts = list(zip(plan.stages, plan.scales))
-    return tuple(i for i in range(1, len(facts)) if facts[i] != facts[i - 1])
-
-
 def refined(field: Field, plan: Fitted, given: Trajectories, rounds: int) -> Fitted:
     """All rows and step lengths at once, by Adam on the end state and the states on the way.
 
@@ -170,7 +165,8 @@ def refined(field: Field, plan: Fitted, given: Trajectories, rounds: int) -> Fit
     state, params = tx.init(theta), field.model.params
     for batch in progress_over(_batches(len(given.labels), rounds), rounds):
         part = np.float32(given.times), given.states[:, batch], given.labels[batch]
-        value, gradient = loss(theta, params, *map(jnp.asarray, part))
+        with jax.default_matmul_precision(field.precision):
+            value, gradient = loss(theta, params, *map(jnp.asarray, part))
         if not np.isfinite(value):
             raise RunError("the loss of the fit is not finite: give more --noises")
         changes, state = tx.update(gradient, state)

@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from ppflow_jax.console import say
 from ppflow_jax.errors import InputError
-from ppflow_jax.flow.fitted import Fitted
+from ppflow_jax.flow.fitted import Fitted, changes_in
 from ppflow_jax.flow.multistep import adams_bashforth
 from ppflow_jax.pyramid import Pyramid, Stage
 from ppflow_jax.tune.calibrate import Trajectories
@@ -88,9 +88,7 @@ def plan_of(
     pyramid = field.model.config.pyramid
     middles = (times[:-1] + times[1:]) / 2
     scales = tuple(float(cfg[pyramid.stage_at(t)]) for t in middles)
-    facts = list(zip(stages, scales))
-    changes = tuple(i for i in range(1, len(facts)) if facts[i] != facts[i - 1])
-    rows = adams_bashforth(2, times, changes)
+    rows = adams_bashforth(2, times, changes_in(stages, scales))
     return Fitted(tuple(np.float32(times).tolist()), tuple(stages), scales, rows)
 
 

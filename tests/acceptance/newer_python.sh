@@ -49,7 +49,7 @@ named() {
   } | grep -oE "(^|['= ]|file://)/[^' ]+" | sed -E 's#^file://(.*)/.*#\1#; s#^[^/]##' | sort -u
 }
 
-for path in /proc /dev /etc/resolv.conf $(named); do
+for path in /proc /dev /etc/hosts /etc/resolv.conf $(named); do
   [[ ! -e $path ]] || bind "$path"
 done
 
