@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,9 @@ def plan_of(
     return tuned_plan(weights.card, file, sha256_of(weights), scales)
 
 
-def sha256_of(weights: Weights) -> str | None:
-    """Of a checkpoint; None for a PyTorch file."""
-    return digest(weights.path) if weights.path.is_dir() else None
+def sha256_of(weights: Weights) -> str:
+    """Of the files of a checkpoint, or of a PyTorch file."""
+    if weights.path.is_dir():
+        return digest(weights.path)
+    with weights.path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

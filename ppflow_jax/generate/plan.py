@@ -108,12 +108,12 @@ def guided_by(plan: Plan, card: Card, cfg: tuple[float, ...]) -> Plan:
 
 
 def tuned_plan(
-    card: Card, file: PlanFile, sha256: str | None, cfg: tuple[float, ...] | None = None
+    card: Card, file: PlanFile, sha256: str, cfg: tuple[float, ...] | None = None
 ) -> Plan:
     """A plan of a file for a model; what does not fit but may be tried is in its notes.
 
     Args:
-      sha256: of the model's checkpoint, if it has one.
+      sha256: of the model's weights.
       cfg: guidance scales instead of those of the fit.
 
     Raises:

@@ -12,10 +12,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from ppflow_jax.api.model import Model
+from ppflow_jax.api.plans import sha256_of
 from ppflow_jax.console import progress
 from ppflow_jax.errors import InputError, RunError
 from ppflow_jax.files.disk import atomic, writable_directory
-from ppflow_jax.files.store import digest
 from ppflow_jax.flow.plan import aligned_grid
 from ppflow_jax.flow.sampler import image_noise
 
@@ -81,7 +81,7 @@ def calibrated(
       InputError: a folder that cannot be written.
       RunError: states that are not finite.
     """
-    known = {**asdict(setting), "fine": FINE, "checkpoint_sha256": digest(model.weights.path)}
+    known = {**asdict(setting), "fine": FINE, "checkpoint_sha256": sha256_of(model.weights)}
     known |= {"weights": model.weights.which, "dtype": model.dtype, "jax": jax.__version__}
     name = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
     target = writable_directory(Path(folder) / f"calibration-{name}")
