@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from ppflow_jax.api.model import Model
 from ppflow_jax.console import progress
 from ppflow_jax.devices.programs import for_training
+from ppflow_jax.devices.sharding import local_mesh, replicated
 from ppflow_jax.errors import RunError
 from ppflow_jax.flow.evaluate import Evaluator
 from ppflow_jax.flow.fitted import Fitted, changes_in
@@ -160,6 +161,7 @@ def refined(field: Field, plan: Fitted, given: Trajectories, rounds: int) -> Fit
         "rows": jnp.float32(plan.rows.weights[:, 1:] / lengths[:, None]),
         "lengths": jnp.float32(np.log(lengths)),
     }
+    theta = jax.device_put(theta, replicated(local_mesh()))  # as the parameters: one program
     loss = jax.jit(jax.value_and_grad(partial(_loss, _Run(field, plan))))
     tx = optax.adam(optax.cosine_decay_schedule(RATE, rounds))
     state, params = tx.init(theta), field.model.params
