@@ -50,7 +50,7 @@ def test_sigterm_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path
         address = f"localhost:{free.getsockname()[1]}"
     env = os.environ | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-    command = [sys.executable, "-m", "ppflow_jax.main", "--config=configs/digits.py", *SMALL]
+    command = [sys.executable, "-m", "ppflow_jax.main", "--config=configs/digits.py:sit", *SMALL]
     command += [f"--workdir={tmp_path}", "--config.train.steps=100000"]
     command += ["--config.train.save_every=100000"]
     runs = [

@@ -112,10 +112,10 @@ def tuned(small_run, tmp_path_factory):
     """A plan of the command, made twice, and what the command said."""
     folder, files = tmp_path_factory.mktemp("tuned"), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ppflow_jax.tune.command.ROUNDS", 20)
-        patch.setattr("ppflow_jax.tune.calibrate.FINE", 24)
+        patch.setattr("ppflow_jax.tune.command.ROUNDS", 10)
+        patch.setattr("ppflow_jax.tune.calibrate.FINE", 12)
         for name in ("plan", "again"):
-            flags = ("--cfg=1,2", "--evaluations=5", "--noises=8", f"--out={folder}/{name}.json")
+            flags = ("--cfg=1,2", "--evaluations=3", "--noises=8", f"--out={folder}/{name}.json")
             code, said, err = commands.run("tune.__main__", f"--checkpoint={small_run}", *flags)
             assert code == 0, err
             files.append(folder / f"{name}.json")
@@ -136,7 +136,7 @@ def test_the_command_and_the_api_sample_it_alike(small_run, model, tuned, tmp_pa
     code, _, err = commands.run("sample", *flags, f"--out={tmp_path}/out")
     assert code == 0 and "fitted" not in err, err
     plan = model.plan(tuned[0])
-    assert plan.nfe == 5 and not plan.notes
+    assert plan.nfe == 3 and not plan.notes
     latents = np.load(tmp_path / "out" / "latents.npy")
     np.testing.assert_array_equal(model.sample(4, plan=plan).latents, latents)
     card = json.loads((tmp_path / "out" / "card.json").read_text())
@@ -168,13 +168,13 @@ def changed(**fields):
         (lambda values: [], "no plan of format 1"),
         (changed(format=2), "no plan of format 1"),
         (lambda values: {k: v for k, v in values.items() if k != "times"}, "no 'times'"),
-        (changed(times=[0.0, 0.5, 0.4, 0.6, 0.8, 1.0]), "times do not increase"),
-        (changed(times=[0.0, 0.2, 0.4, 0.6, 0.8, 1.5]), "not in"),
-        (changed(stages=[0, 0, 0, 1, 2]), "numbers below 2"),
+        (changed(times=[0.0, 0.5, 0.4, 1.0]), "times do not increase"),
+        (changed(times=[0.0, 0.2, 0.4, 1.5]), "not in"),
+        (changed(stages=[0, 1, 2]), "numbers below 2"),
         (changed(stages=[0]), "numbers below 2"),
         (changed(scales=[1.0, "x"]), "could not convert"),
         (changed(weights=[[1.0]]), "finite numbers"),
-        (changed(weights=[[float("nan")] * 5] * 5), "finite numbers"),
+        (changed(weights=[[float("nan")] * 5] * 3), "finite numbers"),
         (changed(rule={"basis": "magic", "history": 4, "corrects": False}), "unknown rule"),
         (changed(rule={"basis": "velocity"}), "history"),
         (changed(corrector=[[1.0]]), "corrector"),
@@ -234,8 +234,8 @@ def test_a_damaged_calibration_is_named(small_run, tuned, monkeypatch):
     parts = sorted(tuned[0].parent.glob("calibration-*/*.npy"))
     kept = parts[0].read_bytes()
     parts[0].write_bytes(kept[:1000])
-    flags = ("--cfg=1,2", "--evaluations=5", "--noises=8", f"--out={tuned[0].parent}/new.json")
-    monkeypatch.setattr("ppflow_jax.tune.calibrate.FINE", 24)
+    flags = ("--cfg=1,2", "--evaluations=3", "--noises=8", f"--out={tuned[0].parent}/new.json")
+    monkeypatch.setattr("ppflow_jax.tune.calibrate.FINE", 12)
     code, _, err = commands.run("tune.__main__", f"--checkpoint={small_run}", *flags)
     parts[0].write_bytes(kept)
     assert code == 1 and "is damaged" in err and "remove it" in err, err
@@ -247,7 +247,7 @@ def test_auto_is_the_plan_in_the_folder_of_the_run(small_run, tuned, tmp_path):
     assert pf.load(run).plan(accelerate="auto", cfg=(1, 2)).tuned is None
     (run / "plan.json").write_bytes(tuned[0].read_bytes())
     plan = pf.load(run).plan(accelerate="auto", cfg=(1, 2))
-    assert plan.nfe == 5 and not plan.notes
+    assert plan.nfe == 3 and not plan.notes
     for flags, words in (
         (["--accelerate=auto", "--steps=8"], "decides steps"),
         ([f"--plan={tuned[0]}", "--solver=heun"], "--plan decides --solver"),
@@ -267,5 +267,5 @@ def test_the_service_and_the_evaluation_take_a_plan(small_run, model, tuned):
     with pytest.raises(InputError, match="exact, balanced, fast"):
         parse(b'{"label": 1, "preset": "tuned"}', model)
     judged = RunSamples(str(small_run), num=4, seed=0, decode="none", plan=str(tuned[0]))
-    assert judged.plan.nfe == 5
+    assert judged.plan.nfe == 3
     assert judged.card["settings"]["plan_sha256"] == PlanFile.read(tuned[0]).sha256
