@@ -46,7 +46,7 @@ def run(name: str, *args: str) -> tuple[int, str, str]:
     out, err, code = io.StringIO(), io.StringIO(), 0
     _forget()
     with (
-        mock.patch.object(sys, "argv", [f"{name}.py", *map(str, args)]),
+        mock.patch.object(sys, "argv", [module.__file__, *map(str, args)]),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):

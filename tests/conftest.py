@@ -89,12 +89,27 @@ def key():
     return jax.random.key(0)
 
 
-@pytest.fixture(scope="session")
-def small_run(tmp_path_factory):
-    """A model of 2 levels, trained for a moment. Tests read it and leave it as it is."""
+def _trained(folder, variant=""):
     from tests import commands
 
-    folder = tmp_path_factory.mktemp("small") / "run"
-    code, _, err = commands.train(folder)
+    code, out, err = commands.train(folder, variant=variant)
     assert code == 0, err
-    return folder
+    return folder, out, err
+
+
+@pytest.fixture(scope="session")
+def small_training(tmp_path_factory):
+    """A model of 2 levels, trained for a moment, and what was said: (folder, stdout, stderr)."""
+    return _trained(tmp_path_factory.mktemp("small") / "run")
+
+
+@pytest.fixture(scope="session")
+def small_run(small_training):
+    """The folder of it. Tests read it and leave it as it is."""
+    return small_training[0]
+
+
+@pytest.fixture(scope="session")
+def small_sit(tmp_path_factory):
+    """The same of one level; also left as it is."""
+    return _trained(tmp_path_factory.mktemp("sit") / "run", variant=":sit")[0]

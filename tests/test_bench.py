@@ -9,6 +9,7 @@ from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.flops import forward_flops
 from ppflow_jax.models.network import make_apply
 from ppflow_jax.pyramid import PPFLOW2
+from tests.commands import run
 
 MODEL = ModelConfig(PPFLOW2, 16, 4, width=128, depth=3, heads=4, num_classes=10)
 
@@ -58,6 +59,8 @@ def test_the_command_measures_and_writes_json(tmp_path):
     assert [f["guidance"] for f in figures] == ["", "1.5,1.5", "1,1.5"]
     assert all(f["seconds"] > 0 for f in figures)
     assert "matmul ceiling" in done.stdout
-    command = [sys.executable, "-m", "ppflow_jax.bench", "--size=Q"]
-    bad = subprocess.run(command, capture_output=True, text=True)
-    assert bad.returncode == 1 and "'Q'" in bad.stderr
+
+
+def test_an_unknown_size_is_refused():
+    code, _, err = run("bench", "--size=Q")
+    assert code == 1 and "'Q'" in err

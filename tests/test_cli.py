@@ -19,13 +19,6 @@ def workdir(small_run):
     return small_run
 
 
-@pytest.fixture(scope="module")
-def sit(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sit")
-    assert train(folder, variant=":sit")[0] == 0
-    return folder
-
-
 def one_line(result, words, code=1):
     got, out, err = result
     lines = [line for line in err.strip().splitlines() if line]
@@ -138,7 +131,7 @@ def test_sampling_refuses_what_is_no_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["config", "state", "truncated", "other arrays"])
-def test_damaged_checkpoints(workdir, sit, tmp_path, damage):
+def test_damaged_checkpoints(workdir, small_sit, tmp_path, damage):
     copy = tmp_path / "copy"
     shutil.copytree(workdir, copy)
     step = copy / "checkpoints" / "6"
@@ -150,7 +143,7 @@ def test_damaged_checkpoints(workdir, sit, tmp_path, damage):
                 file.write_bytes(file.read_bytes()[:100])
     else:
         shutil.rmtree(step / "state")
-        shutil.copytree(sit / "checkpoints" / "6" / "state", step / "state")
+        shutil.copytree(small_sit / "checkpoints" / "6" / "state", step / "state")
     one_line(sample(copy, tmp_path / "out"), "damaged or incomplete|6")
     code, _, err = train(copy, "--config.train.steps=8", "--config.resume_changed=true")
     assert code == 1 and "damaged or incomplete" in err and "Traceback" not in err

@@ -13,7 +13,10 @@ GROUPS = parity.groups(REFERENCE)
 # compares it too.
 _SCORES = ("score_None", "score_velocity", "noise_None", "noise_likelihood")
 REPEATED = {
-    "ppflow_l2/ode": ("heun2_n51_cfg_traj", "heun2_n250_cfg_final", "exact_nocfg"),
+    "ppflow_l2/ode": (
+        *("heun2_n51_cfg_traj", "heun2_n250_cfg_final", "exact_nocfg"),
+        *("midpoint_n9_cfg_final", "heun3_n9_cfg_final"),  # by their tables: test_solvers.py
+    ),
     "ppflow_l3/ode": ("exact_cfg",),
     "sit/ode": ("exact_cfg",),
     "ppflow_l2/likelihood": ("euler_n5_logp",),

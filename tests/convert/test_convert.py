@@ -1,12 +1,7 @@
-"""The command, end to end: both ways, what it refuses, and what the other commands make of it.
-
-Conversions are run as a person runs them, in processes that one process forks, so that JAX is
-imported once.
-"""
+"""The command, end to end: both ways, what it refuses, and what the other commands make of it."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -44,24 +39,6 @@ from tests.commands import run
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "tests" / "reference"
 MODEL = ModelConfig(PPFLOW2, latent_size=8, channels=4, width=64, depth=2, heads=4, num_classes=10)
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-FORKS = """
-import json, os, sys
-import ppflow_jax.convert.__main__ as command
-import ppflow_jax.convert.command  # once for all
-for number, flags in enumerate(json.load(sys.stdin)):
-    child = os.fork()
-    if not child:
-        for stream in (1, 2):
-            os.dup2(os.open(f"{number}.{stream}", os.O_CREAT | os.O_WRONLY), stream)
-        sys.argv = [command.__file__, *flags]
-        command.cli.run(command.main, required=("source", "target"))
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    open(f"{number}.code", "w").write(str(status))
-"""
 
 
 class Result(NamedTuple):
@@ -72,23 +49,8 @@ class Result(NamedTuple):
 
 def convert(folder: Path, *commands: list[str]) -> list[Result]:
     """Exit codes and outputs of `convert` with each list of flags, where ~ is `folder`."""
-    logs = folder / "logs"
-    logs.mkdir(exist_ok=True)
     flags = [[f.replace("=~", f"={folder}/") for f in command] for command in commands]
-    subprocess.run(
-        [sys.executable, "-c", FORKS],
-        input=json.dumps(flags),
-        text=True,
-        cwd=logs,
-        env=ENVIRONMENT,
-        check=True,
-        timeout=300,
-    )
-    names = [[logs / f"{n}.{part}" for part in ("code", 1, 2)] for n in range(len(commands))]
-    results = [Result(int(c.read_text()), o.read_text(), e.read_text()) for c, o, e in names]
-    for log in logs.iterdir():
-        log.unlink()
-    return results
+    return [Result(*run("convert.__main__", *command)) for command in flags]
 
 
 def same(path: Path, expected) -> bool:
@@ -258,7 +220,7 @@ def test_broken_files_leave_nothing(tmp_path, sit):
         "int.safetensors": "dtype int32",
         "pos.safetensors": "pos_embed: differs",
     }
-    before = {*tmp_path.iterdir(), tmp_path / "logs"}
+    before = {*tmp_path.iterdir()}
     flags = [[f"--source=~{name}", "--target=~new/out", "--heads=4"] for name in words]
     for result, (name, word) in zip(convert(tmp_path, *flags), words.items(), strict=True):
         assert result.code == 1, (name, result)
@@ -344,8 +306,12 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
 def test_sample_from_a_converted_file_and_decode(tmp_path, ppflow2):
     ref = np.load(REFERENCE / "convert" / "ode.npz")
     save_torch_file(tmp_path / "model.pt", {"ema": ppflow2, "model": {}, "opt": {}})
-    (result,) = convert(tmp_path, ["--source=~model.pt", "--target=~model", "--heads=4"])
-    assert result.code == 0, result
+    # as a person runs it, in a process of its own
+    command = [sys.executable, "-m", "ppflow_jax.convert", f"--source={tmp_path}/model.pt"]
+    command += [f"--target={tmp_path}/model", "--heads=4"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "model" in done.stdout, done.stderr
     tiny = TAESDConfig(width=8)
     params = jax.tree.map(np.asarray, Autoencoder(tiny).init(0))
     save_autoencoder(tmp_path / "taesd", "taesd", tiny, params, "float32")

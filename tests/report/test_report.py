@@ -9,7 +9,7 @@ import pytest
 
 from ppflow_jax.report.run import differences, open_runs
 from ppflow_jax.report.strip import _estimates, _shown
-from tests.commands import ROOT, run, train
+from tests.commands import ROOT, run
 
 EVALUATION = {
     "metrics": {"fid": 12.5, "kid": 0.25, "kid_std": 0.01},
@@ -29,9 +29,9 @@ EVALUATION = {
 
 
 @pytest.fixture(scope="module")
-def runs(small_run, tmp_path_factory):
+def runs(small_run, small_sit, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    assert train(folder / "one", variant=":sit")[0] == 0
+    shutil.copytree(small_sit, folder / "one")
     shutil.copytree(small_run, folder / "two <levels>")
     judged = folder / "one" / "evaluations"
     judged.mkdir()

@@ -1,5 +1,6 @@
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,16 +51,8 @@ def same(a, b):
     return all(np.array_equal(a[k], b[k]) for k in a)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("trained")
-    code, out, err = train(workdir)
-    assert code == 0, err
-    return workdir, out, err
-
-
-def test_a_run_leaves_what_its_owner_looks_for(trained):
-    workdir, out, err = trained
+def test_a_run_leaves_what_its_owner_looks_for(small_training):
+    workdir, out, err = small_training
     rows = read_metrics(workdir / "metrics.jsonl")
     assert [r["step"] for r in rows] == list(range(1, 7))
     assert {"loss", "loss/stage0", "loss/stage1", "grad_norm", "lr", "images_per_s"} <= set(rows[0])
@@ -85,9 +78,9 @@ def at_call(monkeypatch, name, call):
 
 
 def test_sigterm_saves_the_step_in_progress_and_the_same_command_goes_on(
-    trained, tmp_path, monkeypatch
+    small_run, tmp_path, monkeypatch
 ):
-    whole = trained[0]
+    whole = small_run
     at_call(monkeypatch, "to_global", 3)
     code, out, err = train(tmp_path)
     assert code == 75 and "done" not in out
@@ -111,8 +104,8 @@ def test_sigterm_before_the_first_step_ends_at_once(tmp_path, monkeypatch):
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
-def test_a_workdir_in_use_is_refused_until_its_run_is_dead(trained):
-    workdir = trained[0]
+def test_a_workdir_in_use_is_refused_until_its_run_is_dead(small_run, tmp_path):
+    workdir = shutil.copytree(small_run, tmp_path / "run")
     before = sorted(workdir.rglob("*"))
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, workdir / ".lock"], stdout=subprocess.PIPE, text=True
@@ -130,7 +123,7 @@ def test_a_workdir_in_use_is_refused_until_its_run_is_dead(trained):
     assert code == 0 and "continuing from step 6" in out
 
 
-def test_killed_and_rerun_equals_uninterrupted(trained, tmp_path):
+def test_killed_and_rerun_equals_uninterrupted(small_run, tmp_path):
     env = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "ppflow_jax.main", "--config=configs/digits.py", *SMALL]
     command += [f"--workdir={tmp_path}"]
@@ -145,12 +138,12 @@ def test_killed_and_rerun_equals_uninterrupted(trained, tmp_path):
     code, out, err = train(tmp_path)
     assert code == 0 and "continuing from step" in out, err
     for which in ("params", "ema"):
-        assert same(weights(tmp_path, which), weights(trained[0], which))
+        assert same(weights(tmp_path, which), weights(small_run, which))
 
 
-def test_init_from_takes_weights_only(trained, tmp_path):
-    first = weights(trained[0], "ema")
-    args = [f"--config.init_from={trained[0]}", "--config.optim.lr=1e-30", "--config.train.ema=0"]
+def test_init_from_takes_weights_only(small_run, tmp_path):
+    first = weights(small_run, "ema")
+    args = [f"--config.init_from={small_run}", "--config.optim.lr=1e-30", "--config.train.ema=0"]
     code, out, err = train(tmp_path, *args, "--config.train.steps=1")
     assert code == 0 and "weights from" in out, err
     assert same(weights(tmp_path), first)
