@@ -117,19 +117,22 @@ def noisy(config, key):
     return tree.unflatten([0.2 * jax.random.normal(k, s.shape) for k, s in zip(keys, leaves)])
 
 
-@pytest.mark.parametrize("remat", ["none", "dots"])
-def test_a_network_with_splash_on_a_mesh(remat, key, interpreted):
-    """Batch and heads are split, and gradients are those of the plain network."""
-    params = noisy(SMALL, key)
+def gradient(key, apply):
     x, t, y = jax.random.normal(key, (4, 32, 32, 1)), jnp.full(4, 0.8), jnp.arange(4)
-    mesh = make_mesh(2, 2, 2)
+    of = jax.jit(jax.grad(lambda p: jnp.sum(apply(p, x, t, y, 1) ** 2)))
+    return of(noisy(SMALL, key))
 
-    def gradient(apply):
-        return jax.jit(jax.grad(lambda p: jnp.sum(apply(p, x, t, y, 1) ** 2)))(params)
 
-    plain = gradient(make_apply(SMALL, programs=Programs()))
-    splash = Programs(attention="splash")
-    kernel = gradient(make_apply(SMALL, programs=splash, remat=remat, layout=layout(mesh)))
+@pytest.fixture(scope="module")
+def plain():
+    return gradient(jax.random.key(0), make_apply(SMALL, programs=Programs()))
+
+
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_a_network_with_splash_on_a_mesh(remat, key, plain, interpreted):
+    """Batch and heads are split, and gradients are those of the plain network."""
+    mesh, splash = make_mesh(2, 2, 2), Programs(attention="splash")
+    kernel = gradient(key, make_apply(SMALL, programs=splash, remat=remat, layout=layout(mesh)))
     assert set(interpreted) == {(1, 256, 1, 8)}
     scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(plain))
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(kernel)):

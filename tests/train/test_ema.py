@@ -80,11 +80,11 @@ def test_without_warmup_the_program_is_the_one_of_a_constant_decay():
     assert large[0] == large[1]
 
 
-def test_a_short_run_samples_what_it_learnt(small_run, tmp_path):
+def test_a_short_run_samples_what_it_learnt(small_sit, tmp_path):
     """The default of new runs: after 6 steps the EMA is near the parameters."""
-    runs, far = {"on": small_run, "off": tmp_path / "off"}, {}
+    runs, far = {"on": small_sit, "off": tmp_path / "off"}, {}
     args = ["--config.train.ema=0.9999", "--config.train.ema_warmup=false"]
-    code, out, err = train(runs["off"], *args)
+    code, out, err = train(runs["off"], *args, variant=":sit")
     assert code == 0 and "100% the weights that the run began with" in out, err
     for name, folder in runs.items():
         params, ema = weights(folder), weights(folder, "ema")
