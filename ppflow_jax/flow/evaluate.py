@@ -45,14 +45,15 @@ class Evaluator:
         return Step(self, scale, [dict(memory) for memory in memories], inputs, full)
 
 
+@dataclass
 class Step:
     """Evaluations of a step, by their numbers. `memories` changes with each of a method."""
 
-    def __init__(self, of: Evaluator, scale: Any, memories: list, inputs: Any, full: Any):
-        self.of, self.scale, self.memories, self.inputs, self.full = (
-            *(of, scale, memories),
-            *(inputs, full),
-        )
+    of: Evaluator
+    scale: Any
+    memories: list[dict[str, Any]]
+    inputs: Any
+    full: Any
 
     def velocity(
         self,

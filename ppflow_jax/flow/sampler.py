@@ -194,7 +194,7 @@ class Sampler:
         sde = Sde(self.flow, config.diffusion, config.diffusion_norm)
         if facts.kind in ("adaptive", "last"):
             start, end = tables.times[0], tables.times[1]
-            step = evaluator.step(tables.scales[0], self._none())
+            step = evaluator.step(tables.scales[0], ({},))
             if facts.kind == "adaptive":
                 tolerances = config.rtol, config.atol
                 x = dopri5(
@@ -232,14 +232,9 @@ class Sampler:
     def _evaluator(self, nets: Networks, facts: Facts) -> Evaluator:
         return Evaluator(self.apply, self.weak, self.flow, self.guidance, nets, facts)
 
-    def _none(self) -> tuple[dict, ...]:
-        """The memories of a step before there are any."""
-        tableau = ODE_SOLVERS.get(self.config.solver)
-        return ({},) * (2 if tableau is None else len(tableau.nodes))
-
     def _memories(self, evaluator: Evaluator, x: Any, tables: Tables) -> tuple[dict, ...]:
         """What the method of a segment keeps, which a first step of it makes."""
-        none = self._none()
+        none = ({},) * len(evaluator.facts.stages)
         if evaluator.facts.method is None:
             return none
         t0, _, scale, _, inputs, full = jax.tree.map(lambda table: table[0], tables.by_step())
