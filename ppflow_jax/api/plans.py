@@ -10,7 +10,7 @@ from typing import Any
 from ppflow_jax.api.inputs import config_of
 from ppflow_jax.checkpoints.weights import Weights
 from ppflow_jax.errors import InputError, check_local
-from ppflow_jax.files.store import digest
+from ppflow_jax.files.store import FOLDER, digest
 from ppflow_jax.generate.plan import Plan, make_plan, tuned_plan
 from ppflow_jax.generate.plan_file import PlanFile
 from ppflow_jax.systems.accelerate import AccelerateConfig
@@ -39,8 +39,8 @@ def plan_of(
     if not isinstance(accelerate, str):
         raise InputError(f"accelerate={accelerate!r}: give text")
     if accelerate == AUTO and file is None:
-        beside = weights.path.parent.parent / OWN
-        file, accelerate = (beside, ACCELERATE) if beside.is_file() else (None, "balanced")
+        own = _home(weights.path) / OWN
+        file, accelerate = (own, ACCELERATE) if own.is_file() else (None, "balanced")
     if file is None:
         config = config_of(steps, solver, 1.0 if cfg is None else cfg, settings)
         return make_plan(weights.card, config, AccelerateConfig.parse(accelerate), weak)
@@ -53,6 +53,13 @@ def plan_of(
         file = PlanFile.read(file)
     scales = None if cfg is None else config_of(STEPS, SOLVER, cfg, {}).cfg
     return tuned_plan(weights.card, file, sha256_of(weights), scales)
+
+
+def _home(path: Path) -> Path:
+    """The folder of the run that a step is of, of a checkpoint alone, or the one a file lies in."""
+    if path.parent.name == FOLDER:
+        return path.parent.parent
+    return path if path.is_dir() else path.parent
 
 
 def sha256_of(weights: Weights) -> str:

@@ -55,7 +55,9 @@ def changes_in(stages: Sequence[int], scales: Sequence[float]) -> tuple[int, ...
     return tuple(i for i in range(1, len(facts)) if facts[i] != facts[i - 1])
 
 
-def stepwise(times: np.ndarray, stages: tuple[int, ...], scales: tuple[float, ...], rows: Rows):
+def stepwise(
+    times: np.ndarray, stages: tuple[int, ...], scales: tuple[float, ...], rows: Rows
+) -> Fitted:
     """A plan with one guidance scale for every stage."""
     points = tuple(np.float32(times).tolist())
     return Fitted(points, stages, tuple(scales[stage] for stage in stages), rows)

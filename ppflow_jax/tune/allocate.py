@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,13 +27,11 @@ class Budget:
     Attributes:
       limit: of the sum over the steps.
       costs: of a step of every stage under its guidance: 1 for evaluations, FLOPs, milliseconds.
-      cost: the same of any stage and guidance scale.
     """
 
     limit: float
     costs: tuple[float, ...]
     unit: str = "evaluations"
-    cost: Callable[[int, float], float] = lambda stage, scale: 1.0
 
     def of(self, counts: Counts) -> float:
         return sum(n * cost for n, cost in zip(counts, self.costs))
@@ -69,7 +67,9 @@ def shared_out(field: Field, budget: Budget) -> Counts:
     pyramid, (lo, hi) = field.model.config.pyramid, field.model.card.flow.sample_interval()
     best = None
     for steps in range(len(pyramid), MOST * len(pyramid) + 1):
-        ends = np.searchsorted(aligned_grid(lo, hi, steps, pyramid), [*pyramid.boundaries, hi])
+        # Boundaries are grid points in float32.
+        grid = aligned_grid(lo, hi, steps, pyramid)
+        ends = np.searchsorted(grid, np.float32([*pyramid.boundaries, hi]))
         counts = tuple(np.diff([0, *ends]).tolist())
         if budget.of(counts) <= budget.limit * (1 + 1e-9):
             best = counts

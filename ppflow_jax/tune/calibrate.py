@@ -16,7 +16,6 @@ from ppflow_jax.api.plans import sha256_of
 from ppflow_jax.console import progress
 from ppflow_jax.errors import InputError, RunError
 from ppflow_jax.files.disk import atomic, writable_directory
-from ppflow_jax.flow.plan import aligned_grid
 from ppflow_jax.flow.sampler import image_noise
 
 PART = 64  # trajectories that are made, and kept, at once
@@ -122,6 +121,6 @@ def _read(file: Path, shape: tuple[int, ...]) -> Float[np.ndarray, "points n h w
 def grid_of(model: Model, counts: tuple[int, ...]) -> Float[np.ndarray, " points"]:
     """Times with so many equal steps in every stage, float64."""
     lo, hi = model.card.flow.sample_interval()
-    ends = aligned_grid(lo, hi, len(counts), model.config.pyramid).astype(np.float64)
+    ends = (lo, *model.config.pyramid.boundaries, hi)
     pieces = [np.linspace(a, b, n + 1)[:-1] for a, b, n in zip(ends, ends[1:], counts)]
-    return np.float64(np.float32(np.concatenate([*pieces, ends[-1:]])))
+    return np.float64(np.float32(np.concatenate([*pieces, [hi]])))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from ppflow_jax.api.inputs import config_of
 from ppflow_jax.api.model import Model
@@ -28,9 +30,10 @@ from ppflow_jax.tune.fit import Field, closed_form, distance, error, refined
 from ppflow_jax.tune.patches import (
     assigned,
     patch_errors,
-    plan_of,
     pyramid_of,
     say_what_was_not_trained,
+    scales_at,
+    with_patches,
 )
 
 SIT_STEPS = 50
@@ -91,15 +94,21 @@ def tune(model: Model, asked: Asked) -> str:
             f"--cfg_channels={asked.cfg_channels}: the model has {model.config.channels} channels"
         )
     field = Field(model, asked.cfg_channels)
-    budget = _budget(field, cfg, asked)
+    cost, limit, unit = _budget(field, cfg, asked)
+    budget = Budget(limit, tuple(cost(stage, scale) for stage, scale in enumerate(cfg)), unit)
     budget.allocations()
     out = Path(asked.out).absolute()
     writable_directory(out.parent)
+    if out.is_dir():
+        raise InputError(f"--out={asked.out} is a folder: give the name of a file, as plan.json")
     setting = Setting(cfg, asked.cfg_channels, asked.noises, asked.seed)
     fit, held_out = calibrated(model, setting, asked.calibration or out.parent)
     plan = best_allocation(field, cfg, budget, fit)
     if asked.choose_patches:
-        plan = _patched(field, cfg, budget, asked.evaluations, fit, plan)
+        times = np.linspace(plan.times[0], plan.times[-1], asked.evaluations + 1)
+        scales = scales_at(field, cfg, times)
+        costs = np.array([[cost(stage, s) for stage in range(len(cfg))] for s in scales])
+        plan = _patched(field, cfg, np.float32(times).astype(float), (costs, limit), fit, plan)
     if asked.refine:
         both = plan, refined(field, plan, fit, ROUNDS)
         plan = min(both, key=lambda plan: error(field, plan, fit))
@@ -129,19 +138,19 @@ def tune(model: Model, asked: Asked) -> str:
 def _patched(
     field: Field,
     cfg: tuple[float, ...],
-    budget: Budget,
-    steps: int,
+    times: Float[np.ndarray, " points"],
+    budget: tuple[Float[np.ndarray, "steps stages"], float],
     fit: Trajectories,
     usual: Fitted,
 ) -> Fitted:
-    """A plan with the patch of every step chosen, or the usual one if that is better."""
+    """A plan with the patch of every step chosen, or the usual one if that is better.
+
+    Args:
+      budget: cost of every step with each patch, and the limit of their sum.
+    """
     say_what_was_not_trained(field)
-    times = np.float64(np.float32(np.linspace(usual.times[0], usual.times[-1], steps + 1)))
-    pyramid = field.model.config.pyramid
-    scales = [cfg[pyramid.stage_at((a + b) / 2)] for a, b in zip(times, times[1:])]
-    costs = np.array([[budget.cost(stage, s) for stage in range(len(cfg))] for s in scales])
-    stages = assigned(patch_errors(field, cfg, times, fit), costs, budget.limit)
-    chosen, ends = closed_form(field, plan_of(field, cfg, times, stages), fit)
+    stages = assigned(patch_errors(field, cfg, times, fit), *budget)
+    chosen, ends = closed_form(field, with_patches(field, cfg, times, stages), fit)
     return chosen if distance(ends, fit) < error(field, usual, fit) else usual
 
 
@@ -167,30 +176,28 @@ def _said(plan: Fitted, usual: Fitted, errors: dict[str, float], out: Path) -> s
     )
 
 
-def _budget(field: Field, cfg: tuple[float, ...], asked: Asked) -> Budget:
-    """
+def _budget(
+    field: Field, cfg: tuple[float, ...], asked: Asked
+) -> tuple[Callable[[int, float], float], float, str]:
+    """The cost of an evaluation of a stage under a guidance scale, the limit, and their unit.
+
     Raises:
       InputError: no number above 0.
     """
-    model = field.model.config
-    units = {"milliseconds": asked.ms, "of the FLOPs of SiT's 50 steps": asked.flops}
-    unit, limit = next(
-        ((unit, value) for unit, value in units.items() if value is not None),
-        ("evaluations", asked.evaluations),
-    )
-    limit = float(limit)
-    if not 0 < limit < np.inf:
-        raise InputError(f"a budget of {limit:g}: give a number above 0")
-    if unit == "evaluations":
-        cost = lambda stage, scale: 1.0
-    elif unit == "milliseconds":
+    model, cost = field.model.config, lambda stage, scale: 1.0
+    limit, unit = asked.evaluations, "evaluations"
+    if asked.ms is not None:
+        limit, unit = asked.ms, "milliseconds"
         cost = functools.cache(functools.partial(_milliseconds, field))
-    else:
+    elif asked.flops is not None:
+        limit, unit = asked.flops, "of the FLOPs of SiT's 50 steps"
         fine = min((s.patch for s in model.pyramid.stages), key=np.prod)
         sit = replace(model, pyramid=Pyramid((Stage(1.0, fine),)))
         whole = SIT_STEPS * forward_flops(sit, 0) * max(map(_rows, cfg))
         cost = lambda stage, scale: forward_flops(model, stage) * _rows(scale) / whole
-    return Budget(limit, tuple(cost(s, scale) for s, scale in enumerate(cfg)), unit, cost)
+    if not 0 < limit < np.inf:
+        raise InputError(f"a budget of {limit:g}: give a number above 0")
+    return cost, float(limit), unit
 
 
 def _rows(scale: float) -> int:

@@ -162,18 +162,21 @@ def refined(field: Field, plan: Fitted, given: Trajectories, rounds: int) -> Fit
         "lengths": jnp.float32(np.log(lengths)),
     }
     theta = jax.device_put(theta, replicated(local_mesh()))  # as the parameters: one program
-    loss = jax.jit(jax.value_and_grad(partial(_loss, _Run(field, plan))))
+    run = _Run(field, plan)
+    loss = jax.jit(jax.value_and_grad(partial(_loss, run)))
     tx = optax.adam(optax.cosine_decay_schedule(RATE, rounds))
     state, params = tx.init(theta), field.model.params
-    for batch in progress_over(_batches(len(given.labels), rounds), rounds):
-        part = np.float32(given.times), given.states[:, batch], given.labels[batch]
-        with jax.default_matmul_precision(field.precision):
-            value, gradient = loss(theta, params, *map(jnp.asarray, part))
-        if not np.isfinite(value):
-            raise RunError("the loss of the fit is not finite: give more --noises")
-        changes, state = tx.update(gradient, state)
-        theta = optax.apply_updates(theta, changes)
-    times, weights = jax.device_get(_Run(field, plan).tables(theta))
+    with progress(rounds, 0, "it", "fit") as bar:
+        for batch in _batches(len(given.labels), rounds):
+            part = np.float32(given.times), given.states[:, batch], given.labels[batch]
+            with jax.default_matmul_precision(field.precision):
+                value, gradient = loss(theta, params, *map(jnp.asarray, part))
+            if not np.isfinite(value):
+                raise RunError("the loss of the fit is not finite: give more --noises")
+            changes, state = tx.update(gradient, state)
+            theta = optax.apply_updates(theta, changes)
+            bar.update(1)
+    times, weights = jax.device_get(run.tables(theta))
     weights = np.concatenate([np.ones((len(weights), 1)), weights], axis=1)
     rows = Rows(plan.rows.rule, np.float64(weights))
     return replace(plan, times=tuple(np.float32(times).tolist()), rows=rows)
@@ -243,11 +246,3 @@ def _batches(count: int, rounds: int) -> Iterator[Int[np.ndarray, " b"]]:
     order = np.concatenate([draw.permutation(count) for _ in range(-(-rounds * size // count))])
     for k in range(rounds):
         yield order[k * size : (k + 1) * size]
-
-
-def progress_over(batches: Iterator[Any], rounds: int) -> Iterator[Any]:
-    """The batches, with a bar."""
-    with progress(rounds, 0, "it", "fit") as bar:
-        for batch in batches:
-            yield batch
-            bar.update(1)

@@ -31,13 +31,11 @@ def patch_errors(
     given: Trajectories,
 ) -> Float[np.ndarray, "steps stages"]:
     """e(s, i) on the states of fine trajectories; the guidance of a step is that of its time."""
-    pyramid, states, steps = field.model.config.pyramid, given.at(times), len(times) - 1
-    errors = np.zeros((steps, len(pyramid)))
-    for i in range(steps):
-        scale = cfg[pyramid.stage_at((times[i] + times[i + 1]) / 2)]
+    states, stages = given.at(times), range(len(cfg))
+    errors = np.zeros((len(times) - 1, len(stages)))
+    for i, scale in enumerate(scales_at(field, cfg, times)):
         values = [
-            field.at(states[i], float(times[i]), given.labels, stage, scale)
-            for stage in range(len(pyramid))
+            field.at(states[i], float(times[i]), given.labels, stage, scale) for stage in stages
         ]
         missed = [np.mean(np.square(np.float64(v) - values[-1])) for v in values]
         errors[i] = np.array(missed) * (times[i + 1] - times[i]) ** 2
@@ -81,13 +79,19 @@ def assigned(
     return min((found for ways in best for found in ways.values()), key=lambda found: found[0])[1]
 
 
-def plan_of(
+def scales_at(
+    field: Field, cfg: Sequence[float], times: Float[np.ndarray, " points"]
+) -> tuple[float, ...]:
+    """Guidance of every step: that of the model's stage in its middle."""
+    pyramid = field.model.config.pyramid
+    return tuple(float(cfg[pyramid.stage_at(t)]) for t in (times[:-1] + times[1:]) / 2)
+
+
+def with_patches(
     field: Field, cfg: Sequence[float], times: Float[np.ndarray, " points"], stages: Sequence[int]
 ) -> Fitted:
     """Adams-Bashforth on these steps, before it is fitted."""
-    pyramid = field.model.config.pyramid
-    middles = (times[:-1] + times[1:]) / 2
-    scales = tuple(float(cfg[pyramid.stage_at(t)]) for t in middles)
+    scales = scales_at(field, cfg, times)
     rows = adams_bashforth(2, times, changes_in(stages, scales))
     return Fitted(tuple(np.float32(times).tolist()), tuple(stages), scales, rows)
 

@@ -19,7 +19,6 @@ from ppflow_jax.serve.app import Service
 from ppflow_jax.serve.ask import parse
 from ppflow_jax.serve.batcher import Batcher
 from ppflow_jax.serve.device import Device, Row
-from ppflow_jax.tune.allocate import Budget
 from ppflow_jax.tune.calibrate import Trajectories, grid_of
 from ppflow_jax.tune.fit import Field, closed_form, distance
 from tests import commands
@@ -87,19 +86,6 @@ def test_a_fit_beats_the_rules_on_trajectories_that_it_has_not_seen():
 
     rules = [left(adams_bashforth(order, times)) for order in (1, 2, 3, 4)]
     assert left(fitted.rows) < 0.9 * min(rules)
-
-
-def test_allocations_fill_the_budget():
-    assert Budget(4.0, (1.0, 1.0)).allocations() == [(1, 3), (2, 2), (3, 1)]
-    by_cost = Budget(10.0, (1.0, 4.0)).allocations()
-    assert by_cost == [(2, 2), (6, 1)]
-    for budget, words in (
-        (Budget(2.0, (1.0,) * 3), "less than one step of each of 3 stage"),
-        (Budget(0.5, (0.3, 0.3), "milliseconds"), "0.5 milliseconds"),
-        (Budget(500.0, (1.0, 1.0)), "up to 499 steps"),
-    ):
-        with pytest.raises(InputError, match=words):
-            budget.allocations()
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +201,7 @@ def test_a_file_that_is_no_text_and_settings_that_a_plan_decides(model, tuned, t
         ([], "give one budget"),
         (["--evaluations=8", "--ms=3"], "give one budget"),
         (["--choose_patches", "--evaluations=8"], "needs --evaluations and a budget"),
+        (["--evaluations=8", "--out=/"], "is a folder"),
         (["--evaluations=1"], "less than one step of each of 2"),
         (["--evaluations=0"], "above 0"),
         (["--flops=nan"], "above 0"),
@@ -255,6 +242,21 @@ def test_auto_is_the_plan_in_the_folder_of_the_run(small_run, tuned, tmp_path):
         out = f"--out={tmp_path}/out"
         code, _, err = commands.run("sample", f"--checkpoint={run}", "--num=2", out, *flags)
         assert code == 1 and words in err, err
+
+
+def test_a_file_has_its_plan_beside_it(small_run, tuned, tmp_path):
+    """And not in a folder further up, where a run would have it."""
+    folder = tmp_path / "weights" / "of" / "mine"
+    flags = (f"--source={small_run}", "--to=torch", f"--target={folder}/m.pt")
+    folder.mkdir(parents=True)
+    code, _, err = commands.run("convert.__main__", *flags)
+    assert code == 0, err
+    reading = pf.Reading(heads=2, space="pixels")
+    for place, found in ((folder.parents[1], False), (folder.parent, False), (folder, True)):
+        shutil.copy(tuned[0], place / "plan.json")
+        plan = pf.load(folder / "m.pt", reading=reading).plan(accelerate="auto", cfg=(1, 2))
+        assert (plan.tuned is not None) == found
+    assert "other weights" in plan.notes[0]
 
 
 def test_the_service_and_the_evaluation_take_a_plan(small_run, model, tuned):
