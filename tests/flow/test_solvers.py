@@ -82,6 +82,17 @@ def test_a_restart_looks_at_no_step_before_it():
         np.testing.assert_array_equal(rows.weights[:4], whole.weights[:4], err_msg=solver)
 
 
+def test_dpm_solver_takes_the_clean_image_of_half_a_step_ahead():
+    """Of the line through the last two in l = log(alpha / sigma), on steps of any length."""
+    times = np.array([0.1, 0.15, 0.4, 0.45, 0.8, 0.9])
+    log_snr = np.log(times / (1 - times))
+    weights = MULTISTEP["dpm++2m"](Flow(), times).weights
+    for i in range(1, len(weights)):
+        total = weights[i, 1:].sum()
+        seen = weights[i, 1:] @ log_snr[[i, i - 1]] / total
+        assert seen == pytest.approx((log_snr[i] + log_snr[i + 1]) / 2, abs=1e-9)
+
+
 @pytest.mark.parametrize("solver", ["dpm++2m", "unipc2"])
 def test_a_known_clean_image_is_reached_on_any_grid(solver):
     with jax.enable_x64(True):

@@ -20,7 +20,7 @@ from ppflow_jax.serve.ask import parse
 from ppflow_jax.serve.batcher import Batcher
 from ppflow_jax.serve.device import Device, Row
 from ppflow_jax.tune.calibrate import Trajectories, grid_of
-from ppflow_jax.tune.fit import Field, closed_form, distance
+from ppflow_jax.tune.fit import Field, _batches, closed_form, distance
 from tests import commands
 
 SHAPE = (12, 4, 4, 1)
@@ -218,14 +218,24 @@ def test_bad_flags_are_refused(small_run, tmp_path, args, words):
 
 
 def test_a_damaged_calibration_is_named(small_run, tuned, monkeypatch):
-    parts = sorted(tuned[0].parent.glob("calibration-*/*.npy"))
-    kept = parts[0].read_bytes()
-    parts[0].write_bytes(kept[:1000])
+    part = sorted(tuned[0].parent.glob("calibration-*/*.npy"))[0]
+    kept, states = part.read_bytes(), np.load(part)
     flags = ("--cfg=1,2", "--evaluations=3", "--noises=8", f"--out={tuned[0].parent}/new.json")
     monkeypatch.setattr("ppflow_jax.tune.calibrate.FINE", 12)
-    code, _, err = commands.run("tune.__main__", f"--checkpoint={small_run}", *flags)
-    parts[0].write_bytes(kept)
-    assert code == 1 and "is damaged" in err and "remove it" in err, err
+    for damage in (kept[:1000], states[:, 1:], np.full_like(states, np.nan), states.astype("f8")):
+        if isinstance(damage, bytes):
+            part.write_bytes(damage)
+        else:
+            np.save(part, damage)
+        code, _, err = commands.run("tune.__main__", f"--checkpoint={small_run}", *flags)
+        assert code == 1 and "is damaged" in err and "remove it" in err, err
+    part.write_bytes(kept)
+
+
+def test_batches_are_the_same_every_time_and_take_all_in_turn():
+    first, again = (list(_batches(24, 6)) for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    assert np.bincount(np.concatenate(first)).tolist() == [4] * 24
 
 
 def test_auto_is_the_plan_in_the_folder_of_the_run(small_run, tuned, tmp_path):
