@@ -14,6 +14,7 @@ from clu import parameter_overview
 from jaxtyping import UInt8
 from PIL import Image
 
+from ppflow_jax.errors import InputError
 from ppflow_jax.flow.cost import sampling_flops
 from ppflow_jax.flow.plan import SamplerConfig, plan
 from ppflow_jax.models.network import abstract_params
@@ -22,6 +23,7 @@ from ppflow_jax.report.evaluation import METRICS, judged, quality_lines
 from ppflow_jax.report.figures import cost_of_steps, curves, quality_against_latency
 from ppflow_jax.report.run import Run, differences
 from ppflow_jax.report.strip import Strip
+from ppflow_jax.tune.pareto import figure_of
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1080px; margin: 2em auto;
@@ -47,6 +49,7 @@ def page(title: str, runs: Sequence[Run], strips: Sequence[Strip]) -> str:
         ("Differences in configuration", _differences(runs)),
         ("Curves", _curves(runs)),
         ("Quality", _quality(runs)),
+        ("Tuned plans", "".join(map(_plan, runs))),
         ("Samples while training", _grids(runs)),
         ("One sample through the stages", "".join(map(_strip, runs, strips))),
         ("Whole configuration", _configuration(runs)),
@@ -162,6 +165,31 @@ def _quality(runs: Sequence[Run]) -> str:
         _table(head, rows, numbers=4 + len(names) - 1)
         + "".join(f"<p class=note>{escape(note)}</p>" for note in notes)
         + "".join(figures)
+    )
+
+
+def _plan(run: Run) -> str:
+    """
+    Raises:
+      InputError: what the plan says of itself is not what `tune` writes.
+    """
+    if run.plan is None:
+        return ""
+    made, steps = run.plan.made, "+".join(map(str, run.plan.fitted.counts.values()))
+    try:
+        rows = [[name, f"{error:.4f}"] for name, error in made["held_out_errors"].items()]
+        front, command = made.get("front"), str(made["command"])
+        figure = figure_of(front, "svg") if front else b""
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise InputError(
+            f"plan.json of {run.folder}: `made` is not what `ppflow tune` writes ({e!r}): make it "
+            "again"
+        ) from e
+    text = f"{run.name}: {steps} steps, made by {command}; errors on held-out noise"
+    caption = f"cost and error of other patches, {run.name}"
+    return (
+        f"<p>{escape(text)}</p>{_table(['rows', 'error'], rows, numbers=1)}"
+        f"{_figure(figure, 'svg+xml', caption) if front else ''}"
     )
 
 

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ppflow_jax.api.plans import OWN
 from ppflow_jax.checkpoints.card import Card, flat, read_card
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.store import find_checkpoint
+from ppflow_jax.generate.plan_file import PlanFile
 from ppflow_jax.train.metrics_log import read_metrics
 from ppflow_jax.train.validate import EVALUATIONS
 
@@ -27,6 +29,7 @@ class Run:
       grids: sample grids of training, oldest first.
       evaluations: what `evaluate` wrote below the folder, oldest first: *.evaluation.json
         anywhere, and JSON files in `evaluations/` but those of training steps.
+      plan: plan.json of `tune`, if it is there.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Run:
     metrics: list[dict[str, Any]]
     grids: list[Path]
     evaluations: list[dict[str, Any]]
+    plan: PlanFile | None = None
 
     @property
     def settings(self) -> dict[str, str]:
@@ -81,6 +85,7 @@ def _open(folder: Path, name: str) -> Run:
         read_metrics(folder / "metrics.jsonl"),
         sorted((folder / "samples").glob("step_*.png")),
         [_read(path) for path in written],
+        PlanFile.read(folder / OWN) if (folder / OWN).is_file() else None,
     )
 
 

@@ -39,6 +39,9 @@ _CHOOSE = flags.DEFINE_bool(
 _REFINE = flags.DEFINE_bool(
     "refine", True, "Refine rows and step lengths by gradients; without: closed form, in seconds."
 )
+_FIT_SCALES = flags.DEFINE_bool(
+    "fit_scales", False, "Refine the guidance scale of every guided step too."
+)
 _DATA = flags.DEFINE_string(
     "data", None, "Instead of a model: digits, or the folder of a latent cache or of latents.npy."
 )
@@ -72,6 +75,7 @@ def main() -> None:
         seed=_SEED.value,
         calibration=_CALIBRATION.value,
         refine=_REFINE.value,
+        fit_scales=_FIT_SCALES.value,
         choose_patches=_CHOOSE.value,
     )
     model = load(_CHECKPOINT.value, weights=_WEIGHTS.value, dtype=_DTYPE.value)

@@ -7,18 +7,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float
 
 from ppflow_jax.api.inputs import config_of
 from ppflow_jax.api.model import Model
 from ppflow_jax.api.plans import sha256_of
 from ppflow_jax.console import table
 from ppflow_jax.errors import InputError
-from ppflow_jax.files.disk import writable_directory
+from ppflow_jax.files.disk import atomic, writable_directory
 from ppflow_jax.flow.fitted import Fitted
 from ppflow_jax.flow.multistep import MULTISTEP, adams_bashforth
 from ppflow_jax.generate.plan_file import PlanFile
@@ -27,6 +26,7 @@ from ppflow_jax.pyramid import Pyramid, Stage
 from ppflow_jax.tune.allocate import Budget, best_allocation, shared_out, start_of
 from ppflow_jax.tune.calibrate import FINE, Setting, Trajectories, calibrated
 from ppflow_jax.tune.fit import Field, closed_form, distance, error, refined
+from ppflow_jax.tune.pareto import Point, figure_of, front_of, point, text_of
 from ppflow_jax.tune.patches import (
     assigned,
     patch_errors,
@@ -46,6 +46,7 @@ class Asked:
 
     Attributes:
       cfg: guidance scale, one or one of every stage.
+      fit_scales: refine the guidance scale of every guided step too.
       choose_patches: the patch of each of `evaluations` steps under one of the other budgets.
       calibration: folder of fine trajectories; None: that of `out`.
     """
@@ -60,6 +61,7 @@ class Asked:
     seed: int = 0
     calibration: str | None = None
     refine: bool = True
+    fit_scales: bool = False
     choose_patches: bool = False
 
     @property
@@ -82,20 +84,11 @@ def tune(model: Model, asked: Asked) -> str:
       InputError: none or several budgets, one below a step a stage, or other bad settings.
       RunError: trajectories or a loss that are not finite.
     """
-    given = sum(b is not None for b in (asked.evaluations, asked.flops, asked.ms))
-    if asked.choose_patches and (given != 2 or asked.evaluations is None):
-        raise InputError("--choose_patches needs --evaluations and a budget, --flops or --ms")
-    if given != 1 and not asked.choose_patches:
-        raise InputError("give one budget: --evaluations=8, --flops=0.1 or --ms=5")
-    config = config_of(50, "ab2", asked.cfg, {"cfg_channels": asked.cfg_channels})
-    cfg = config.scales(model.config.pyramid)
-    if asked.cfg_channels > model.config.channels:
-        raise InputError(
-            f"--cfg_channels={asked.cfg_channels}: the model has {model.config.channels} channels"
-        )
+    cfg = _guidance(model, asked)
     field = Field(model, asked.cfg_channels)
-    cost, limit, unit = _budget(field, cfg, asked)
-    budget = Budget(limit, tuple(cost(stage, scale) for stage, scale in enumerate(cfg)), unit)
+    price = _price(field, cfg, asked)
+    costs = tuple(price.of(stage, scale) for stage, scale in enumerate(cfg))
+    budget = Budget(price.limit, costs, price.unit)
     budget.allocations()
     out = Path(asked.out).absolute()
     writable_directory(out.parent)
@@ -103,14 +96,17 @@ def tune(model: Model, asked: Asked) -> str:
         raise InputError(f"--out={asked.out} is a folder: give the name of a file, as plan.json")
     setting = Setting(cfg, asked.cfg_channels, asked.noises, asked.seed)
     fit, held_out = calibrated(model, setting, asked.calibration or out.parent)
-    plan = best_allocation(field, cfg, budget, fit)
+    plan, front = best_allocation(field, cfg, budget, fit), None
     if asked.choose_patches:
-        times = np.linspace(plan.times[0], plan.times[-1], asked.evaluations + 1)
-        scales = scales_at(field, cfg, times)
-        costs = np.array([[cost(stage, s) for stage in range(len(cfg))] for s in scales])
-        plan = _patched(field, cfg, np.float32(times).astype(float), (costs, limit), fit, plan)
+        say_what_was_not_trained(field)
+        cost = budget.of(tuple(plan.counts.values()))
+        own = point(field, plan, cost, held_out)
+        plan, points = _patched(field, cfg, asked.evaluations, price, (fit, held_out), plan)
+        front = {"unit": price.unit, "points": points, "own": own}
+        with atomic(out.with_suffix(".front.png")) as temporary:
+            temporary.write_bytes(figure_of(front))
     if asked.refine:
-        both = plan, refined(field, plan, fit, ROUNDS)
+        both = plan, refined(field, plan, fit, ROUNDS, asked.fit_scales)
         plan = min(both, key=lambda plan: error(field, plan, fit))
     errors = {"plan": error(field, plan, held_out)}
     usual = start_of(field, cfg, shared_out(field, budget))
@@ -130,28 +126,55 @@ def tune(model: Model, asked: Asked) -> str:
         "held_out_errors": errors,
         "jax": jax.__version__,
     }
+    made |= {"front": front} if front else {}
     pyramid, flow = model.config.pyramid, model.card.flow
     PlanFile(plan, pyramid, flow, cfg, asked.cfg_channels, made).write(out)
-    return _said(plan, usual, errors, out)
+    said = f"{text_of(front)}\n\n" if front else ""
+    return said + _said(plan, usual, errors, out)
+
+
+def _guidance(model: Model, asked: Asked) -> tuple[float, ...]:
+    """Scale of every stage; the flags are checked.
+
+    Raises:
+      InputError: flags that do not go together, or not with the model.
+    """
+    given = sum(b is not None for b in (asked.evaluations, asked.flops, asked.ms))
+    if asked.choose_patches and (given != 2 or asked.evaluations is None):
+        raise InputError("--choose_patches needs --evaluations and a budget, --flops or --ms")
+    if asked.fit_scales and not asked.refine:
+        raise InputError("--fit_scales is part of the refinement: leave out --norefine")
+    if given != 1 and not asked.choose_patches:
+        raise InputError("give one budget: --evaluations=8, --flops=0.1 or --ms=5")
+    config = config_of(50, "ab2", asked.cfg, {"cfg_channels": asked.cfg_channels})
+    if asked.cfg_channels > model.config.channels:
+        raise InputError(
+            f"--cfg_channels={asked.cfg_channels}: the model has {model.config.channels} channels"
+        )
+    return config.scales(model.config.pyramid)
 
 
 def _patched(
     field: Field,
     cfg: tuple[float, ...],
-    times: Float[np.ndarray, " points"],
-    budget: tuple[Float[np.ndarray, "steps stages"], float],
-    fit: Trajectories,
+    steps: int,
+    price: Price,
+    trajectories: tuple[Trajectories, Trajectories],
     usual: Fitted,
-) -> Fitted:
-    """A plan with the patch of every step chosen, or the usual one if that is better.
-
-    Args:
-      budget: cost of every step with each patch, and the limit of their sum.
-    """
-    say_what_was_not_trained(field)
-    stages = assigned(patch_errors(field, cfg, times, fit), *budget)
-    chosen, ends = closed_form(field, with_patches(field, cfg, times, stages), fit)
-    return chosen if distance(ends, fit) < error(field, usual, fit) else usual
+) -> tuple[Fitted, list[Point]]:
+    """A plan with the patch of every step chosen, or the usual one if that is better; and what
+    other budgets would buy."""
+    fit, _ = trajectories
+    times = np.linspace(usual.times[0], usual.times[-1], steps + 1)
+    times, stages = np.float32(times).astype(float), range(len(cfg))
+    scales = scales_at(field, cfg, times)
+    costs = np.array([[price.of(stage, scale) for stage in stages] for scale in scales])
+    errors = patch_errors(field, cfg, times, fit)
+    patches = assigned(errors, costs, price.limit)
+    chosen, ends = closed_form(field, with_patches(field, cfg, times, patches), fit)
+    if distance(ends, fit) >= error(field, usual, fit):
+        chosen = usual
+    return chosen, front_of(field, cfg, times, errors, costs, trajectories)
 
 
 def _fixed(field: Field, usual: Fitted) -> dict[str, Any]:
@@ -176,11 +199,21 @@ def _said(plan: Fitted, usual: Fitted, errors: dict[str, float], out: Path) -> s
     )
 
 
-def _budget(
-    field: Field, cfg: tuple[float, ...], asked: Asked
-) -> tuple[Callable[[int, float], float], float, str]:
-    """The cost of an evaluation of a stage under a guidance scale, the limit, and their unit.
+class Price(NamedTuple):
+    """What a plan may cost an image.
 
+    Attributes:
+      of: (stage, guidance scale) -> cost of an evaluation.
+      limit: of the sum over the steps.
+    """
+
+    of: Callable[[int, float], float]
+    limit: float
+    unit: str
+
+
+def _price(field: Field, cfg: tuple[float, ...], asked: Asked) -> Price:
+    """
     Raises:
       InputError: no number above 0.
     """
@@ -197,7 +230,7 @@ def _budget(
         cost = lambda stage, scale: forward_flops(model, stage) * _rows(scale) / whole
     if not 0 < limit < np.inf:
         raise InputError(f"a budget of {limit:g}: give a number above 0")
-    return cost, float(limit), unit
+    return Price(cost, float(limit), unit)
 
 
 def _rows(scale: float) -> int:

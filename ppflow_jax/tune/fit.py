@@ -148,10 +148,15 @@ def _ridge(columns: Float[np.ndarray, "n d k"], wanted: Float[np.ndarray, "n d"]
     return solved(slice(None), min(RIDGES, key=left))
 
 
-def refined(field: Field, plan: Fitted, given: Trajectories, rounds: int) -> Fitted:
+def refined(
+    field: Field, plan: Fitted, given: Trajectories, rounds: int, scales: bool = False
+) -> Fitted:
     """All rows and step lengths at once, by Adam on the end state and the states on the way.
 
     Lengths change within their stage, whose boundaries stay.
+
+    Args:
+      scales: fit the guidance scale of every guided step too.
 
     Raises:
       RunError: a loss that is not finite.
@@ -161,6 +166,8 @@ def refined(field: Field, plan: Fitted, given: Trajectories, rounds: int) -> Fit
         "rows": jnp.float32(plan.rows.weights[:, 1:] / lengths[:, None]),
         "lengths": jnp.float32(np.log(lengths)),
     }
+    if scales:
+        theta["scales"] = jnp.zeros(len(lengths), jnp.float32)
     theta = jax.device_put(theta, replicated(local_mesh()))  # as the parameters: one program
     run = _Run(field, plan)
     loss = jax.jit(jax.value_and_grad(partial(_loss, run)))
@@ -176,10 +183,13 @@ def refined(field: Field, plan: Fitted, given: Trajectories, rounds: int) -> Fit
             changes, state = tx.update(gradient, state)
             theta = optax.apply_updates(theta, changes)
             bar.update(1)
-    times, weights = jax.device_get(run.tables(theta))
+    times, weights, guidance = jax.device_get(run.tables(theta))
     weights = np.concatenate([np.ones((len(weights), 1)), weights], axis=1)
     rows = Rows(plan.rows.rule, np.float64(weights))
-    return replace(plan, times=tuple(np.float32(times).tolist()), rows=rows)
+    numbers = {"times": times, "scales": guidance}
+    return replace(
+        plan, rows=rows, **{k: tuple(np.float32(v).tolist()) for k, v in numbers.items()}
+    )
 
 
 class _Run:
@@ -195,6 +205,7 @@ class _Run:
         settings = model.config, model.card.flow, config
         self.sampler = Sampler(apply, *settings, segments=plan.segments)
         self.ends = np.float32([plan.times[0], *self._boundaries(plan)])
+        self.scales = np.float32(plan.scales)
         self.group = np.cumsum([0, *(a != b for a, b in zip(plan.stages, plan.stages[1:]))])
 
     @staticmethod
@@ -203,27 +214,35 @@ class _Run:
             if i + 1 == len(plan.stages) or plan.stages[i + 1] != stage:
                 yield plan.times[i + 1]
 
-    def tables(self, theta: Any) -> tuple[Float[Array, " points"], Float[Array, "steps history"]]:
-        """Times, and weights of velocities."""
+    def tables(
+        self, theta: Any
+    ) -> tuple[
+        Float[Array, " points"], Float[Array, "steps history"], Float[np.ndarray | Array, " steps"]
+    ]:
+        """Times, weights of velocities, and guidance scales: 1 stays 1."""
         times = [self.ends[:1]]
         for k, (start, end) in enumerate(zip(self.ends, self.ends[1:])):
             shares = jnp.cumsum(jax.nn.softmax(theta["lengths"][self.group == k]))
             times += [start + (end - start) * shares[:-1], np.float32([end])]
         points = jnp.concatenate(times)
-        return points, theta["rows"] * jnp.diff(points)[:, None]
+        scales = self.scales
+        if "scales" in theta:
+            scales = 1 + (scales - 1) * jnp.exp(theta["scales"])
+        return points, theta["rows"] * jnp.diff(points)[:, None], scales
 
     def __call__(
         self, theta: Any, params: Any, x: Float[Array, "n h w c"], y: Int[Array, " n"]
     ) -> tuple[Float[Array, " points"], Float[Array, "steps n h w c"]]:
         """Times, and the states at them after the first."""
-        times, weights = self.tables(theta)
+        times, weights, scales = self.tables(theta)
         weights = jnp.concatenate([jnp.ones((len(weights), 1)), weights], axis=1)
         state, states, first = self.sampler.start(x), [], 0
         for run in runs_of(self.sampler.segments):
             tables, facts = self.sampler.program(run, True)
             last = first + len(tables.scales)
             rows = weights[first:last], None
-            tables = tables._replace(times=times[first : last + 1], rows=rows)
+            given = times[first : last + 1], scales[first:last, None]
+            tables = tables._replace(times=given[0], scales=given[1], rows=rows)
             nets = Networks(params, None, y)
             state, passed = self.sampler.run(state, nets, tables, facts, None, first, None)
             states.append(passed)

@@ -28,6 +28,27 @@ EVALUATION = {
 }
 
 
+FRONT = {
+    "unit": "of the FLOPs",
+    "points": [{"cost": 0.05, "error": 0.2, "pyramid": "4x4@0.5,2x2@1"}],
+    "own": {"cost": 0.1, "error": 0.1, "pyramid": "2x2@1"},
+}
+PLAN = {
+    "format": 1,
+    "pyramid": "2x2@1",
+    "flow": {},
+    "cfg": [1.0],
+    "cfg_channels": 0,
+    "times": [0.0, 0.5, 1.0],
+    "stages": [0, 0],
+    "scales": [1.0, 1.0],
+    "rule": {"basis": "velocity", "history": 1, "corrects": False},
+    "weights": [[1.0, 0.5], [1.0, 0.5]],
+    "corrector": None,
+    "made": {"command": "ppflow tune", "held_out_errors": {"plan": 0.1234}, "front": FRONT},
+}
+
+
 @pytest.fixture(scope="module")
 def runs(small_run, small_sit, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
@@ -35,6 +56,7 @@ def runs(small_run, small_sit, tmp_path_factory):
     shutil.copytree(small_run, folder / "two <levels>")
     judged = folder / "one" / "evaluations"
     judged.mkdir()
+    (folder / "one" / "plan.json").write_text(json.dumps(PLAN))
     (judged / "final.json").write_text(json.dumps(EVALUATION))
     (judged / "step_0000001.json").write_text("of a training step: its values are in the curves")
     return folder / "one", folder / "two <levels>"
@@ -91,6 +113,8 @@ def test_the_page_says_what_the_runs_are(parsed):
     assert "two <levels>" in texts  # names are text, not markup
     assert {"heun 10, guidance 1,3", "12.5", "0.025", "20", "FID ↓"} <= set(texts)
     assert "not comparable with Inception FID" in texts
+    assert {"0.1234", "cost and error of other patches, one"} <= set(texts)
+    assert any("one: 2 steps, made by ppflow tune" in text for text in texts)
     assert any("red: stage boundary, t = 0.5" in text for text in texts)
 
 
@@ -139,6 +163,12 @@ def test_bad_input_is_one_line(runs, tmp_path):
         assert found == 1 and "is not what evaluate writes" in err and err.count("\n") == 1
     finally:
         path.unlink()
+    path, kept = one / "plan.json", (one / "plan.json").read_text()
+    for made in ({}, {"command": "x", "held_out_errors": []}, PLAN["made"] | {"front": [1]}):
+        path.write_text(json.dumps(PLAN | {"made": made}))
+        found, _, err = run("report.__main__", one)
+        assert found == 1 and "not what `ppflow tune` writes" in err and err.count("\n") == 1
+    path.write_text(kept)
 
 
 def test_the_readme_names_the_command():

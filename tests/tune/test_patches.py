@@ -62,5 +62,10 @@ def test_the_command_chooses_patches_or_keeps_the_stages(small_run, tmp_path, mo
     code, out, err = commands.run("tune.__main__", *run, *flags)
     assert code == 0 and "were trained" not in out and "overlap" in err, err
     made = json.loads(file.read_text())["made"]
+    front = made["front"]
+    assert file.with_suffix(".front.png").read_bytes()[:4] == b"\x89PNG"
+    costs, errors = zip(*((p["cost"], p["error"]) for p in front["points"]))
+    assert list(costs) == sorted(costs) and list(errors) == sorted(errors, reverse=True)
+    assert all(Pyramid.parse(p["pyramid"]) and p["pyramid"] in out for p in front["points"])
     assert Pyramid.parse(made["patches"]) and "--choose_patches=true" in made["command"]
     assert pf.load(small_run).plan(file).nfe <= 4

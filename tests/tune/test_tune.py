@@ -5,22 +5,27 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import ppflow_jax as pf
+from ppflow_jax.api.model import Model
 from ppflow_jax.api.run_samples import RunSamples
+from ppflow_jax.checkpoints.weights import Weights
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.fitted import stepwise
 from ppflow_jax.flow.multistep import adams_bashforth
+from ppflow_jax.flow.sampler import image_noise
 from ppflow_jax.generate.plan_file import PlanFile
 from ppflow_jax.serve.app import Service
 from ppflow_jax.serve.ask import parse
 from ppflow_jax.serve.batcher import Batcher
 from ppflow_jax.serve.device import Device, Row
 from ppflow_jax.tune.calibrate import Trajectories, grid_of
-from ppflow_jax.tune.fit import Field, _batches, closed_form, distance
+from ppflow_jax.tune.fit import Field, _batches, closed_form, distance, error, refined
 from tests import commands
 
 SHAPE = (12, 4, 4, 1)
@@ -148,6 +153,24 @@ def changed(**fields):
     return lambda values: values | fields
 
 
+def test_scales_of_guided_steps_are_fitted_and_others_stay(model):
+    draw = np.random.default_rng(0)
+    params = jax.tree.map(lambda p: p + 0.2 * draw.normal(size=p.shape), model.params)
+    params = jax.tree.map(np.float32, params)
+    weights = Weights(model.card, Path("none"), "ema", lambda: params)
+    field = Field(Model(weights))
+    ids, labels = np.arange(8), np.arange(8, dtype=np.int32)
+    noise, _ = image_noise(np.uint32(0), ids, model.config.shape)
+    way = field.model.plan(steps=12, cfg=(1, 3))
+    states = field.model.trajectory(plan=way, labels=labels, noise=noise)
+    given = Trajectories(np.float64(way.times), states, labels)
+    times = grid_of(model, (1, 2))
+    plan = stepwise(times, (0, 1, 1), (1.0, 2.0), adams_bashforth(4, times))
+    fitted = refined(field, plan, given, 8, scales=True)
+    assert fitted.scales[0] == 1 and all(2.02 < scale < 3 for scale in fitted.scales[1:])
+    assert error(field, fitted, given) < error(field, plan, given)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -202,6 +225,7 @@ def test_a_file_that_is_no_text_and_settings_that_a_plan_decides(model, tuned, t
         (["--evaluations=8", "--ms=3"], "give one budget"),
         (["--choose_patches", "--evaluations=8"], "needs --evaluations and a budget"),
         (["--evaluations=8", "--out=/"], "is a folder"),
+        (["--evaluations=8", "--fit_scales", "--norefine"], "leave out --norefine"),
         (["--evaluations=1"], "less than one step of each of 2"),
         (["--evaluations=0"], "above 0"),
         (["--flops=nan"], "above 0"),
