@@ -56,9 +56,8 @@ done
 jax=${JAX:-jax}
 stack=/stacks/${jax//[^[:alnum:].]/_}
 rm -rf "${root:?}$stack/project"
-mkdir -p "$root$stack/project"
 cd "$(dirname "$0")/../.."
-git archive HEAD | tar -xm -C "$root$stack/project"
+git clone --quiet --no-local "$PWD" "$root$stack/project"
 
 (($#)) || set -- make test "VENV=$stack/venv"
 # shellcheck disable=SC2016
