@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from ppflow_jax.api.model import Model
 from ppflow_jax.console import progress
-from ppflow_jax.devices.programs import for_training
+from ppflow_jax.devices.programs import for_passes
 from ppflow_jax.devices.sharding import local_mesh, replicated
 from ppflow_jax.errors import RunError
 from ppflow_jax.flow.evaluate import Evaluator
@@ -198,9 +198,9 @@ class _Run:
     def __init__(self, field: Field, plan: Fitted):
         model = field.model
         dtype = jnp.dtype(model.dtype)
-        programs = for_training(dtype=dtype, head=model.config.head_width)
-        remat = "none" if programs.unrolled else "full"
-        apply = make_apply(model.config, dtype=dtype, remat=remat, programs=programs)
+        # Blocks in a scan: compiling, of a program that runs for seconds, is most of the fit.
+        programs = for_passes(dtype=dtype, head=model.config.head_width)
+        apply = make_apply(model.config, dtype=dtype, remat="full", programs=programs)
         config = SamplerConfig(FITTED, len(plan.stages), cfg_channels=field.channels)
         settings = model.config, model.card.flow, config
         self.sampler = Sampler(apply, *settings, segments=plan.segments)
