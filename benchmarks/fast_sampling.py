@@ -8,7 +8,8 @@ given. Every row is timed at batch 1 and 64 (all rows in turn, in every round; m
 to SiT of the same round), its samples are compared with those of 250 Heun steps from the same
 noise under the same guidance (relative root mean square), and judged by `evaluate`'s FID in the
 features given; rows are compared by the FID of the first noise seed, which all of them have. A
-table, fast_sampling.png and rows.json; rows that are in rows.json already are not judged again.
+table, fast_sampling.png and rows.json; rows that are in rows.json already are not judged again,
+and plans of `ppflow tune` that are in DIR not fitted again.
 --docs: table and picture also there.
 """
 
@@ -27,6 +28,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 
+import ppflow_jax as pf
 from ppflow_jax.autoencoders.decode import Decoder
 from ppflow_jax.checkpoints.card import Card, read_card
 from ppflow_jax.checkpoints.weights import load_weights
@@ -38,15 +40,20 @@ from ppflow_jax.errors import InputError
 from ppflow_jax.files.disk import atomic
 from ppflow_jax.files.store import find_checkpoint
 from ppflow_jax.flow.cost import sampling_flops
-from ppflow_jax.flow.plan import SamplerConfig
+from ppflow_jax.flow.multistep import MULTISTEP
+from ppflow_jax.flow.plan import FITTED, SamplerConfig
 from ppflow_jax.flow.sampler import Sampler, image_noise
+from ppflow_jax.generate.plan import Plan
 from ppflow_jax.metrics.evaluator import Evaluator, open_reference
 from ppflow_jax.metrics.networks import load_features
 from ppflow_jax.models.network import make_apply
 from ppflow_jax.systems.accelerate import PRESETS, AccelerateConfig, accelerated
+from ppflow_jax.tune.command import Asked, tune
 
 BATCH = 64
+PLANS = (5, 6, 8, 12)  # evaluations of tuned plans
 TRACED = 16  # images whose error is measured
+METHODS = ("forecast", "merge", "preset", "plan")  # what has to beat plain steps
 PLAIN, FREE = "guided everywhere", "exact: coarse stage unguided"
 
 
@@ -55,9 +62,9 @@ class Setting:
     """A row of the table for one model."""
 
     name: str
-    kind: str  # plain, fewer, guidance, forecast, merge or preset
+    kind: str  # plain, fewer, multistep, guidance, forecast, merge, preset or plan
     solver: str
-    steps: int
+    steps: int  # of a plan: its evaluations
     scales: str  # "all" or "free": the coarsest of several stages unguided
     accelerate: str = "exact"
 
@@ -76,6 +83,9 @@ def settings(steps: int, levels: int, depth: int) -> list[Setting]:
         for share in part:
             n = round(steps * share)
             found.append(Setting(f"{solver.capitalize()} {n}", "fewer", solver, n, free))
+    for solver in MULTISTEP:
+        for n in (steps // 2, steps // 3):
+            found.append(Setting(f"{solver} {n}", "multistep", solver, n, free))
     third = f"{depth // 3}-{2 * depth // 3}"
     for name, keys in {
         "FORA, interval 2": ".order=0,.schedule=fora,.interval=2",
@@ -83,6 +93,7 @@ def settings(steps: int, levels: int, depth: int) -> list[Setting]:
         "TaylorSeer, interval 2, order 1": ".interval=2,.order=1",
         "TaylorSeer, interval 3, order 1": ".interval=3,.order=1",
         "TaylorSeer, interval 4, order 2": ".interval=4,.order=2",
+        "HiCache, interval 3, order 2": "=hermite,.interval=3,.order=2",
         "polynomial, interval 3, order 1": "=newton,.interval=3,.order=1",
         "Adams-Bashforth 2, interval 2": "=adams,.place=velocity,.interval=2,.order=1",
         "DeepCache, middle third": f".place=blocks,.blocks={third},.interval=2,.order=0",
@@ -95,14 +106,16 @@ def settings(steps: int, levels: int, depth: int) -> list[Setting]:
     for name in PRESETS:
         if name != "exact":
             found.append(Setting(f"preset {name}", "preset", "euler", steps, free, name))
+    for n in PLANS:
+        found.append(Setting(f"tuned plan of {n}", "plan", FITTED, n, free))
     return found
 
 
 class Model:
     """A run's EMA weights and how they are sampled."""
 
-    def __init__(self, run: str, cfg: float, decode: str):
-        folder = find_checkpoint(run)
+    def __init__(self, run: str, cfg: float, decode: str, out: Path):
+        folder, self.run_folder, self.out = find_checkpoint(run), run, out
         self.card: Card = read_card(folder)
         self.model = self.card.model
         levels = len(self.model.pyramid)
@@ -118,11 +131,23 @@ class Model:
         scales = (self.cfg,) * self.levels
         if s.scales == "free":
             scales = (1.0, *scales[1:])
+        if s.kind == "plan":
+            plan = self.plan(s.steps, scales)
+            given = self.model, self.card.flow, plan.config
+            return Sampler(self.apply, *given, segments=plan.segments)
         config = SamplerConfig(s.solver, s.steps, cfg=scales)
         segments = accelerated(
             config, self.model, self.card.flow, AccelerateConfig.parse(s.accelerate)
         )
         return Sampler(self.apply, self.model, self.card.flow, config, segments=segments)
+
+    def plan(self, evaluations: int, scales: tuple[float, ...]) -> Plan:
+        """A tuned plan, made unless it is there."""
+        file = self.out / f"{self.name.replace(' ', '-')}-{evaluations}.json"
+        model = pf.load(self.run_folder)
+        if not file.exists():
+            tune(model, Asked(str(file), scales, evaluations=evaluations))
+        return model.plan(file)
 
     def run(self, sampler: Sampler):
         """A compiled (noise, labels) -> latents."""
@@ -152,7 +177,7 @@ class Model:
 def judge(model: Model, s: Setting, run, evaluator: Evaluator, num: int, seeds: int) -> dict:
     """Trajectory error and FID, of several noise seeds for the plain rows."""
     fids, error = [], 0.0
-    for seed in range(seeds if s.kind in ("plain", "guidance", "preset") else 1):
+    for seed in range(seeds if s.kind in ("plain", "guidance", "preset", "plan") else 1):
         pictures = []
         for first in range(0, num, BATCH):
             labels = jnp.asarray((first + np.arange(BATCH)) % model.model.num_classes, jnp.int32)
@@ -204,7 +229,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     network = load_features(args.features, "tf1")
     evaluator = Evaluator(network, open_reference(args.reference, args.size), ("fid",))
-    models = [Model(run, args.cfg, args.decode) for run in args.runs]
+    models = [Model(run, args.cfg, args.decode, args.out) for run in args.runs]
     if [m.levels for m in models].count(1) != 1:
         raise InputError("exactly one of --runs must have a single stage: SiT, the base of ratios")
     store = args.out / "rows.json"
@@ -244,8 +269,9 @@ def main() -> None:
 
 
 def rival(row: dict, table: list[dict], measure: str) -> float:
-    """The best value of fewer plain steps of the same model that take no longer (or of all)."""
-    plain = [r for r in table if r["model"] == row["model"] and r["kind"] == "fewer"]
+    """The best value of plain steps of the same model, of any solver, that take no longer."""
+    kinds = ("fewer", "multistep")
+    plain = [r for r in table if r["model"] == row["model"] and r["kind"] in kinds]
     fast = [r for r in plain if r["latency64"] <= 1.02 * row["latency64"]]
     return min(_value(r, measure) for r in fast) if fast else float("inf")
 
@@ -256,12 +282,12 @@ def _value(row: dict, measure: str) -> float:
 
 def markdown(table: list[dict], base: dict, seconds: list[float], args) -> str:
     """The table; its first lines say where fewer steps win."""
-    methods = [r for r in table if r["kind"] in ("forecast", "merge", "preset")]
+    methods = [r for r in table if r["kind"] in METHODS]
     lost = {m: [r for r in methods if rival(r, table, m) <= _value(r, m)] for m in ("error", "fid")}
     lines = [
-        f"**Fewer plain steps, at the same latency or less, have the lower trajectory error in "
-        f"{len(lost['error'])} of {len(methods)} rows of accelerators and the lower FID in "
-        f"{len(lost['fid'])}** (marked >).",
+        f"**Plain steps of some solver, at the same latency or less, have the lower trajectory "
+        f"error in {len(lost['error'])} of {len(methods)} rows of accelerators and plans and the "
+        f"lower FID in {len(lost['fid'])}** (marked >).",
         "",
         f"`python -m benchmarks.fast_sampling --steps={args.steps} --cfg={args.cfg:g} "
         f"--num={args.num} --seeds={args.seeds}` on {jax.devices()[0].device_kind}; SiT takes "
@@ -316,7 +342,8 @@ def plot(table: list[dict], path: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(12, 5))
     markers = {
-        "plain": "*", "guidance": "P", "fewer": "o", "forecast": "^", "merge": "v", "preset": "D",
+        "plain": "*", "guidance": "P", "fewer": "o", "multistep": "x", "forecast": "^",
+        "merge": "v", "preset": "D", "plan": "X",
     }  # fmt: skip
     models = list(dict.fromkeys(r["model"] for r in table))
     for axis, measure in zip(axes, ("fid", "error")):
