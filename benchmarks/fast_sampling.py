@@ -47,7 +47,7 @@ from ppflow_jax.generate.plan import Plan
 from ppflow_jax.metrics.evaluator import Evaluator, open_reference
 from ppflow_jax.metrics.networks import load_features
 from ppflow_jax.models.network import make_apply
-from ppflow_jax.systems.accelerate import PRESETS, AccelerateConfig, accelerated
+from ppflow_jax.systems.accelerate import PRESETS, AccelerateConfig, accelerated, with_preset
 from ppflow_jax.tune.command import Asked, tune
 
 BATCH = 64
@@ -136,6 +136,7 @@ class Model:
             given = self.model, self.card.flow, plan.config
             return Sampler(self.apply, *given, segments=plan.segments)
         config = SamplerConfig(s.solver, s.steps, cfg=scales)
+        config = with_preset(config, s.accelerate, self.model)
         segments = accelerated(
             config, self.model, self.card.flow, AccelerateConfig.parse(s.accelerate)
         )

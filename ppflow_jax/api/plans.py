@@ -13,7 +13,7 @@ from ppflow_jax.errors import InputError, check_local
 from ppflow_jax.files.store import FOLDER, digest
 from ppflow_jax.generate.plan import Plan, make_plan, tuned_plan
 from ppflow_jax.generate.plan_file import PlanFile
-from ppflow_jax.systems.accelerate import AccelerateConfig
+from ppflow_jax.systems.accelerate import AccelerateConfig, with_preset
 
 STEPS, SOLVER, ACCELERATE = 50, "heun", "exact"
 AUTO, OWN = "auto", "plan.json"  # the plan in the folder of a run or a converted model
@@ -43,7 +43,9 @@ def plan_of(
         file, accelerate = (own, ACCELERATE) if own.is_file() else (None, "balanced")
     if file is None:
         config = config_of(steps, solver, 1.0 if cfg is None else cfg, settings)
-        return make_plan(weights.card, config, AccelerateConfig.parse(accelerate), weak)
+        added = AccelerateConfig.parse(accelerate)
+        config = with_preset(config, accelerate, weights.card.model)
+        return make_plan(weights.card, config, added, weak)
     given = {"steps": (steps, STEPS), "solver": (solver, SOLVER), "weak": (weak, None)}
     given["accelerate"] = accelerate, ACCELERATE
     if others := [k for k, (v, default) in given.items() if v != default] + list(settings):

@@ -62,7 +62,13 @@ def measure(folder: Path) -> dict[str, Any]:
         latents = np.load(out / "latents.npy")
         state = ocp.PyTreeCheckpointHandler().metadata(run / "checkpoints" / "3" / "state").tree
         leaves = jax.tree_util.tree_leaves_with_path(state)
-        plan = command("sample", *flags, "--explain", "--batch=4", "--accelerate=balanced")
+        plan = command(
+            "sample",
+            *flags,
+            "--explain",
+            "--batch=4",
+            "--accelerate=forecast.order=2,forecast.interval=3",
+        )
         models[name] = {
             "steps": [{k: row[k] for k in row if k.startswith(("loss", "grad"))} for row in rows],
             "samples": [round(float(v), 7) for v in latents[:, ::4, ::4].ravel()],

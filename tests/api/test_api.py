@@ -75,6 +75,7 @@ def test_velocity_and_prediction(model):
 
 def test_a_plan_is_explained(model):
     plan = model.plan(steps=10, cfg=(1, 3), accelerate="balanced")
+    assert plan.nfe == 5
     assert "faster by FLOPs" in plan.explain(batch=4) and str(plan)
     assert plan.times[0] == 0 and plan.times[-1] == 1
 

@@ -32,7 +32,7 @@ WRONG = {
     "setting": (lambda m: m.plan(guidance=2), "no setting 'guidance'"),
     "grid": (lambda m: m.plan(grid="log"), "unknown grid"),
     "channels": (lambda m: m.sample(2, plan=m.plan(cfg=2, cfg_channels=4)), "1 channels"),
-    "adaptive forecast": (lambda m: m.plan(solver="dopri5", accelerate="fast"), "its own steps"),
+    "adaptive preset": (lambda m: m.plan(solver="dopri5", accelerate="fast"), "as heun, not"),
     "no images": (lambda m: m.sample(0), "at least 1"),
     "half an image": (lambda m: m.sample(1.5), "at least 1"),
     "label 11": (lambda m: m.sample(2, labels=11), "classes 0 to 9"),

@@ -6,7 +6,7 @@ from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.models.config import SIZES, ModelConfig
 from ppflow_jax.pyramid import PPFLOW2, SIT
-from ppflow_jax.systems.accelerate import PRESETS, AccelerateConfig, accelerated
+from ppflow_jax.systems.accelerate import PRESETS, AccelerateConfig, accelerated, with_preset
 from ppflow_jax.systems.forecast import ForecastConfig
 from ppflow_jax.systems.sdtm import MergeConfig
 
@@ -68,10 +68,33 @@ def test_bad_text_is_refused(text, words):
         AccelerateConfig.parse(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "steps", "expected"),
+    [
+        ("exact", 50, ("heun", 50)),
+        ("forecast.interval=3", 50, ("heun", 50)),
+        ("balanced", 50, ("ab2", 25)),
+        ("fast, merge.ratio=0.2", 50, ("ab2", 17)),
+        ("fast", 2, ("ab2", 2)),  # a step for every stage
+    ],
+)
+def test_presets_take_fewer_steps_of_ab2(text, steps, expected):
+    model = ModelConfig(PPFLOW2, 32, 4, **SIZES["XL"], num_classes=1000)
+    config = with_preset(SamplerConfig("heun", steps, cfg=(1.0, 2.0)), text, model)
+    assert (config.solver, config.steps) == expected and config.cfg == (1.0, 2.0)
+
+
+@pytest.mark.parametrize("solver", ["dopri5", "sde-euler"])
+def test_presets_refuse_solvers_that_they_cannot_stand_for(solver):
+    model = ModelConfig(PPFLOW2, 32, 4, **SIZES["XL"], num_classes=1000)
+    with pytest.raises(InputError, match=f"as heun, not {solver}"):
+        with_preset(SamplerConfig(solver, 50), "fast", model)
+
+
 def test_cost_of_the_presets():
     def cost(pyramid, text, cfg):
         model = ModelConfig(pyramid, 32, 4, **SIZES["XL"], num_classes=1000)
-        config = SamplerConfig("euler", 50, cfg=cfg)
+        config = with_preset(SamplerConfig("euler", 50, cfg=cfg), text, model)
         segments = accelerated(config, model, Flow(), AccelerateConfig.parse(text))
         return sampling_flops(model, segments)
 

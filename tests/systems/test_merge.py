@@ -213,7 +213,7 @@ def test_composition():
     for pyramid, advice in ((PPFLOW3, "forecast.interval=4/4/1"), (SIT, "choose one")):
         words = f"stage {len(pyramid) - 1} cannot have both forecast and merged steps: .*{advice}"
         with pytest.raises(InputError, match=words):
-            segments("balanced,merge=sdtm", pyramid=pyramid)
+            segments("forecast.interval=3,merge=sdtm", pyramid=pyramid)
     both = segments("forecast.interval=3/3/1,merge=sdtm,merge.round_to=1,merge.stages=2")
     names = [s.method.name for s in both]
     assert names[:2] == ["forecast"] * 2 and set(names[2:]) == {"merged"}
