@@ -6,9 +6,9 @@
     python -m ppflow_jax.tune --data=CACHE --patches=4x4,2x2
 
 Times, steps of every stage and rows of a multistep rule, from fine trajectories of the same model
-and guidance. --flops and --ms are other budgets. With --forecast it is --steps of Euler's method, of
-which --full are computed and the others forecast from them. The last needs no model: it proposes the
-boundaries of a pyramid from the power spectrum of the data.
+and guidance. --flops and --ms are other budgets. With --forecast: --steps of Euler's method, of
+which --full are computed and the others forecast from them. The last needs no model: it proposes
+the boundaries of a pyramid from the power spectrum of the data.
 """
 
 from __future__ import annotations

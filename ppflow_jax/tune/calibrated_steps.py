@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Bool, Float
 
+from ppflow_jax.errors import RunError
 from ppflow_jax.flow.fitted import Fitted
 from ppflow_jax.systems.forecast_calibrated import (
     cheapest_of_all,
@@ -31,12 +32,21 @@ def chosen_steps(
       schedule: `dp` leaves the least error of velocities forecast along a line through the last two
         full features, times the length of the step; `magcache` and `teacache` are the published
         rules, with the threshold that the budget asks for.
+
+    Raises:
+      RunError: blocks that add nothing, or no finite numbers.
     """
     if schedule == "dp":
         return cheapest_of_all(forecast_errors(features, plan, given), count)
     must = np.zeros(len(plan.stages), bool)
     must[[group.start for group in groups(plan)]] = True
-    ratios, inputs, outputs = _signals(features, plan, given)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios, inputs, outputs = _signals(features, plan, given)
+    if not np.isfinite([ratios, inputs, outputs]).all():
+        raise RunError(
+            f"--schedule={schedule} compares what the blocks add to their tokens, which is 0 or no "
+            "finite number here: train the model, or choose --schedule=dp"
+        )
     if schedule == "magcache":
         costs = magcache_costs(ratios)
     else:

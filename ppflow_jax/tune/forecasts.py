@@ -59,7 +59,9 @@ def tune_forecast(model: Model, asked: Asked) -> str:
     fit, held_out = asked.trajectories(model, cfg, out)
     plan = euler(model, cfg, steps)
     full = chosen_steps(asked.schedule, features, plan, count, fit)
-    tables, _ = rolled(features, plan, polynomials(features, plan, full, "newton"), fit, fits=True)
+    prior = polynomials(features, plan, full, "newton")
+    both = prior, rolled(features, plan, prior, fit, fits=True)[0]
+    tables = min(both, key=lambda tables: error(features, plan, tables, fit))
     errors = {"plan": error(features, plan, tables, held_out)}
     for n in (count, steps):
         grid = euler(model, cfg, n)
@@ -155,23 +157,28 @@ def fitted(
     prior: Float[np.ndarray, " s"],
     written: int,
 ) -> Float[np.ndarray, " s"]:
-    """The row with which a step of this length leads to the goals, as far as it goes.
+    """The row with which a step of this length leads nearest to the goals.
 
     Args:
       written: slots of the ring, the first ones.
     """
-    row = prior
-    for _ in range(TURNS):
+    row, best, least = prior, prior, np.inf
+    for _ in range(TURNS + 1):
         columns, wanted = [], []
         for state, goal in zip(states, goals):
             v, slopes = features.slopes(state.x, state.y, now, state.memory, row)
-            here = length * np.float64(slopes[..., :written]).reshape(len(v), -1, written)
-            left = (np.float64(goal) - state.x - length * np.float64(v)).reshape(len(v), -1)
-            columns.append(here)
-            wanted.append(left + here @ (row - prior)[:written])
-        change = ridge(np.concatenate(columns), np.concatenate(wanted))
+            columns.append(length * np.float64(slopes[..., :written]).reshape(len(v), -1, written))
+            left = np.float64(goal) - state.x - length * np.float64(v)
+            wanted.append(left.reshape(len(v), -1))
+        here, left = np.concatenate(columns), np.concatenate(wanted)
+        if not np.mean(np.square(left)) < least:
+            break
+        best, least = row, np.mean(np.square(left))
+        change = ridge(here, left + here @ (row - prior)[:written])
+        # No further than the prior is long: the velocity is linear nearby alone
+        change *= min(1, np.linalg.norm(prior) / max(np.linalg.norm(change), 1e-30))
         row = prior + np.pad(change, (0, len(prior) - written))
-    return row
+    return best
 
 
 def error(features: Features, plan: Fitted, tables: ForecastTables, given: Trajectories) -> float:
