@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -62,6 +63,7 @@ class Features(Field):
         self.method = method
         self._evaluate = jax.jit(self._evaluated, static_argnames=("where", "full"))
         self._slopes = jax.jit(self._sloped, static_argnames="where")
+        self._shapes = functools.cache(self._shapes_of)
 
     def full(
         self, x: Float[np.ndarray, "n h w c"], y: Int[np.ndarray, " n"], at: At, memory: Any,
@@ -88,19 +90,13 @@ class Features(Field):
 
     def memory(self, n: int, at: At) -> Any:
         """A memory of zeros for n trajectories."""
-        given = np.zeros((n, *self.model.config.shape), np.float32), np.zeros(n, np.int32)
-        inputs = {"weights": self.own(0), "slot": np.uint32(0)}
-
-        def empty(x, y):
-            step = self._step(self.model.params, y, np.float32(1), {}, inputs, True, _where(at))
-            step.velocity(x, jnp.float32(at.t), 0)
-            return step.memories[0][self._name]
-
-        return jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), jax.eval_shape(empty, *given))
+        shapes = self._shapes(n, *_where(at))
+        return jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
 
     def part(self, steps: int, at: At) -> int:
         """How many trajectories are taken at once, given the steps whose features are compared."""
-        size = sum(a.nbytes for a in jax.tree.leaves(self.memory(1, at))) // self.method.slots
+        leaves = jax.tree.leaves(self._shapes(1, *_where(at)))
+        size = sum(a.size * a.dtype.itemsize for a in leaves) // self.method.slots
         most = max(1, BYTES // (2 * size * steps))  # twice: they are compared in float64
         return min(PART, 1 << (most.bit_length() - 1))
 
@@ -124,6 +120,19 @@ class Features(Field):
             self.model.params, x, y, numbers, memory, *given, where=_where(at), **static
         )
         return jax.tree.map(np.asarray, found)
+
+    def _shapes_of(self, n: int, stage: int, guided: bool) -> Any:
+        """Of a memory."""
+        given = np.zeros((n, *self.model.config.shape), np.float32), np.zeros(n, np.int32)
+        inputs = {"weights": self.own(0), "slot": np.uint32(0)}
+
+        def empty(x, y):
+            scale, where = np.float32(1), (stage, guided)
+            step = self._step(self.model.params, y, scale, {}, inputs, True, where)
+            step.velocity(x, jnp.float32(0), 0)
+            return step.memories[0][self._name]
+
+        return jax.eval_shape(empty, *given)
 
     def _step(self, params, y, scale, memories, inputs, full, where):
         model, (stage, guided) = self.model, where

@@ -12,6 +12,7 @@ import ppflow_jax as pf
 from ppflow_jax.api.model import Model
 from ppflow_jax.api.run_samples import RunSamples
 from ppflow_jax.errors import InputError, RunError
+from ppflow_jax.systems.forecast import Forecast
 from ppflow_jax.tune.asked import Asked
 from ppflow_jax.tune.calibrate import Setting, Trajectories, calibrated
 from ppflow_jax.tune.calibrated_steps import chosen_steps, line_errors
@@ -22,7 +23,7 @@ from ppflow_jax.tune.forecasts import State, euler, evenly, fitted
 from tests import commands
 from tests.systems.checks import random_params
 
-WAYS = {"branch": "dp", "blocks": "teacache", "velocity": "dp"}
+WAYS = {"branch": "dp", "velocity": "teacache"}
 ASKED = Asked(cfg=(1.0, 2.0), steps=8, full=4, noises=8)
 
 
@@ -70,9 +71,9 @@ def test_the_sampler_leaves_the_error_that_the_file_states(model, tuned, monkeyp
     for name, value in errors.items():
         line = next(line for line in said.splitlines() if line.startswith(name))
         assert line.split()[-1] == f"{value:.4f}"
-    assert {f"{basis}, even" for basis in ("taylor", "hermite")} < set(errors)
-    others = [errors[f"{basis}, {WAYS[place]}"] for basis in ("taylor", "hermite")]
-    assert errors["plan"] < min(others)
+    names = [f"{b}, {way}" for way in ("even", WAYS[place]) for b in ("taylor", "hermite")]
+    assert list(errors) == ["plan", "euler, 4 steps", "euler, 8 steps", *names]
+    assert errors["plan"] < errors["euler, 4 steps"]
     monkeypatch.setattr("ppflow_jax.tune.calibrate.FINE", 12)
     _, held_out = calibrated(model, Setting((1.0, 2.0), 0, 8, 0), file.parent)
     plan = model.plan(file)
@@ -161,6 +162,16 @@ def test_damaged_and_foreign_forecasts_are_refused(model, tuned, tmp_path, chang
     with pytest.raises(InputError, match=words) as found:
         model.plan(file)
     assert "\n" not in str(found.value)
+
+
+def test_a_range_of_blocks_is_read(model, tuned, tmp_path):
+    values = json.loads(tuned["branch"][0].read_text())
+    values["forecast"] |= {"place": "blocks", "blocks": [0, 1]}
+    (tmp_path / "plan.json").write_text(json.dumps(values))
+    plan = model.plan(tmp_path / "plan.json")
+    assert [s.method for s in plan.segments] == [Forecast("blocks", 3, (0, 1))] * 2
+    plan.tuned.write(tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text()) == values
 
 
 def test_forecasts_of_what_is_not_there_are_refused(model, tuned, tmp_path):
