@@ -103,8 +103,8 @@ def guided_by(plan: Plan, card: Card, cfg: tuple[float, ...]) -> Plan:
     if plan.tuned is None:
         return make_plan(card, config, plan.added, plan.weak)
     pyramid = plan.model.pyramid
-    segments = plan.tuned.fitted.guided(config.scales(pyramid), pyramid).segments
-    return replace(plan, config=config, segments=segments)
+    fitted = plan.tuned.fitted.guided(config.scales(pyramid), pyramid)
+    return replace(plan, config=config, segments=plan.tuned.segments(fitted))
 
 
 def tuned_plan(
@@ -117,7 +117,8 @@ def tuned_plan(
       cfg: guidance scales instead of those of the fit.
 
     Raises:
-      InputError: a plan of another pyramid, path or prediction.
+      InputError: a plan of another pyramid, path or prediction, or that forecasts the features of
+        another number of blocks.
     """
     for what, theirs, ours in (
         ("pyramid", file.pyramid, card.model.pyramid),
@@ -128,10 +129,16 @@ def tuned_plan(
                 f"the plan is of another {what} ({theirs}) than the model ({ours}): tune one for "
                 "this model"
             )
+    forecast = file.forecast
+    if forecast and forecast.method.level == "network" and forecast.depth != card.model.depth:
+        raise InputError(
+            f"the plan forecasts features of {forecast.depth} blocks, the model has "
+            f"{card.model.depth}: tune one for this model"
+        )
     config = SamplerConfig(
         FITTED, len(file.fitted.stages), cfg=file.cfg, cfg_channels=file.cfg_channels
     )
-    plan = Plan(card.model, card.flow, config, file.fitted.segments, tuned=file)
+    plan = Plan(card.model, card.flow, config, file.segments(file.fitted), tuned=file)
     notes = []
     if sha256 != file.made.get("checkpoint_sha256"):
         notes.append("the plan was fitted to other weights: its errors are not those of this model")

@@ -1,8 +1,12 @@
 """Plan files: what `ppflow tune` found for a model, as JSON.
 
     {"format": 1, "pyramid": TEXT, "flow": {...}, "cfg": [...], "times": [...], "stages": [...],
-     "scales": [...], "rule": {...}, "weights": [[...]], "corrector": null, "made": {...}}
+     "scales": [...], "rule": {...}, "weights": [[...]], "corrector": null, "made": {...},
+     "forecast": {"place": "branch", "blocks": null, "depth": N, "slots": N, "full": [...],
+                  "weights": [[...]]}}
 
+`forecast` is there if some steps are (`systems.forecast_tables`): weights of the ring's slots, of
+which the n-th full step of a stage writes slot n mod slots.
 `made` says from what: SHA-256 of the weights, calibration, errors, the command. It decides nothing.
 """
 
@@ -21,7 +25,9 @@ from ppflow_jax.files.disk import atomic
 from ppflow_jax.flow.fitted import Fitted
 from ppflow_jax.flow.multistep import BASES, Rows, Rule
 from ppflow_jax.flow.path import Flow
+from ppflow_jax.flow.plan import Segment
 from ppflow_jax.pyramid import Pyramid
+from ppflow_jax.systems.forecast_tables import ForecastTables
 
 FORMAT = 1
 _MOST_STEPS = 10_000
@@ -35,6 +41,7 @@ class PlanFile:
       cfg: guidance scale of every stage that it was fitted with.
       cfg_channels: as in `flow.plan.SamplerConfig`.
       made: from what.
+      forecast: of the steps that are not full.
     """
 
     fitted: Fitted
@@ -43,6 +50,15 @@ class PlanFile:
     cfg: tuple[float, ...]
     cfg_channels: int = 0
     made: dict[str, Any] = field(default_factory=dict)
+    forecast: ForecastTables | None = None
+
+    def segments(self, fitted: Fitted) -> tuple[Segment, ...]:
+        """Of the plan, which may have other guidance scales.
+
+        Raises:
+          InputError: scales that its forecasts do not fit.
+        """
+        return fitted.segments if not self.forecast else self.forecast.applied(fitted.segments)
 
     @property
     def sha256(self) -> str:
@@ -71,6 +87,8 @@ class PlanFile:
             "corrector": corrector,
             "made": self.made,
         }
+        if self.forecast is not None:
+            values["forecast"] = self.forecast.values
         return json.dumps(values) + "\n"
 
     @classmethod
@@ -126,7 +144,12 @@ class PlanFile:
         if type(channels) is not int or channels < 0 or not isinstance(values["made"], dict):
             raise ValueError("cfg_channels or made of another kind")
         fitted = Fitted(times, tuple(stages), scales, Rows(rule, weights, corrector))
-        return cls(fitted, pyramid, Flow(**values["flow"]), cfg, channels, values["made"])
+        forecast = None
+        if "forecast" in values:
+            forecast = ForecastTables.of(values["forecast"], steps)
+            forecast.applied(fitted.segments)
+        flow, made = Flow(**values["flow"]), values["made"]
+        return cls(fitted, pyramid, flow, cfg, channels, made, forecast)
 
 
 def _numbers(values: dict[str, Any], name: str) -> tuple[float, ...]:

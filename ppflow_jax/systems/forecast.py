@@ -8,7 +8,7 @@ polynomial extrapolation, Delta-DiT and DeepCache (a range of blocks), and multi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -226,8 +226,8 @@ def forecasted(
                 f"e.g. forecast.blocks=1-{model.depth}"
             )
     out: list[Segment] = []
-    for (stages, _), alike in itertools.groupby(segments, key=lambda s: (s.stages, s.guided)):
-        group, stage = list(alike), stages[0]
+    for group in alike(segments):
+        stages, stage = group[0].stages, group[0].stages[0]
         full = full_steps(
             config.schedule,
             sum(s.steps for s in group),
@@ -240,24 +240,41 @@ def forecasted(
             out.extend(group)
             continue
         method = Forecast(config.place, config.order + 1, spans[stage])
-        inputs = {
-            "weights": np.float32(weight_table(config.forecast, config.order, full, config.warmup)),
-            "slot": np.uint32((np.cumsum(full) - 1) % (config.order + 1)),
-        }
-        first = 0
-        for segment in group:
-            now = slice(first, first + segment.steps)
-            out.append(
-                replace(
-                    segment,
-                    method=method,
-                    full=tuple(full[now].tolist()),
-                    inputs={name: table[now] for name, table in inputs.items()},
-                    keeps=first > 0,
-                )
-            )
-            first += segment.steps
+        weights = weight_table(config.forecast, config.order, full, config.warmup)
+        out.extend(with_method(group, method, full, weights))
     return out
+
+
+def alike(segments: Iterable[Segment]) -> Iterator[list[Segment]]:
+    """Segments that may share a memory: of the same stage and rows of the batch."""
+    for _, group in itertools.groupby(segments, key=lambda s: (s.stages, s.guided)):
+        yield list(group)
+
+
+def slots_of(full: Bool[np.ndarray, " k"], slots: int) -> np.ndarray:
+    """The slot that every step of a group writes, if it is full: each in turn."""
+    return np.uint32((np.cumsum(full) - 1) % slots)
+
+
+def with_method(
+    group: list[Segment],
+    method: Forecast,
+    full: Bool[np.ndarray, " k"],
+    weights: Float[np.ndarray, "k s"],
+) -> Iterator[Segment]:
+    """Segments of a group with forecasts in the steps that are not full."""
+    inputs = {"weights": np.float32(weights), "slot": slots_of(full, method.slots)}
+    first = 0
+    for segment in group:
+        now = slice(first, first + segment.steps)
+        yield replace(
+            segment,
+            method=method,
+            full=tuple(full[now].tolist()),
+            inputs={name: table[now] for name, table in inputs.items()},
+            keeps=first > 0,
+        )
+        first += segment.steps
 
 
 def per_stage(name: str, values: tuple, levels: int) -> tuple:

@@ -1,12 +1,14 @@
 """Fit a sampling plan to a model: python -m ppflow_jax.tune --checkpoint=DIR --evaluations=8
 
     python -m ppflow_jax.tune --checkpoint=RUN --cfg=1,2 --evaluations=8 --out=plan.json
+    python -m ppflow_jax.tune --checkpoint=RUN --cfg=1,2 --forecast=branch --steps=20 --full=8
     python -m ppflow_jax.sample --checkpoint=RUN --plan=plan.json --out=samples
     python -m ppflow_jax.tune --data=CACHE --patches=4x4,2x2
 
 Times, steps of every stage and rows of a multistep rule, from fine trajectories of the same model
-and guidance. --flops and --ms are other budgets. The last needs no model: it proposes the
-boundaries of a pyramid from the power spectrum of the data.
+and guidance. --flops and --ms are other budgets. With --forecast: --steps of Euler's method, of
+which --full are computed and the others forecast from them. The last needs no model: it proposes
+the boundaries of a pyramid from the power spectrum of the data.
 """
 
 from __future__ import annotations
@@ -25,6 +27,21 @@ _FLOPS = flags.DEFINE_float(
     "flops", None, "Budget: share of the FLOPs of SiT's 50 Euler steps, guided if the plan is."
 )
 _MS = flags.DEFINE_float("ms", None, "Budget: measured milliseconds an image, batches of 64.")
+_FORECAST = flags.DEFINE_enum(
+    "forecast",
+    None,
+    ["branch", "blocks", "velocity"],
+    "Forecast the steps that are not full: the branches of every block, what all blocks add, or "
+    "the velocity.",
+)
+_STEPS = flags.DEFINE_integer("steps", None, "With --forecast: Euler steps.")
+_FULL = flags.DEFINE_integer("full", None, "With --forecast: how many of the steps are full.")
+_SCHEDULE = flags.DEFINE_enum(
+    "schedule",
+    "dp",
+    ["dp", "magcache", "teacache"],
+    "With --forecast: which are full. dp: the cheapest of all choices, by the calibration.",
+)
 _NOISES = flags.DEFINE_integer("noises", 256, "Trajectories to fit to; half as many are held out.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the calibration's noises.")
 _CALIBRATION = flags.DEFINE_string(
@@ -61,7 +78,8 @@ def main() -> None:
         raise flags.Error("--checkpoint or --data is required")
     from ppflow_jax.api.load import load
     from ppflow_jax.devices.host_memory import keep_scratch
-    from ppflow_jax.tune.command import Asked, tune
+    from ppflow_jax.tune.asked import Asked
+    from ppflow_jax.tune.command import tune
 
     keep_scratch()
     asked = Asked(
@@ -77,6 +95,10 @@ def main() -> None:
         refine=_REFINE.value,
         fit_scales=_FIT_SCALES.value,
         choose_patches=_CHOOSE.value,
+        forecast=_FORECAST.value,
+        steps=_STEPS.value,
+        full=_FULL.value,
+        schedule=_SCHEDULE.value,
     )
     model = load(_CHECKPOINT.value, weights=_WEIGHTS.value, dtype=_DTYPE.value)
     print(tune(model, asked))

@@ -5,27 +5,26 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from ppflow_jax.api.inputs import config_of
 from ppflow_jax.api.model import Model
-from ppflow_jax.api.plans import sha256_of
 from ppflow_jax.console import table
 from ppflow_jax.errors import InputError
-from ppflow_jax.files.disk import atomic, writable_directory
+from ppflow_jax.files.disk import atomic
 from ppflow_jax.flow.fitted import Fitted
 from ppflow_jax.flow.multistep import MULTISTEP, adams_bashforth
 from ppflow_jax.generate.plan_file import PlanFile
 from ppflow_jax.models.flops import forward_flops
 from ppflow_jax.pyramid import Pyramid, Stage
 from ppflow_jax.tune.allocate import Budget, best_allocation, shared_out, start_of
-from ppflow_jax.tune.calibrate import FINE, Setting, Trajectories, calibrated
+from ppflow_jax.tune.asked import Asked
+from ppflow_jax.tune.calibrate import Trajectories
 from ppflow_jax.tune.fit import Field, closed_form, distance, error, refined
+from ppflow_jax.tune.forecasts import tune_forecast
 from ppflow_jax.tune.pareto import Point, figure_of, front_of, point, text_of
 from ppflow_jax.tune.patches import (
     assigned,
@@ -40,43 +39,6 @@ SIT_STEPS = 50
 ROUNDS = 150  # of the gradient refinement
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What the flags of the command say; exactly one budget.
-
-    Attributes:
-      cfg: guidance scale, one or one of every stage.
-      fit_scales: refine the guidance scale of every guided step too.
-      choose_patches: the patch of each of `evaluations` steps under one of the other budgets.
-      calibration: folder of fine trajectories; None: that of `out`.
-    """
-
-    out: str = "plan.json"
-    cfg: tuple[float, ...] = (1.0,)
-    cfg_channels: int = 0
-    evaluations: int | None = None
-    flops: float | None = None
-    ms: float | None = None
-    noises: int = 256
-    seed: int = 0
-    calibration: str | None = None
-    refine: bool = True
-    fit_scales: bool = False
-    choose_patches: bool = False
-
-    @property
-    def command(self) -> str:
-        """What makes the plan again, given the checkpoint."""
-        default, flags = Asked(), []
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.name in ("out", "calibration") or value == getattr(default, f.name):
-                continue
-            text = ",".join(f"{v:g}" for v in value) if f.name == "cfg" else str(value).lower()
-            flags.append(f"--{f.name}={text}")
-        return " ".join(["ppflow tune", *flags])
-
-
 def tune(model: Model, asked: Asked) -> str:
     """Writes the plan; returns a table of its error beside those of the fixed solvers.
 
@@ -84,18 +46,16 @@ def tune(model: Model, asked: Asked) -> str:
       InputError: none or several budgets, one below a step a stage, or other bad settings.
       RunError: trajectories or a loss that are not finite.
     """
-    cfg = _guidance(model, asked)
-    field = Field(model, asked.cfg_channels)
+    if asked.forecast is not None:
+        return tune_forecast(model, asked)
+    asked.check_budget()
+    cfg, field = asked.scales(model), Field(model, asked.cfg_channels)
     price = _price(field, cfg, asked)
     costs = tuple(price.of(stage, scale) for stage, scale in enumerate(cfg))
     budget = Budget(price.limit, costs, price.unit)
     budget.allocations()
-    out = Path(asked.out).absolute()
-    writable_directory(out.parent)
-    if out.is_dir():
-        raise InputError(f"--out={asked.out} is a folder: give the name of a file, as plan.json")
-    setting = Setting(cfg, asked.cfg_channels, asked.noises, asked.seed)
-    fit, held_out = calibrated(model, setting, asked.calibration or out.parent)
+    out = asked.target()
+    fit, held_out = asked.trajectories(model, cfg, out)
     plan, front = best_allocation(field, cfg, budget, fit), None
     if asked.choose_patches:
         say_what_was_not_trained(field)
@@ -112,46 +72,18 @@ def tune(model: Model, asked: Asked) -> str:
     usual = start_of(field, cfg, shared_out(field, budget))
     for name, rows in _fixed(field, usual).items():
         errors[name] = error(field, replace(usual, rows=rows), held_out)
-    made = {
-        "checkpoint_sha256": sha256_of(model.weights),
-        "weights": model.weights.which,
-        "dtype": model.dtype,
-        "command": asked.command,
-        "budget": {budget.unit: budget.limit},
-        "patches": str(pyramid_of(field, plan)),
-        "noises": asked.noises,
-        "seed": asked.seed,
-        "fine": f"heun, {FINE} steps",
-        "refined": asked.refine,
-        "held_out_errors": errors,
-        "jax": jax.__version__,
-    }
-    made |= {"front": front} if front else {}
+    made = asked.made(
+        model,
+        errors,
+        budget={budget.unit: budget.limit},
+        patches=str(pyramid_of(field, plan)),
+        refined=asked.refine,
+        **({"front": front} if front else {}),
+    )
     pyramid, flow = model.config.pyramid, model.card.flow
     PlanFile(plan, pyramid, flow, cfg, asked.cfg_channels, made).write(out)
     said = f"{text_of(front)}\n\n" if front else ""
     return said + _said(plan, usual, errors, out)
-
-
-def _guidance(model: Model, asked: Asked) -> tuple[float, ...]:
-    """Scale of every stage; the flags are checked.
-
-    Raises:
-      InputError: flags that do not go together, or not with the model.
-    """
-    given = sum(b is not None for b in (asked.evaluations, asked.flops, asked.ms))
-    if asked.choose_patches and (given != 2 or asked.evaluations is None):
-        raise InputError("--choose_patches needs --evaluations and a budget, --flops or --ms")
-    if asked.fit_scales and not asked.refine:
-        raise InputError("--fit_scales is part of the refinement: leave out --norefine")
-    if given != 1 and not asked.choose_patches:
-        raise InputError("give one budget: --evaluations=8, --flops=0.1 or --ms=5")
-    config = config_of(50, "ab2", asked.cfg, {"cfg_channels": asked.cfg_channels})
-    if asked.cfg_channels > model.config.channels:
-        raise InputError(
-            f"--cfg_channels={asked.cfg_channels}: the model has {model.config.channels} channels"
-        )
-    return config.scales(model.config.pyramid)
 
 
 def _patched(

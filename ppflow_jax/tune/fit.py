@@ -125,24 +125,24 @@ def closed_form(
         # axis 0: trajectories
         columns = np.stack([v.reshape(len(x), -1) for v in history], axis=-1)
         rest = (np.float64(targets[i + 1]) - x).reshape(len(x), -1) - columns @ around
-        row = around + _ridge(columns, rest)
+        row = around + ridge(columns, rest)
         weights[i, 1 : len(row) + 1] = row
         x = x + (columns @ row).reshape(x.shape)
     return replace(plan, rows=Rows(Rule("velocity", HISTORY), weights)), x
 
 
-def _ridge(columns: Float[np.ndarray, "n d k"], wanted: Float[np.ndarray, "n d"]) -> np.ndarray:
-    """Coefficients of least squares under the best ridge."""
+def ridge(columns: Float[np.ndarray, "n d k"], wanted: Float[np.ndarray, "n d"]) -> np.ndarray:
+    """Coefficients of least squares under the ridge that predicts one half best from the other."""
 
-    def solved(rows: slice, ridge: float) -> np.ndarray:
+    def solved(rows: slice, share: float) -> np.ndarray:
         a, b = columns[rows].reshape(-1, columns.shape[-1]), wanted[rows].ravel()
-        size = np.sqrt(ridge * np.mean(np.sum(a**2, axis=0)))
+        size = np.sqrt(share * np.mean(np.sum(a**2, axis=0)))
         k = columns.shape[-1]
         a, b = np.concatenate([a, size * np.eye(k)]), np.concatenate([b, np.zeros(k)])
         return np.linalg.lstsq(a, b, rcond=None)[0]
 
-    def left(ridge: float) -> float:
-        row = solved(slice(0, None, 2), ridge)
+    def left(share: float) -> float:
+        row = solved(slice(0, None, 2), share)
         return float(np.mean(np.square(wanted[1::2] - columns[1::2] @ row)))
 
     return solved(slice(None), min(RIDGES, key=left))

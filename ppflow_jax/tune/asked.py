@@ -1,0 +1,156 @@
+"""What the command `tune` was asked for, and what every plan that it writes says of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ppflow_jax.api.inputs import config_of
+from ppflow_jax.api.model import Model
+from ppflow_jax.api.plans import sha256_of
+from ppflow_jax.errors import InputError
+from ppflow_jax.files.disk import writable_directory
+from ppflow_jax.tune.calibrate import FINE, Setting, Trajectories, calibrated
+
+MOST_STEPS = 100  # with forecasts
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the flags of the command say.
+
+    Either exactly one budget of evaluations, or forecasts: of what, steps, and how many are full.
+
+    Attributes:
+      cfg: guidance scale, one or one of every stage.
+      forecast: one of `systems.forecast.PLACES`.
+      schedule: of the full steps, one of `systems.forecast_calibrated.SCHEDULES`.
+      fit_scales: refine the guidance scale of every guided step too.
+      choose_patches: the patch of each of `evaluations` steps under one of the other budgets.
+      calibration: folder of fine trajectories; None: that of `out`.
+    """
+
+    out: str = "plan.json"
+    cfg: tuple[float, ...] = (1.0,)
+    cfg_channels: int = 0
+    evaluations: int | None = None
+    flops: float | None = None
+    ms: float | None = None
+    noises: int = 256
+    seed: int = 0
+    calibration: str | None = None
+    refine: bool = True
+    fit_scales: bool = False
+    choose_patches: bool = False
+    forecast: str | None = None
+    steps: int | None = None
+    full: int | None = None
+    schedule: str = "dp"
+
+    @property
+    def command(self) -> str:
+        """What makes the plan again, given the checkpoint."""
+        default, flags = Asked(), []
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in ("out", "calibration") or value == getattr(default, f.name):
+                continue
+            text = ",".join(f"{v:g}" for v in value) if f.name == "cfg" else str(value).lower()
+            flags.append(f"--{f.name}={text}")
+        return " ".join(["ppflow tune", *flags])
+
+    def check_budget(self) -> None:
+        """
+        Raises:
+          InputError: what only forecasts take, or not one budget.
+        """
+        if self.steps is not None or self.full is not None or self.schedule != Asked.schedule:
+            raise InputError(
+                "--steps, --full and --schedule are for forecasts: give --forecast=branch, blocks "
+                "or velocity too, or a budget as --evaluations=8 alone"
+            )
+        given = sum(b is not None for b in (self.evaluations, self.flops, self.ms))
+        if self.choose_patches and (given != 2 or self.evaluations is None):
+            raise InputError("--choose_patches needs --evaluations and a budget, --flops or --ms")
+        if given != 1 and not self.choose_patches:
+            raise InputError("give one budget: --evaluations=8, --flops=0.1 or --ms=5")
+        if self.fit_scales and not self.refine:
+            raise InputError("--fit_scales is part of the refinement: leave out --norefine")
+
+    def check_forecast(self, stages: int) -> tuple[int, int]:
+        """(steps, full ones).
+
+        Raises:
+          InputError: one missing or out of its range, or a budget of something else.
+        """
+        others = [
+            name for name in ("evaluations", "flops", "ms") if getattr(self, name) is not None
+        ]
+        others += ["choose_patches"] * self.choose_patches + ["norefine"] * (not self.refine)
+        others += ["fit_scales"] * self.fit_scales
+        if others:
+            raise InputError(
+                f"--forecast with {', '.join(f'--{name}' for name in others)}: the budget of "
+                "forecasts is --full of --steps; leave the rest out"
+            )
+        if self.steps is None or self.full is None:
+            raise InputError(
+                "--forecast needs --steps and how many are --full: --steps=20 --full=8"
+            )
+        if not stages <= self.full < self.steps <= MOST_STEPS:
+            raise InputError(
+                f"--full={self.full} of --steps={self.steps}: give at least a full step for each "
+                f"of {stages} stage(s), and more steps than that, up to {MOST_STEPS}"
+            )
+        return self.steps, self.full
+
+    def scales(self, model: Model) -> tuple[float, ...]:
+        """Guidance scale of every stage.
+
+        Raises:
+          InputError: another number of scales, or more guided channels than there are.
+        """
+        cfg = config_of(50, "ab2", self.cfg, {"cfg_channels": self.cfg_channels})
+        if self.cfg_channels > model.config.channels:
+            raise InputError(
+                f"--cfg_channels={self.cfg_channels}: the model has {model.config.channels} "
+                "channels"
+            )
+        return cfg.scales(model.config.pyramid)
+
+    def target(self) -> Path:
+        """Where the plan will be.
+
+        Raises:
+          InputError: a folder, or where nothing can be written.
+        """
+        out = Path(self.out).absolute()
+        writable_directory(out.parent)
+        if out.is_dir():
+            raise InputError(f"--out={self.out} is a folder: give the name of a file, as plan.json")
+        return out
+
+    def trajectories(
+        self, model: Model, cfg: tuple[float, ...], out: Path
+    ) -> tuple[Trajectories, Trajectories]:
+        """To fit to, and held out; see `calibrated`."""
+        setting = Setting(cfg, self.cfg_channels, self.noises, self.seed)
+        return calibrated(model, setting, self.calibration or out.parent)
+
+    def made(self, model: Model, errors: dict[str, float], **others: Any) -> dict[str, Any]:
+        """What a plan says of where it comes from."""
+        return {
+            "checkpoint_sha256": sha256_of(model.weights),
+            "weights": model.weights.which,
+            "dtype": model.dtype,
+            "command": self.command,
+            **others,
+            "noises": self.noises,
+            "seed": self.seed,
+            "fine": f"heun, {FINE} steps",
+            "held_out_errors": errors,
+            "jax": jax.__version__,
+        }
