@@ -41,6 +41,7 @@ assert model.sample(4, plan=plan, seed=0).pictures.shape == (4, 8, 8, 3)
 TRAIN = ["train", "--config=digits", "--config.data.source=folder", "--config.data.path=pictures"]
 TRAIN += ["--config.data.batch_size=32", "--config.train.steps=4", "--config.sample.count=4"]
 SIT = ["--config.model.channels=3", "--config.model.pyramid=2x2@1", "--workdir=runs/sit"]
+TUNE = ["tune", "--checkpoint=runs/fine", "--cfg=1,3", "--noises=8"]
 HOUR = [
     ["--help"],
     ["--version"],
@@ -53,6 +54,11 @@ HOUR = [
     ["sample", "--checkpoint=runs/fine", "--out=samples", "--num=16", "--cfg=1,3", "--steps=6"],
     ["sample", "--checkpoint=runs/fine", "--cfg=1,3", "--steps=6", "--explain"],
     ["sample", "--checkpoint=runs/fine", "--out=fast", "--num=8", "--accelerate=balanced"],
+    [*TUNE, "--evaluations=4", "--out=runs/fine/plan.json"],
+    [*TUNE, "--forecast=branch", "--steps=6", "--full=3", "--out=forecasts.json"],
+    ["tune", "--data=digits"],
+    ["sample", "--checkpoint=runs/fine", "--out=tuned", "--num=8", "--accelerate=auto"],
+    ["sample", "--checkpoint=runs/fine", "--out=forecast", "--num=8", "--plan=forecasts.json"],
     ["sample", "--checkpoint=runs/fine", "--out=asked", "--requests=asked.jsonl", "--steps=6"],
     ["convert", "--source=runs/fine", "--to=torch", "--target=fine.pt"],
     ["report", "runs/sit", "runs/fine", "--out=report.html"],
@@ -97,6 +103,17 @@ WRONG = [
     (["sample", "--checkpoint=runs/fine", "--out=samples", "--num=16", "--steps=9"], "steps"),
     (["sample", "--checkpoint=runs/fine", "--out=rgb.pt", "--num=4"], "rgb.pt"),
     (["sample", "--checkpoint=runs/fine", "--out=s3://bucket/x", "--num=4"], "s3://"),
+    ([*SAMPLE, "--plan=none.json"], "none.json"),
+    ([*SAMPLE, "--plan=wrong.jsonl"], "ppflow tune"),
+    ([*SAMPLE, "--plan=runs/fine/plan.json", "--steps=6"], "--plan decides --steps"),
+    (["sample", "--checkpoint=runs/sit", "--out=w", "--plan=forecasts.json"], "another pyramid"),
+    (["tune"], "--checkpoint"),
+    (["tune", "--checkpoint=runs/fine"], "give one budget"),
+    ([*TUNE, "--evaluations=1"], "less than one step"),
+    ([*TUNE, "--evaluations=4", "--out=runs"], "is a folder"),
+    ([*TUNE, "--forecast=branch", "--steps=6"], "--full"),
+    ([*TUNE, "--forecast=attention", "--steps=6", "--full=3"], "branch"),
+    (["tune", "--data=nothing"], "nothing"),
     (["train"], "--config"),
     (["train", "--config=digits"], "--workdir"),
     (["train", "--config=digit", "--workdir=runs/x"], "digits"),
