@@ -53,7 +53,7 @@ def assigned(
       InputError: the coarsest patch throughout costs more.
     """
     steps, stages = errors.shape
-    limit = limit * (1 + 1e-9)
+    costs, limit = costs / limit, 1 + 1e-7  # sums are rounded to 9 digits
     if costs[:, 0].sum() > limit:
         raise InputError(
             f"the budget is less than {steps} steps with the coarsest patch: give more, or fewer "

@@ -41,6 +41,14 @@ def test_no_assignment_is_better(seed):
         assert total(found) == pytest.approx(total(expected))
 
 
+@pytest.mark.parametrize("unit", [1e-7, 1.0, 1e12])
+def test_costs_are_of_any_unit(unit):
+    """As the whole budget is spent to the last digit."""
+    errors, costs = np.ones((9, 2)) * [2.0, 1.0], np.tile([1 / 3, 2 / 3], (9, 1)) * unit
+    assert assigned(errors, costs, float(costs[:, 0].sum())) == (0,) * 9
+    assert assigned(errors, costs, float(costs[:, 1].sum())) == (1,) * 9
+
+
 def test_a_budget_below_the_coarsest_is_refused():
     with pytest.raises(InputError, match="less than 5 steps with the coarsest"):
         assigned(np.ones((5, 2)), np.ones((5, 2)), 4.0)
