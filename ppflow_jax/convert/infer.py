@@ -45,6 +45,7 @@ def find_config(
     pyramid: Pyramid | None = None,
     heads: int | None = None,
     latent_size: int | None = None,
+    ffn: str | None = None,
 ) -> ModelConfig:
     """Architecture of a SiT or PPFlow state dict, from names and shapes.
 
@@ -54,6 +55,7 @@ def find_config(
       pyramid: of a PPFlow file, where it is not the public one.
       heads: where the width is not a public one.
       latent_size: where the file has no positions.
+      ffn: where the defaults of a mixture of experts are not its settings.
 
     Raises:
       InputError: what cannot be found, or does not agree.
@@ -83,7 +85,7 @@ def find_config(
         found = _pyramid(state, channels, tuple(base), pyramid)
     last = "pos_embed" if kind == "sit" else f"pos_embed.{len(found) - 1}"
     blocks = {m[1] for name in state if (m := re.match(r"blocks\.(\d+)\.", name))}
-    block, hidden = read_block(state, width)
+    block, hidden = read_block(state, width, ffn)
     return ModelConfig(
         pyramid=found,
         latent_size=latent_size or _latent_size(state, last, area),

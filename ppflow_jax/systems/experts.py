@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 import jax
@@ -75,7 +74,7 @@ def _ragged(weights: Weights, x: Array, gate: Array, expert: Array) -> Array:
 
 def _blocks(weights: Weights, x: Array, gate: Array, expert: Array) -> Array:
     count, pairs = weights["up"].shape[0], expert.reshape(-1)
-    rows = min(_LARGEST, max(_SMALLEST, 1 << math.ceil(math.log2(pairs.size / count))))
+    rows = min(_LARGEST, max(_SMALLEST, 1 << (pairs.size // count).bit_length()))
     number = -(-pairs.size // rows) + count - 1
     sizes = jnp.bincount(pairs, length=count)
     ends = jnp.cumsum(-(-sizes // rows))  # in blocks

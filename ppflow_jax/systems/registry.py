@@ -54,8 +54,13 @@ def take_block(values: dict[str, Any]) -> BlockSpec:
     return BlockSpec(**{f: part(values.pop(f), f) for f in KINDS if f in values})
 
 
-def read_block(state: Mapping[str, Any], width: int) -> tuple[BlockSpec, int]:
+def read_block(
+    state: Mapping[str, Any], width: int, said: str | None = None
+) -> tuple[BlockSpec, int]:
     """The parts of a PyTorch state dict, and the hidden units of its MLP or of an expert.
+
+    `said` is the part after attention as a configuration has it, which says what names and shapes
+    do not.
 
     Raises:
       InputError: it has none that is known.
@@ -67,4 +72,4 @@ def read_block(state: Mapping[str, Any], width: int) -> tuple[BlockSpec, int]:
             "blocks.0.mlp.fc1.weight nor experts in blocks.0.moe"
         )
     ffn, hidden = found[0]
-    return BlockSpec(ffn), hidden
+    return take_block({"ffn": said or str(ffn)}), hidden
