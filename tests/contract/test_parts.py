@@ -181,6 +181,7 @@ def test_it_starts_from_a_plain_run_and_computes_the_same(name, small_run):
 
 @pytest.mark.parametrize("name", EXACT)
 def test_a_killed_run_goes_on_with_the_same_bits_and_samples(name, tmp_path, small_run):
+    """The command of docs/moe.md."""
     flags = [f"--config.model.{field}={text}" for field, text in PARTS[name].items()]
     flags.append(f"--config.init_from={small_run}")
     code, out, err = commands.train(tmp_path / "whole", *flags, "--config.train.steps=4")

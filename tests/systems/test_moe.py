@@ -10,8 +10,10 @@ import pytest
 
 from ppflow_jax.devices.programs import Programs
 from ppflow_jax.errors import InputError
+from ppflow_jax.flow.loss import Draws, Objective, loss_fn
+from ppflow_jax.flow.path import Flow
 from ppflow_jax.models.config import SIZES, ModelConfig
-from ppflow_jax.models.network import abstract_params, make_apply
+from ppflow_jax.models.network import Output, abstract_params, make_apply
 from ppflow_jax.models.parts import DIT, BlockSpec
 from ppflow_jax.pyramid import PPFLOW2, SIT
 from ppflow_jax.systems.experts import mixture
@@ -162,3 +164,20 @@ def test_parameter_counts_are_the_published_ones(size, experts, total):
     model = ModelConfig(SIT, 32, 4, **SIZES[size], num_classes=1000, block=BlockSpec(MoE(experts)))
     count = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(model)))
     assert count + 256 * model.width == total  # theirs has the fixed positions
+
+
+def test_the_term_is_added_to_what_is_minimised_and_not_to_the_loss():
+    objective = Objective(PPFLOW2, Flow(), 5, terms=(("balance", 0.5),))
+
+    def apply(params, xs, ts, ys, stages):
+        return tuple(Output(0 * x, {"balance": jnp.float32(1 + s)}) for x, s in zip(xs, stages))
+
+    x1, draws = (
+        jnp.ones((4, 2, 2, 1)),
+        Draws(jnp.zeros((4, 2, 2, 1)), jnp.full(4, 0.5), jnp.arange(4)),
+    )
+    total, metrics = loss_fn(objective, apply, {}, x1, draws)
+    assert float(metrics["loss"]) == 1 and float(metrics["balance"]) == 1.5
+    assert float(total) == 1.75
+    with pytest.raises(InputError, match="at least 0, got balance -1"):
+        replace(objective, terms=(("balance", -1),))
