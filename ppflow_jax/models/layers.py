@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -121,6 +121,10 @@ class Attention(nnx.Module):
         return out.reshape(*x.shape[:-1], *out.shape[1:])
 
 
+class Signal(nnx.Variable):
+    """What the wrap of a block has for it in one pass, beside its weights."""
+
+
 class Block(nnx.Module):
     """Transformer block with adaLN-Zero: every branch is gated, and the gates start at zero."""
 
@@ -140,6 +144,12 @@ class Block(nnx.Module):
             for name, module in part.modules(model, run, rngs).items():
                 setattr(self, name, module)
 
+    def given(self, signal: Any) -> Block:
+        """This block, with what its wrap has for it (None: nothing)."""
+        if signal is not None:
+            self.signal = Signal(signal)
+        return self
+
     def modulation(self, c: Float[Array, "b d"]) -> list[Float[Array, "b d"]]:
         """shift, scale, gate of the attention branch, then of the MLP; `c` is already SiLU(c)."""
         return jnp.split(self.adaln(c).astype(jnp.float32), 6, axis=-1)
@@ -153,10 +163,17 @@ class Block(nnx.Module):
     ) -> tuple[Array, tuple[Array, Array], Aux]:
         """The block's output, its two branches before their gates, and what its parts give."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)
+        outer = x
+        if self.spec.wrap is not None:
+            x = self.spec.wrap(self, x)
+        inner = x
         attention = self.attention(modulate(x, shift1, scale1))
         x = x + gate1[:, None] * attention
         mlp, aux = self.spec.ffn(self, modulate(x, shift2, scale2))
-        return x + gate2[:, None] * mlp, (attention, mlp), aux
+        x = x + gate2[:, None] * mlp
+        if self.spec.wrap is not None:
+            x = x + (outer - inner)
+        return x, (attention, mlp), aux
 
     def branches(
         self, x: Float[Array, "b n d"], c: Float[Array, "b d"]

@@ -57,8 +57,10 @@ class PPFlow(nnx.Module):
         rngs: nnx.Rngs,
         programs: Programs = Programs(),
         layout: Layout = Layout(),
+        one_time: bool = False,
     ):
         self.config, self.remat, self.layout = config, remat, layout
+        self.one_time = one_time
         self.run = Execution(dtype, programs, layout)
         width, pyramid = config.width, config.pyramid
         out_channels = config.channels * (2 if config.learn_sigma else 1)
@@ -129,7 +131,8 @@ class PPFlow(nnx.Module):
         if trunk is None:
             return self.by_stage((x,), (t,), (y,), (stage,))[0].prediction
         c = jax.nn.silu(self.conditions((t,), (y,), (stage,))[0])
-        h, extra = trunk(self.blocks, self.tokens(x, stage), c)
+        signal, _ = self.signals(Stack(self.blocks, (), self.run, self.remat), t)
+        h, extra = trunk(self.blocks.given(signal), self.tokens(x, stage), c)
         return self.prediction(h, c, stage), extra
 
     def by_stage(
@@ -141,9 +144,19 @@ class PPFlow(nnx.Module):
         """
         cs = tuple(map(jax.nn.silu, self.conditions(ts, ys, stages)))
         hs = tuple(self.tokens(*each) for each in zip(xs, stages))
-        hs, auxes = Stack(self.blocks, layers, self.run, self.remat)(hs, cs)
+        stack = Stack(self.blocks, layers, self.run, self.remat)
+        signals, given = zip(*(self.signals(stack, t) for t in ts))
+        hs, auxes = stack(hs, cs, signals)
         predictions = (self.prediction(*each) for each in zip(hs, cs, stages))
-        return tuple(map(Output, predictions, map(self.config.block.terms, auxes)))
+        terms = (self.config.block.terms(aux | more) for aux, more in zip(auxes, given))
+        return tuple(map(Output, predictions, terms))
+
+    def signals(self, stack: Stack, t: Float[Array, " b"]) -> tuple[Any, Aux]:
+        """What the wrap of the blocks has for them at these times, see `models.parts.Wrap`."""
+        wrap = self.config.block.wrap
+        if wrap is None:
+            return None, {}
+        return wrap.signals(stack.leaves(wrap.kind), self.time, t[:1] if self.one_time else t)
 
     def prediction(
         self, h: Float[Array, "b n d"], c: Float[Array, "b d"], stage: int
@@ -160,12 +173,9 @@ def _module(
     key: jax.Array,
     dtype: DTypeLike = jnp.float32,
     remat: str = "none",
-    programs: Programs = Programs(),
-    layout: Layout = Layout(),
+    **options: Any,
 ) -> PPFlow:
-    return PPFlow(
-        config, dtype=dtype, remat=remat, rngs=nnx.Rngs(key), programs=programs, layout=layout
-    )
+    return PPFlow(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(key), **options)
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
@@ -186,6 +196,7 @@ def make_apply(
     remat: str = "none",
     programs: Programs | None = None,
     layout: Layout = Layout(),
+    one_time: bool = False,
 ) -> Apply:
     """The network as a pure function `apply(params, x, t, y, stage, trunk=None)`.
 
@@ -194,7 +205,7 @@ def make_apply(
     trained to predict. With a tuple for each of x, t, y and stage: an `Output` of each, in one pass
     over the blocks. `params` may be `unstacked`. `dtype` is that of the matrix products,
     `programs` how it is computed (None: as suits passes on the default device), `layout` that of
-    the mesh.
+    the mesh. With `one_time` all images of a call have one time, as in sampling.
     `trunk` (see `Trunk`) replaces the scan over the blocks, whose weights are then all gathered at
     once; the result is (prediction, what the trunk returned besides).
 
@@ -206,8 +217,9 @@ def make_apply(
         raise InputError(f"unknown remat policy {remat!r}: one of {', '.join(REMAT_POLICIES)}")
     if programs.unrolled and remat != "none":
         raise InputError(f"remat {remat!r} is for blocks that are scanned: choose none")
+    options = dict(programs=programs, layout=layout, one_time=one_time)
     graphdef, _ = nnx.split(
-        nnx.eval_shape(lambda: _module(config, jax.random.key(0), dtype, remat, programs, layout))
+        nnx.eval_shape(lambda: _module(config, jax.random.key(0), dtype, remat, **options))
     )
 
     def apply(params, x, t, y, stage, trunk=None):

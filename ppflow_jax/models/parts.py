@@ -179,15 +179,43 @@ class Mlp(Ffn):
         return (cls(), state[name].shape[0]) if name in state else None
 
 
+class Wrap(Part):
+    """What stands around a block: h + B(u) - u for a block B, with u of the part's choice.
+
+    Its leaves are in a module of the name `kind`.
+    """
+
+    def signals(
+        self, leaves: Leaves, embed: Callable[[Array], Array], t: Float[Array, " b"]
+    ) -> tuple[Any, Aux]:
+        """What `__call__` finds as `block.signal`, by layer, and what training may be given.
+
+        Args:
+          leaves: of its module, every one with an axis of depth.
+          embed: of times: their embedding [b, d].
+        """
+        raise NotImplementedError
+
+    def __call__(self, block: Block, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """u of a block that x enters."""
+        raise NotImplementedError
+
+    @classmethod
+    def read(cls, state: Any) -> Wrap | None:
+        """The part of a PyTorch state dict, if it has it."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class BlockSpec:
     """The parts of a block, whose attention and adaLN-Zero are DiT's."""
 
     ffn: Ffn = Mlp()
+    wrap: Wrap | None = None
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        return (self.ffn,)
+        return (self.ffn,) if self.wrap is None else (self.ffn, self.wrap)
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -206,8 +234,10 @@ class BlockSpec:
 
     def start(self, model: ModelConfig, source: ModelConfig, blocks: Leaves, key: Array) -> Leaves:
         """Leaves of blocks of this kind from those of `source`, see `Part.start`."""
-        for part, other in zip(self.parts, source.block.parts):
-            if part != other:
+        if source.block.wrap not in (None, self.wrap):
+            raise InputError(f"weights with {source.block.wrap} do not start a model without it")
+        for part in self.parts:
+            if part not in source.block.parts:
                 blocks = part.start(model, source, blocks, key)
         return blocks
 

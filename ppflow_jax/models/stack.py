@@ -39,31 +39,42 @@ class Stack:
     run: Execution
     remat: str
 
+    def leaves(self, name: str) -> Params:
+        """Those of one module of the blocks, with an axis of depth."""
+        if self.layers:
+            return jax.tree.map(lambda *each: jnp.stack(each), *(p[name] for p in self.layers))
+        return nnx.to_pure_dict(nnx.state(getattr(self.blocks, name)))
+
     def __call__(
-        self, hs: tuple[Float[Array, "_ _ d"], ...], cs: tuple[Float[Array, "_ d"], ...]
+        self,
+        hs: tuple[Float[Array, "_ _ d"], ...],
+        cs: tuple[Float[Array, "_ d"], ...],
+        signals: tuple[Any, ...],
     ) -> tuple[tuple[Float[Array, "_ _ d"], ...], tuple[Aux, ...]]:
         """Tokens of every stage, and what the parts give, with a leading axis of depth.
 
         Several stages pass a block side by side, each with its own token count, so that its
         weights are gathered, and their gradients summed over a mesh, once for all of them. Each of
-        `cs` is already SiLU(c).
+        `cs` is already SiLU(c), each of `signals` what the blocks' wrap has for it, or None.
         """
 
-        def body(hs, block):
+        def body(hs, layer):
+            block, signals = layer
             # Weights cross the mesh in the dtype of the matrix products, which is all they enter.
             block = jax.tree.map(lambda p: p.astype(self.run.dtype), block)
             block = self.run.layout.weights(block, "blocks/")
-            outputs = (block.outputs(h, c) for h, c in zip(hs, cs))
+            outputs = (block.given(s).outputs(h, c) for h, c, s in zip(hs, cs, signals))
             hs, auxes = zip(*((self.run.layout.batch(h), aux) for h, _, aux in outputs))
             return hs, auxes
 
         if not self.layers:
             policy = REMAT_POLICIES[self.remat]
             body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-            return jax.lax.scan(body, hs, self.blocks)
+            return jax.lax.scan(body, hs, (self.blocks, signals))
         block, found = nnx.split(self.blocks)[0], []
-        for layer in self.layers:
-            hs, aux = body(hs, nnx.merge(block, layer))
+        for i, layer in enumerate(self.layers):
+            here = jax.tree.map(lambda s, i=i: s[i], signals)
+            hs, aux = body(hs, (nnx.merge(block, layer), here))
             # Without the barrier the compiler sums up all blocks again where it needs the last.
             hs = jax.lax.optimization_barrier(hs)
             found.append(aux)
