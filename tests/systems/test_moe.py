@@ -180,4 +180,4 @@ def test_the_term_is_added_to_what_is_minimised_and_not_to_the_loss():
     assert float(metrics["loss"]) == 1 and float(metrics["balance"]) == 1.5
     assert float(total) == 1.75
     with pytest.raises(InputError, match="at least 0, got balance -1"):
-        replace(objective, terms=(("balance", -1),))
+        replace(objective, terms=(("balance", -1.0),))
