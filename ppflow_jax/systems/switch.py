@@ -143,8 +143,6 @@ class Experts(nnx.Module):
         folded = jnp.einsum("be,edf->bdf", weights, w).astype(self.dtype)
         bias = (weights @ b)[:, None]
         x = x.astype(self.dtype)
-        if len(weights) == 1:
-            return 1 + (x @ folded[0]).astype(jnp.float32) + bias
         return 1 + jnp.einsum("bnd,bdf->bnf", x, folded).astype(jnp.float32) + bias
 
 

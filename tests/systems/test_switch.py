@@ -61,6 +61,19 @@ def test_one_matrix_serves_all_images_of_one_time():
     assert "f32[1,16,16]" in text and "f32[4,16,16]" not in text
 
 
+def test_what_the_factor_takes_away_comes_back_after_the_block():
+    params = random_params(MODEL)
+    closed = jax.tree.map(jnp.zeros_like, params["blocks"]["adaln"])
+    blocks = params["blocks"] | {"adaln": closed}
+    plain = {name: leaf for name, leaf in blocks.items() if name != "switch"}
+    np.testing.assert_allclose(
+        output(MODEL, params | {"blocks": blocks}),
+        output(SMALL, params | {"blocks": plain}),
+        rtol=1e-5,
+        atol=1e-4,
+    )
+
+
 def test_times_choose_experts():
     params = random_params(MODEL)
     one, other = (output(MODEL, params, (t,) * 4) for t in (0.1, 0.9))
