@@ -37,6 +37,8 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.model.mlp_ratio = 4.0
     c.model.learn_sigma = True  # variance channels of DiT, unused; the public weights have them
     c.model.level_embedding = True  # of several stages
+    c.model.ffn = "mlp"  # or moe:experts=8,top_k=2,...: see docs/moe.md
+    c.model.wrap = "none"  # or switch:experts=3,top_k=2: see docs/switch.md
     c.model.dtype = "bfloat16"  # of matrix products; parameters, norms and the last one float32
     c.model.attention = "auto"  # or xla, deferred, cudnn, splash: see models/attention.py
     c.model.remat = "none"  # none, dots (keep matrix products) or full (keep nothing)
@@ -46,6 +48,8 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.flow.prediction = "velocity"  # velocity, score, noise
     c.flow.weighting = "none"  # none, velocity, likelihood; for score and noise
     c.flow.label_drop = 0.1
+    c.flow.balance = 0.01  # weight of the balance term of a mixture of experts
+    c.flow.prior = 1.0  # weight of the prior of experts by time
     c.flow.stage_share = ()  # samples of each stage, e.g. (2, 1, 1); empty: by duration
     c.flow.stage_times = ()  # times each stage is trained on, e.g. ((0, 1), (0, 1)); empty: its own
 

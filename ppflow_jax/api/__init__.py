@@ -11,8 +11,9 @@ long as the same stages are guided and the number of images stays. Every functio
 given and raises `InputError`, one line that says what to do.
 """
 
+from ppflow_jax.api.inputs import Samples
 from ppflow_jax.api.load import evaluate, load
-from ppflow_jax.api.model import Model, Samples
+from ppflow_jax.api.model import Model
 from ppflow_jax.convert.reading import Reading
 from ppflow_jax.errors import InputError, RunError
 from ppflow_jax.generate.plan import Plan

@@ -1,13 +1,13 @@
-"""What the library is given, checked at the door."""
+"""What the library is given, checked at the door, and what it gives."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 
 from ppflow_jax.checkpoints.card import Card
 from ppflow_jax.errors import InputError, check_seed
@@ -17,6 +17,14 @@ from ppflow_jax.pyramid import Pyramid
 
 Labels = str | int | Sequence[int | str] | Int[np.ndarray, " _"]
 DTYPES = ("float32", "bfloat16")
+
+
+class Samples(NamedTuple):
+    """Images of a model: pictures uint8 [n, y, x, k], latents float32 [n, h, w, c], labels [n]."""
+
+    pictures: UInt8[np.ndarray, "n y x k"]
+    latents: Float[np.ndarray, "n h w c"]
+    labels: Int[np.ndarray, " n"]
 
 
 def seed_of(seed: int) -> int:

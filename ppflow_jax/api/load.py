@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from ppflow_jax.api.inputs import DTYPES, seed_of
-from ppflow_jax.api.model import Model, Samples
+from ppflow_jax.api.inputs import DTYPES, Samples, seed_of
+from ppflow_jax.api.model import Model
 from ppflow_jax.checkpoints.weights import Weights, open_weights
 from ppflow_jax.convert.infer import find_kind
 from ppflow_jax.convert.names import Wanted

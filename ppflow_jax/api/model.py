@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8, UInt32
+from jaxtyping import Array, Float, Int, UInt32
 
 from ppflow_jax.api.inputs import (
     Labels,
+    Samples,
     count_of,
     labels_of,
     latents_of,
@@ -35,14 +36,6 @@ from ppflow_jax.generate.plan import Plan
 from ppflow_jax.generate.plan_file import PlanFile
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Apply, Params, make_apply
-
-
-class Samples(NamedTuple):
-    """Images of a model: pictures uint8 [n, y, x, k], latents float32 [n, h, w, c], labels [n]."""
-
-    pictures: UInt8[np.ndarray, "n y x k"]
-    latents: Float[np.ndarray, "n h w c"]
-    labels: Int[np.ndarray, " n"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +67,11 @@ class Model:
     @property
     def network(self) -> Apply:
         """`(params, x, t, y, stage) -> prediction`, see `models.network.make_apply`."""
-        return self._once("network", lambda: make_apply(self.config, dtype=jnp.dtype(self.dtype)))
+        return self._network(one_time=False)
+
+    def _network(self, one_time: bool) -> Apply:
+        make = lambda: make_apply(self.config, dtype=jnp.dtype(self.dtype), one_time=one_time)
+        return self._once(("network", one_time), make)
 
     def __call__(
         self,
@@ -289,7 +286,9 @@ class Model:
         return plan
 
     def _sampler(self, plan: Plan) -> Sampler:
-        return self._once(("sampler", plan.static), lambda: plan.sampler(self.network, self.dtype))
+        one_time = self.config.block.wrap is not None  # only a wrap makes something of it
+        make = lambda: plan.sampler(self._network(one_time), self.dtype)
+        return self._once(("sampler", plan.static), make)
 
     def _given(
         self, num: int | None, labels: Labels, seed: int, noise: Any

@@ -22,6 +22,7 @@ from ppflow_jax.errors import InputError
 from ppflow_jax.files.store import read_json, readable
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.systems.registry import take_block
 
 LATENT_SCALE = 0.18215  # of the Stable Diffusion autoencoders, as in SiT and PPFlow
 
@@ -54,8 +55,10 @@ class Card:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Card:
+        model = dict(values["model"])
+        block = take_block(model)
         return cls(
-            ModelConfig.from_json(values["model"]),
+            ModelConfig.from_json(model, block),
             Flow(**values["flow"]),
             values["data"]["space"],
             values.get("experiment"),
@@ -72,7 +75,8 @@ class Card:
         """Settings of model and flow that differ, as `name: ours -> theirs`."""
         ours = self.model.to_json() | asdict(self.flow)
         theirs = other.model.to_json() | asdict(other.flow)
-        return ", ".join(f"{k}: {ours[k]} -> {theirs[k]}" for k in ours if ours[k] != theirs[k])
+        pairs = {k: (ours.get(k, "none"), theirs.get(k, "none")) for k in ours | theirs}
+        return ", ".join(f"{k}: {a} -> {b}" for k, (a, b) in pairs.items() if a != b)
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

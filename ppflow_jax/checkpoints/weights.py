@@ -67,7 +67,7 @@ def load_weights(path: Path, card: Card, mesh: Mesh, which: str = "ema") -> Para
     target = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract,
-        tree_shardings(abstract, mesh),
+        tree_shardings(abstract, mesh, card.model.block.rules),
     )
     with readable(path):
         return ocp.PyTreeCheckpointer().restore(

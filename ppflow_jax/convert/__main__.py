@@ -41,6 +41,11 @@ _PYRAMID = flags.DEFINE_string(
 _SEED = flags.DEFINE_integer("seed", 0, "Of the level table when expanding.")
 _HEADS = flags.DEFINE_integer("heads", None, "Attention heads, where the width is not public.")
 _LATENT = flags.DEFINE_integer("latent_size", None, "Where the file has no positions.")
+_FFN = flags.DEFINE_string(
+    "ffn",
+    None,
+    "Of a mixture of experts, as moe:experts=8,top_k=1; default: top_k=2 of the file's.",
+)
 _DTYPE = flags.DEFINE_enum("dtype", None, ["float32"], "Round to it; default: as in the file.")
 _PATH = flags.DEFINE_string("path", None, "linear, gvp, vp; default: as the file says, or linear.")
 _PREDICTION = flags.DEFINE_string(

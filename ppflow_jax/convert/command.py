@@ -28,6 +28,7 @@ from ppflow_jax.convert.source import Source, open_source
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.store import check_new, find_checkpoint
 from ppflow_jax.metrics.networks import save_inception
+from ppflow_jax.models.parts import DIT
 from ppflow_jax.systems.expand import expand, expanded_config
 
 FLAGS = flags.FLAGS
@@ -91,6 +92,7 @@ def import_model(source: Source, kind: str, target: Path) -> None:
         seed=FLAGS.seed,
         heads=FLAGS.heads,
         latent_size=FLAGS.latent_size,
+        ffn=FLAGS.ffn,
         path=FLAGS.path,
         prediction=FLAGS.prediction,
         space=FLAGS.space,
@@ -122,6 +124,8 @@ def import_model(source: Source, kind: str, target: Path) -> None:
         f"classes, width {config.width}, depth {config.depth}, heads {config.heads}; "
         f"{flow.path} path, {flow.prediction}"
     )
+    if config.block != DIT:
+        print(f"blocks with {config.block}: what names and shapes do not say is as --ffn says")
 
 
 def expand_checkpoint(source: str, target: Path) -> None:

@@ -12,6 +12,7 @@ from ppflow_jax.convert.inception_keys import is_inception
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.config import SIZES, ModelConfig
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, Pyramid, Stage
+from ppflow_jax.systems.registry import read_block
 
 KINDS = ("sit", "ppflow", "vae", "taesd", "inception")
 HEADS = {size["width"]: size["heads"] for size in SIZES.values()}
@@ -44,6 +45,7 @@ def find_config(
     pyramid: Pyramid | None = None,
     heads: int | None = None,
     latent_size: int | None = None,
+    ffn: str | None = None,
 ) -> ModelConfig:
     """Architecture of a SiT or PPFlow state dict, from names and shapes.
 
@@ -53,6 +55,7 @@ def find_config(
       pyramid: of a PPFlow file, where it is not the public one.
       heads: where the width is not a public one.
       latent_size: where the file has no positions.
+      ffn: where the defaults of a mixture of experts are not its settings.
 
     Raises:
       InputError: what cannot be found, or does not agree.
@@ -61,7 +64,6 @@ def find_config(
         "x_embedder.proj.weight": 4,
         "final_layer.linear.weight": 2,
         "y_embedder.embedding_table.weight": 2,
-        "blocks.0.mlp.fc1.weight": 2,
     }
     shapes = {k: state[k].shape if k in state else () for k in dims}
     missing = [k for k, n in dims.items() if len(shapes[k]) != n or not all(shapes[k])]
@@ -83,7 +85,7 @@ def find_config(
         found = _pyramid(state, channels, tuple(base), pyramid)
     last = "pos_embed" if kind == "sit" else f"pos_embed.{len(found) - 1}"
     blocks = {m[1] for name in state if (m := re.match(r"blocks\.(\d+)\.", name))}
-    hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
+    block, hidden = read_block(state, width, ffn)
     return ModelConfig(
         pyramid=found,
         latent_size=latent_size or _latent_size(state, last, area),
@@ -94,6 +96,7 @@ def find_config(
         num_classes=state["y_embedder.embedding_table.weight"].shape[0] - 1,
         mlp_ratio=_ratio(hidden, width),
         learn_sigma=rows == 2 * area * channels,
+        block=block,
     )
 
 

@@ -10,7 +10,6 @@ its pixels, so the tables reorder rows and columns. Every entry is a bijection o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import einops
 import numpy as np
@@ -19,43 +18,17 @@ from jaxtyping import Float
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Params
+from ppflow_jax.models.parts import Key, linear_keys
 from ppflow_jax.models.patch import positions
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One source tensor, our leaf (path and index in the stacked trunk) and both transforms."""
-
-    torch: str
-    path: tuple[str | int, ...]
-    layer: int | None
-    ours: Callable[[np.ndarray], np.ndarray]
-    theirs: Callable[[np.ndarray], np.ndarray]
-
-
-def _same(x):
-    return x
-
-
-def _transpose(x):
-    return x.T
-
-
-def key_table(config: ModelConfig) -> tuple[Entry, ...]:
+def key_table(config: ModelConfig) -> tuple[Key, ...]:
     """Every trainable tensor of the PyTorch state dict of this architecture.
 
     Raises:
       InputError: a patch is no multiple of the last stage's, which that layout needs.
     """
-    table: list[Entry] = []
-
-    def add(torch, path, ours=_same, theirs=_same, layer=None):
-        table.append(Entry(torch, path, layer, ours, theirs))
-
-    def dense(torch, *path, layer=None):
-        add(f"{torch}.weight", (*path, "kernel"), _transpose, _transpose, layer)
-        add(f"{torch}.bias", (*path, "bias"), layer=layer)
-
+    table: list[Key] = []
     if len(config.pyramid) > 1 and not config.has_levels:
         raise InputError(
             "several stages without level embedding have no PyTorch layout: it always has the table"
@@ -70,37 +43,39 @@ def key_table(config: ModelConfig) -> tuple[Entry, ...]:
                 f"multiple of the last one, {base[1]}x{base[0]}"
             )
         factor = dict(p=base[0], q=base[1], i=patch[0] // base[0], j=patch[1] // base[1])
-        _add_patch(
-            add, stage, suffix, factor | dict(c=config.channels), factor | dict(o=out_channels)
+        table += _patch(
+            stage, suffix, factor | dict(c=config.channels), factor | dict(o=out_channels)
         )
-    dense("t_embedder.mlp.0", "time", "fc1")
-    dense("t_embedder.mlp.2", "time", "fc2")
-    add("y_embedder.embedding_table.weight", ("label", "embedding"))
+    table += linear_keys("t_embedder.mlp.0", "time", "fc1")
+    table += linear_keys("t_embedder.mlp.2", "time", "fc2")
+    table.append(Key("y_embedder.embedding_table.weight", ("label", "embedding")))
     if config.has_levels:
-        add("level_embedder.embedding_table.weight", ("level", "embedding"))
-    heads = dict(h=config.heads, c=3)
-    for i in range(config.depth):
-        block = f"blocks.{i}"
-        add(
-            f"{block}.attn.qkv.weight",
-            ("blocks", "attention", "qkv_kernel"),
-            lambda x: einops.rearrange(x, "(c h e) d -> d c h e", **heads),
-            lambda x: einops.rearrange(x, "d c h e -> (c h e) d"),
-            i,
-        )
-        add(
-            f"{block}.attn.qkv.bias",
-            ("blocks", "attention", "qkv_bias"),
-            lambda x: einops.rearrange(x, "(c h e) -> c h e", **heads),
-            np.ravel,
-            i,
-        )
-        dense(f"{block}.attn.proj", "blocks", "attention", "out", layer=i)
-        dense(f"{block}.mlp.fc1", "blocks", "fc1", layer=i)
-        dense(f"{block}.mlp.fc2", "blocks", "fc2", layer=i)
-        dense(f"{block}.adaLN_modulation.1", "blocks", "adaln", layer=i)
-    dense("final_layer.adaLN_modulation.1", "final_adaln")
+        table.append(Key("level_embedder.embedding_table.weight", ("level", "embedding")))
+    for layer in range(config.depth):
+        table += _block(config, layer)
+    table += linear_keys("final_layer.adaLN_modulation.1", "final_adaln")
     return tuple(table)
+
+
+def _block(config: ModelConfig, layer: int) -> Iterator[Key]:
+    name, index, heads = f"blocks.{layer}", (layer,), dict(h=config.heads, c=3)
+    yield Key(
+        f"{name}.attn.qkv.weight",
+        ("blocks", "attention", "qkv_kernel"),
+        index,
+        lambda x: einops.rearrange(x, "(c h e) d -> d c h e", **heads),
+        lambda x: einops.rearrange(x, "d c h e -> (c h e) d"),
+    )
+    yield Key(
+        f"{name}.attn.qkv.bias",
+        ("blocks", "attention", "qkv_bias"),
+        index,
+        lambda x: einops.rearrange(x, "(c h e) -> c h e", **heads),
+        np.ravel,
+    )
+    yield from linear_keys(f"{name}.attn.proj", "blocks", "attention", "out", index=index)
+    yield from config.block.keys(layer)
+    yield from linear_keys(f"{name}.adaLN_modulation.1", "blocks", "adaln", index=index)
 
 
 def _suffixes(config: ModelConfig) -> tuple[str, ...]:
@@ -108,26 +83,29 @@ def _suffixes(config: ModelConfig) -> tuple[str, ...]:
     return (*(str(i + 1) for i in range(len(config.pyramid) - 1)), "")
 
 
-def _add_patch(add, stage: int, suffix: str, into: dict[str, int], out: dict[str, int]) -> None:
+def _patch(stage: int, suffix: str, into: dict[str, int], out: dict[str, int]) -> Iterator[Key]:
     """Patch convolution [D, (c i j), p, q] and final projection [(p q o i j), D] of one stage."""
     name = f"x_embedder.proj{suffix}"
-    add(
+    yield Key(
         f"{name}.weight",
         ("patchify", stage, "kernel"),
+        (),
         lambda x: einops.rearrange(x, "d (c i j) p q -> (p i q j c) d", **into),
         lambda x: einops.rearrange(x, "(p i q j c) d -> d (c i j) p q", **into),
     )
-    add(f"{name}.bias", ("patchify", stage, "bias"))
+    yield Key(f"{name}.bias", ("patchify", stage, "bias"))
     name = f"final_layer.linear{suffix}"
-    add(
+    yield Key(
         f"{name}.weight",
         ("unpatchify", stage, "kernel"),
+        (),
         lambda x: einops.rearrange(x, "(p q o i j) d -> d (p i q j o)", **out),
         lambda x: einops.rearrange(x, "d (p i q j o) -> (p q o i j) d", **out),
     )
-    add(
+    yield Key(
         f"{name}.bias",
         ("unpatchify", stage, "bias"),
+        (),
         lambda x: einops.rearrange(x, "(p q o i j) -> (p i q j o)", **out),
         lambda x: einops.rearrange(x, "(p i q j o) -> (p q o i j)", **out),
     )
@@ -149,16 +127,15 @@ def torch_tensors(
     config: ModelConfig, params: Params
 ) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
     """Name and maker of every PyTorch tensor of our parameters, to be made one at a time."""
-    for entry in key_table(config):
+    for key in key_table(config):
         leaf = params
-        for part in entry.path:
+        for part in key.path:
             leaf = leaf[part]
 
-        def make(leaf=leaf, entry=entry):
-            value = np.asarray(leaf if entry.layer is None else leaf[entry.layer])
-            return np.ascontiguousarray(entry.theirs(value))
+        def make(leaf=leaf, key=key):
+            return np.ascontiguousarray(key.theirs(np.asarray(leaf[key.index])))
 
-        yield entry.torch, make
+        yield key.torch, make
 
 
 def to_torch(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:

@@ -10,11 +10,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ppflow_jax.convert.keys import Entry, key_table, position_names, position_values
+from ppflow_jax.convert.keys import key_table, position_names, position_values
 from ppflow_jax.convert.tensors import BFLOAT16
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Params, abstract_params
+from ppflow_jax.models.parts import Key
 
 DTYPES = (np.dtype("f4"), np.dtype("f8"), np.dtype("f2"), BFLOAT16)
 EXACT = 1e-6
@@ -55,7 +56,7 @@ def load_state(
         not finite, or positions other than ours: all of it in one line.
     """
     problems: list[tuple[str, str]] = []
-    groups: dict[tuple, list[Entry]] = {}
+    groups: dict[tuple, list[Key]] = {}
     for entry in key_table(config):
         groups.setdefault(entry.path, []).append(entry)
     leaves = _leaves(abstract_params(config))
@@ -101,12 +102,11 @@ def _read(tensor: Any) -> np.ndarray:
 
 
 def _leaf(entries, shape, state, dtype, problems, on_tensor) -> np.ndarray | None:
-    """One of our leaves; the layers of the trunk go straight into their place in the stack."""
-    layers = [e.layer for e in entries]
-    stacked = layers[0] is not None
-    if layers != (list(range(shape[0])) if stacked else [None]):
-        raise AssertionError(f"key table fills layers {layers} of a leaf of shape {shape}")
-    one = shape[1:] if stacked else shape
+    """One of our leaves; layers and experts go straight into their place in the stack."""
+    indices, axes = [e.index for e in entries], len(entries[0].index)
+    if sorted(indices) != list(np.ndindex(shape[:axes])):
+        raise AssertionError(f"key table fills {indices} of a leaf of shape {shape}")
+    one = shape[axes:]
     expected = entries[0].theirs(np.broadcast_to(np.int8(0), one)).shape
     fitting = []
     for entry in entries:
@@ -128,7 +128,7 @@ def _leaf(entries, shape, state, dtype, problems, on_tensor) -> np.ndarray | Non
     out = np.empty(shape, dtype or fitting[0][1].dtype)
     for entry, tensor in fitting:
         value = _read(tensor)
-        target = out[entry.layer] if stacked else out
+        target = out[entry.index]
         with np.errstate(over="ignore"):
             target[...] = entry.ours(value)
         if not np.isfinite(value).all():

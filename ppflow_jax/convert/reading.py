@@ -29,6 +29,7 @@ class Reading:
       seed: of the level table when expanding.
       heads: where the width is not that of a public model.
       latent_size: where the file has no positions.
+      ffn: where the defaults of a mixture of experts are not its settings.
       path, prediction: None takes them from the file's arguments, or linear and velocity.
       space: `latents` or `pixels`.
       dtype: of the parameters; None keeps that of each tensor.
@@ -38,6 +39,7 @@ class Reading:
     seed: int = 0
     heads: int | None = None
     latent_size: int | None = None
+    ffn: str | None = None
     path: str | None = None
     prediction: str | None = None
     space: str = "latents"
@@ -69,6 +71,7 @@ class Reading:
             pyramid=self.stages,
             heads=self.heads,
             latent_size=self.latent_size,
+            ffn=self.ffn,
         )
         if self.expands(config):
             expanded_config(config, self.stages)  # before anything is read

@@ -13,6 +13,8 @@ from jaxtyping import Array
 Attend = Callable[[Array, Array, Array], Array]
 # (kernel, otherwise) -> the kernel on each device's part of the arrays, or `otherwise`
 PerDevice = Callable[[Attend, Attend], Attend]
+# (f, arrays of the batch, weights, prefix of their paths) -> f(arrays, weights)
+PerRows = Callable[[Callable[[Any, Any], Array], Any, Any, str], Array]
 
 
 def _as_it_is(tree: Any, prefix: str = "") -> Any:
@@ -23,6 +25,10 @@ def _in_one_piece(kernel: Attend, otherwise: Attend) -> Attend:
     """The compiler cannot cut a kernel: without a mesh it needs a device of its own."""
     alone = jax.local_device_count() == 1 or jax.sharding.get_abstract_mesh().manual_axes
     return kernel if alone else otherwise
+
+
+def _at_once(f: Callable[[Any, Any], Array], rows: Any, weights: Any, prefix: str) -> Array:
+    return f(rows, weights)
 
 
 def is_gather(operation: Any, *_: Any, **params: Any) -> bool:
@@ -48,8 +54,11 @@ class Layout:
         pass through it one at a time, so that no device ever holds all of them.
       heads: runs a kernel of attention on each device's part of batch and heads; something else
         where that cannot be cut so.
+      experts: computes each device's rows of the batch on that device, with its part of the
+        weights along `tensor`, over which the results are then summed.
     """
 
     batch: Callable[[Array], Array] = _as_it_is
     weights: Callable[[Any, str], Any] = _as_it_is
     heads: PerDevice = _in_one_piece
+    experts: PerRows = _at_once

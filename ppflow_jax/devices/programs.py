@@ -31,12 +31,14 @@ class Programs:
       rows: in every product the tokens of all images are rows of one matrix. XLA on CPU then
         transposes fewer copies of them in the backward pass; on TPU it would move up to 1.7 times
         the bytes.
+      experts: of a mixture of experts, see `systems.experts`.
       unrolled: blocks run one after another, not in a scan (see `models.network.unstacked`).
     """
 
     attention: str = "xla"
     rows: bool = False
     unrolled: bool = False
+    experts: str = "ragged"
 
     @property
     def step_options(self) -> dict[str, bool | str] | None:
@@ -78,7 +80,9 @@ def for_passes(
         attention = {"cpu": "deferred", "tpu": "splash"}.get(kind, "xla")
         if kind == "gpu" and bfloat16 and _cudnn_works(head):
             attention = "cudnn"
-    return Programs(attention, rows=kind == "cpu")
+    if kind == "cpu":
+        return Programs(attention, rows=True, experts="blocks")
+    return Programs(attention)
 
 
 def for_training(

@@ -20,11 +20,14 @@ from ppflow_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
 
+# Pattern of the paths of leaves, and the axes of the mesh that theirs are split over
+Rules = tuple[tuple[str, P], ...]
+# Of the blocks of DiT and what is around them; other parts bring their own (`models.parts`).
 # By the path of a leaf; the optimizer's moments and the EMA have the same paths below their own
 # prefix, and what matches nothing is on every device. Of several matches the first that divides
 # the leaf wins. The leading axis of the blocks is depth. Over 16 devices the width of XL, 1152,
 # leaves shards of 72, which TPUs pad; heads and hidden units divide better.
-RULES: tuple[tuple[str, P], ...] = (
+RULES: Rules = (
     (r"blocks/attention/qkv_kernel$", P(None, None, None, ("tensor", "fsdp"))),
     (r"blocks/attention/qkv_kernel$", P(None, "fsdp", None, "tensor")),
     (r"blocks/attention/qkv_bias$", P(None, None, "tensor")),
@@ -92,9 +95,11 @@ def _parts(axis: str | tuple[str, ...] | None, mesh: Mesh) -> int:
     return math.prod(mesh.shape[name] for name in names)
 
 
-def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """By `RULES`; if none divides the leaf, the last that matches, as far as it does."""
-    specs = [s for pattern, s in RULES if re.search(pattern, path) and len(s) <= len(shape)]
+def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> P:
+    """By the rules; if none divides the leaf, the last that matches, as far as it does."""
+    specs = [
+        s for pattern, s in (*RULES, *rules) if re.search(pattern, path) and len(s) <= len(shape)
+    ]
     divided = [
         P(*(axis if size % _parts(axis, mesh) == 0 else None for axis, size in zip(spec, shape)))
         for spec in specs
@@ -102,11 +107,13 @@ def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     return next((new for new, spec in zip(divided, specs) if new == spec), (divided or [P()])[-1])
 
 
-def tree_shardings(tree: Any, mesh: Mesh) -> Any:
-    """Sharding of every leaf by `RULES`; an axis that does not divide is not split."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, _spec(leaf_path(path), leaf.shape, mesh)), tree
-    )
+def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = ()) -> Any:
+    """Sharding of every leaf by `RULES` and `rules`; an axis that does not divide is not split."""
+
+    def one(path, leaf) -> NamedSharding:
+        return NamedSharding(mesh, _spec(leaf_path(path), leaf.shape, mesh, rules))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -130,12 +137,12 @@ def _without_fsdp(axis: str | tuple[str, ...] | None) -> str | None:
     return "tensor" if isinstance(axis, tuple) else None if axis == "fsdp" else axis
 
 
-def layout(mesh: Mesh) -> Layout:
+def layout(mesh: Mesh, rules: Rules = ()) -> Layout:
     """Fully sharded data parallelism (ZeRO stage 3, arXiv 1910.02054) for the network.
 
     Weights are gathered over `fsdp` just before use, one block at a time, and their gradients
     are summed and scattered back at once; activations stay split over the batch. Without it the
-    compiler moves activations to the weights.
+    compiler moves activations to the weights. `rules` are those of the model's own parts.
     """
     place = batch_sharding(mesh)
 
@@ -148,9 +155,9 @@ def layout(mesh: Mesh) -> Layout:
         def one(path, leaf):
             name = prefix + leaf_path(path).removesuffix("/value")
             if prefix:  # one block: without the axis of depth
-                stored = P(*_spec(name, (1, *leaf.shape), mesh)[1:])
+                stored = P(*_spec(name, (1, *leaf.shape), mesh, rules)[1:])
             else:
-                stored = _spec(name, leaf.shape, mesh)
+                stored = _spec(name, leaf.shape, mesh, rules)
             here = P(*(_without_fsdp(axis) for axis in stored))
             return _gather(leaf, NamedSharding(mesh, here), NamedSharding(mesh, stored))
 
@@ -169,7 +176,27 @@ def layout(mesh: Mesh) -> Layout:
 
         return run
 
-    return Layout(batch, weights, heads)
+    def experts(f, rows, weights, prefix):
+        if rows[0].shape[0] % data_shards(mesh):  # one image at a time, under vmap
+            return f(rows, weights)
+
+        def spec(path, leaf):
+            stored = _spec(prefix + leaf_path(path), (1, *leaf.shape), mesh, rules)[1:]
+            return P(*map(_without_fsdp, stored))
+
+        specs = jax.tree_util.tree_map_with_path(spec, weights)
+        split = any("tensor" in spec for spec in jax.tree.leaves(specs))
+
+        def here(rows, weights):
+            y = f(rows, weights)
+            return jax.lax.psum(y, "tensor") if split else y
+
+        local = jax.shard_map(
+            here, mesh=mesh, in_specs=(place.spec, specs), out_specs=place.spec, check_vma=False
+        )
+        return local(rows, weights)
+
+    return Layout(batch, weights, heads, experts)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.path import WEIGHTINGS, Flow, interpolate, residual
-from ppflow_jax.models.network import Apply, Params
+from ppflow_jax.models.network import Apply, Output, Params
 from ppflow_jax.pyramid import Pyramid
 
 
@@ -44,6 +44,7 @@ class Objective:
     label_drop: float = 0.1
     stage_share: tuple[int, ...] = ()
     stage_times: tuple[tuple[float, float], ...] = ()
+    terms: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self):
         if self.weighting not in WEIGHTINGS:
@@ -57,6 +58,8 @@ class Objective:
             )
         if not 0 <= self.label_drop <= 1:
             raise InputError(f"label_drop must be in [0, 1], got {self.label_drop}")
+        if wrong := [f"{name} {weight}" for name, weight in self.terms if not weight >= 0]:
+            raise InputError(f"weights of terms must be at least 0, got {', '.join(wrong)}")
         share = self.stage_share
         if share and (len(share) != len(self.pyramid) or min(share) < 1):
             raise InputError(
@@ -146,17 +149,22 @@ def stage_losses(
     draws: Draws,
 ) -> tuple[Float[Array, " n"], ...]:
     """Loss of every sample, by stage: mean squared residual over a sample's elements."""
+    return _stages(objective, apply, params, x1, draws)[0]
+
+
+def _stages(objective, apply, params, x1, draws) -> tuple[tuple[Array, ...], tuple[Output, ...]]:
+    """Loss of every sample and output of the network, by stage."""
     stages = tuple(range(len(objective.pyramid)))
     parts = [[strided(a, objective.pattern, i) for i in stages] for a in (x1, *draws)]
     data, noise, t, y = (tuple(part) for part in parts)
     path = objective.flow.interpolant
     xt, velocity = zip(*(interpolate(path, *each) for each in zip(noise, data, t)))
-    predictions = apply(params, xt, t, y, stages)
+    outputs = apply(params, xt, t, y, stages)
     losses = []
-    for each in zip(noise, velocity, predictions, t):
-        error = residual(objective.flow, objective.weighting, *each)
+    for u, v, output, s in zip(noise, velocity, outputs, t):
+        error = residual(objective.flow, objective.weighting, u, v, output.prediction, s)
         losses.append(jnp.mean(jnp.square(error), axis=(1, 2, 3)))
-    return tuple(losses)
+    return tuple(losses), outputs
 
 
 def loss_fn(
@@ -166,12 +174,19 @@ def loss_fn(
     x1: Float[Array, "b h w c"],
     draws: Draws,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Mean loss over time, and the mean of every stage as `loss/stage{i}`.
+    """What is minimised; besides, `loss`, `loss/stage{i}` and the terms by name, without weights.
 
-    Each stage counts by its duration, which equals the mean over the batch when the batch is
-    shared by duration.
+    `loss` is the mean over time, in which each stage counts by its duration. That equals the mean
+    over the batch when the batch is shared by duration. Terms, which are added to it with their
+    weights, are over stages what it is.
     """
-    means = [jnp.mean(x) for x in stage_losses(objective, apply, params, x1, draws)]
+    losses, outputs = _stages(objective, apply, params, x1, draws)
     durations = [b - a for a, b in objective.pyramid.intervals]
-    total = sum(d * m for d, m in zip(durations, means))
-    return total, {f"loss/stage{i}": m for i, m in enumerate(means)} if len(means) > 1 else {}
+    means = [jnp.mean(x) for x in losses]
+    loss = sum(d * m for d, m in zip(durations, means))
+    metrics = {f"loss/stage{i}": m for i, m in enumerate(means)} if len(means) > 1 else {}
+    total = loss
+    for name, weight in objective.terms:
+        term = sum(d * output.aux[name] for d, output in zip(durations, outputs))
+        total, metrics[name] = total + weight * term, term
+    return total, metrics | {"loss": loss}

@@ -36,7 +36,9 @@ class RunPictures:
         card = decoder.card
         self.count, self.seed = count, seed
         cut = mesh.size > mesh.shape["data"]
-        apply = make_apply(card.model, layout=layout(mesh) if cut else Layout())
+        apply = make_apply(
+            card.model, layout=layout(mesh, card.model.block.rules) if cut else Layout()
+        )
         sampler = make_plan(card, config).sampler(apply)
         self.labels = choose_labels("balanced", count, card.model.num_classes, seed, card.classes)
         microbatch = min(MICROBATCH, count)

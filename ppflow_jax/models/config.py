@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ppflow_jax.errors import InputError
+from ppflow_jax.models.parts import DIT, BlockSpec
 from ppflow_jax.pyramid import Pyramid
 
 # DiT, arXiv 2212.09748, Table 1.
@@ -31,6 +32,7 @@ class ModelConfig:
       learn_sigma: the final projection also has the unused variance channels of DiT; the public
         PyTorch weights have them.
       level_embedding: several stages are told apart by a learned embedding (PPFlow, Sec. 3.2).
+      block: what the blocks are made of.
 
     Raises:
       InputError: a patch does not divide the latent, or heads do not divide the width.
@@ -46,6 +48,7 @@ class ModelConfig:
     mlp_ratio: float = 4.0
     learn_sigma: bool = True
     level_embedding: bool = True
+    block: BlockSpec = DIT
 
     def __post_init__(self):
         sizes = (self.latent_size, self.channels, self.width, self.depth, self.heads)
@@ -78,11 +81,19 @@ class ModelConfig:
         return self.width // self.heads
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"pyramid": str(self.pyramid)}
+        """By field, and every part of the blocks that is not DiT's, as text."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "block"}
+        return values | {"pyramid": str(self.pyramid)} | self.block.to_json()
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> ModelConfig:
-        known = {f.name for f in fields(cls)}
+    def from_json(cls, values: dict[str, Any], block: BlockSpec = DIT) -> ModelConfig:
+        """The model of `to_json`, whose parts have been made already.
+
+        Raises:
+          InputError: keys that there are not.
+        """
+        known = {f.name for f in fields(cls)} - {"block"}
         if unknown := set(values) - known:
             raise InputError(f"model config has unknown keys {sorted(unknown)}: update ppflow_jax")
-        return cls(**(values | {"pyramid": Pyramid.parse(values["pyramid"])}))
+        pyramid = Pyramid.parse(values["pyramid"])
+        return cls(**(values | {"pyramid": pyramid, "block": block}))

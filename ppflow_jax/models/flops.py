@@ -11,14 +11,15 @@ def block_flops(
 ) -> int:
     """FLOPs of the matrix products of one block for one image, 2 per multiply-add.
 
-    8 N D^2 (attention projections) + 4 N^2 D (attention) + 4 r M D^2 (MLP of ratio r) + 12 D^2
-    (adaLN), for N tokens that enter attention and M that enter the MLP; all, where not given.
+    8 N D^2 (attention projections) + 4 N^2 D (attention) + 12 D^2 (adaLN) + what the block's parts
+    count, for N tokens that enter attention and M that enter the MLP; all, where not given.
     """
     rows, cols = model.pyramid.grid(stage, model.latent_size)
     d = model.width
     n = rows * cols if attention is None else attention
     m = rows * cols if mlp is None else mlp
-    return 8 * n * d * d + 4 * n * n * d + 4 * m * d * int(model.mlp_ratio * d) + 12 * d * d
+    parts = sum(part.flops(model, m) for part in model.block.parts)
+    return 8 * n * d * d + 4 * n * n * d + 12 * d * d + parts
 
 
 def ends_flops(model: ModelConfig) -> int:
@@ -36,9 +37,10 @@ def forward_flops(model: ModelConfig, stage: int) -> int:
 def block_traffic(model: ModelConfig, stage: int) -> int:
     """Elements that the matrix products and the softmax of all blocks read and write, one image.
 
-    Per block: (12 + 2 r) N D + 4 h N^2 with h heads; an estimate of what crosses HBM if each
-    product is one kernel. Weights are not counted.
+    Per block: 12 N D + 2 N u + 4 h N^2 with h heads and u hidden units that a token passes; an
+    estimate of what crosses HBM if each product is one kernel. Weights are not counted.
     """
     rows, cols = model.pyramid.grid(stage, model.latent_size)
     n, d = rows * cols, model.width
-    return model.depth * (int((12 + 2 * model.mlp_ratio) * n * d) + 4 * model.heads * n * n)
+    hidden = model.block.ffn.hidden(model)
+    return model.depth * (int((12 * d + 2 * hidden) * n) + 4 * model.heads * n * n)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,10 @@ from jaxtyping import Array, Float
 from ppflow_jax.devices.layout import Layout, PerDevice
 from ppflow_jax.devices.programs import Programs
 from ppflow_jax.models.attention import attend
+
+if TYPE_CHECKING:
+    from ppflow_jax.models.config import ModelConfig
+    from ppflow_jax.models.parts import Aux, Execution
 
 _xavier = nnx.initializers.xavier_uniform()
 _zeros = nnx.initializers.zeros
@@ -116,36 +121,66 @@ class Attention(nnx.Module):
         return out.reshape(*x.shape[:-1], *out.shape[1:])
 
 
+class Signal(nnx.Variable):
+    """What the wrap of a block has for it in one pass, beside its weights."""
+
+
 class Block(nnx.Module):
     """Transformer block with adaLN-Zero: every branch is gated, and the gates start at zero."""
 
-    def __init__(
-        self, width: int, heads: int, mlp_ratio: float, *, dtype, rngs: nnx.Rngs, **attention
-    ):
-        hidden = int(width * mlp_ratio)
+    def __init__(self, model: ModelConfig, run: Execution, *, rngs: nnx.Rngs):
+        width, dtype = model.width, run.dtype
+        self.spec = model.block
         self.adaln = linear(width, 6 * width, rngs, dtype=dtype, init=_zeros)
-        self.attention = Attention(width, heads, dtype=dtype, rngs=rngs, **attention)
-        self.fc1 = linear(width, hidden, rngs, dtype=dtype)
-        self.fc2 = linear(hidden, width, rngs, dtype=dtype)
+        self.attention = Attention(
+            width,
+            model.heads,
+            dtype=dtype,
+            rngs=rngs,
+            programs=run.programs,
+            per_device=run.layout.heads,
+        )
+        for part in self.spec.parts:
+            for name, module in part.modules(model, run, rngs).items():
+                setattr(self, name, module)
+
+    def given(self, signal: Any) -> Block:
+        """This block, with what its wrap has for it (None: nothing)."""
+        if signal is not None:
+            self.signal = Signal(signal)
+        return self
 
     def modulation(self, c: Float[Array, "b d"]) -> list[Float[Array, "b d"]]:
         """shift, scale, gate of the attention branch, then of the MLP; `c` is already SiLU(c)."""
         return jnp.split(self.adaln(c).astype(jnp.float32), 6, axis=-1)
 
     def mlp(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        return self.attention.per_token(
-            lambda x: self.fc2(jax.nn.gelu(self.fc1(x), approximate=True)), x
-        )
+        """The branch after attention before its gate, whatever part it is."""
+        return self.spec.ffn(self, x)[0]
+
+    def outputs(
+        self, x: Float[Array, "b n d"], c: Float[Array, "b d"]
+    ) -> tuple[Array, tuple[Array, Array], Aux]:
+        """The block's output, its two branches before their gates, and what its parts give."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)
+        outer = x
+        if self.spec.wrap is not None:
+            x = self.spec.wrap(self, x)
+        inner = x
+        attention = self.attention(modulate(x, shift1, scale1))
+        x = x + gate1[:, None] * attention
+        mlp, aux = self.spec.ffn(self, modulate(x, shift2, scale2))
+        x = x + gate2[:, None] * mlp
+        if self.spec.wrap is not None:
+            x = x + (outer - inner)
+        return x, (attention, mlp), aux
 
     def branches(
         self, x: Float[Array, "b n d"], c: Float[Array, "b d"]
     ) -> tuple[Float[Array, "b n d"], Float[Array, "b n d"], Float[Array, "b n d"]]:
         """The block's output, and the attention and MLP branches before their gates."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)
-        attention = self.attention(modulate(x, shift1, scale1))
-        x = x + gate1[:, None] * attention
-        mlp = self.mlp(modulate(x, shift2, scale2))
-        return x + gate2[:, None] * mlp, attention, mlp
+        x, branches, _ = self.outputs(x, c)
+        return x, *branches
 
     def gated(
         self,
@@ -159,4 +194,4 @@ class Block(nnx.Module):
         return x + gate1[:, None] * attention + gate2[:, None] * mlp
 
     def __call__(self, x: Float[Array, "b n d"], c: Float[Array, "b d"]) -> Float[Array, "b n d"]:
-        return self.branches(x, c)[0]
+        return self.outputs(x, c)[0]

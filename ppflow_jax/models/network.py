@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,28 +17,32 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from ppflow_jax.devices.layout import Layout, is_gather
+from ppflow_jax.devices.layout import Layout
 from ppflow_jax.devices.programs import Programs, for_passes
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.layers import Block, TimestepEmbedder, _normal, _zeros, linear, modulate
+from ppflow_jax.models.parts import Aux, Execution
 from ppflow_jax.models.patch import patchify, positions, unpatchify
+from ppflow_jax.models.stack import REMAT_POLICIES, Params, Stack, unstacked
 
-Params = dict[str, Any]
-# (params, x, t, y, stage) -> prediction with the shape of x, or tuples of them: see make_apply
+# (params, x, t, y, stage) -> prediction with the shape of x, or Outputs of stages: see make_apply
 Apply = Callable[..., Any]
 # Replaces the plain scan over the blocks: (stacked blocks, tokens, SiLU(c)) -> (tokens, anything).
 # The blocks are one Block whose leaves have a leading axis of depth, to be scanned over.
 Trunk = Callable[[Block, Float[Array, "b n d"], Float[Array, "b d"]], tuple[Array, Any]]
 
 
-REMAT_POLICIES = {
-    # All but the weights gathered by `Layout.weights`: kept for the backward pass, they would be
-    # the whole network on every device.
-    "none": lambda operation, *inputs, **params: not is_gather(operation, *inputs, **params),
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
+class Output(NamedTuple):
+    """What the network gives.
+
+    Attributes:
+      prediction: velocity, score or noise, whatever it was trained for.
+      aux: what training may add to the loss, by name; empty for the blocks of DiT.
+    """
+
+    prediction: Float[Array, "b h w c"]
+    aux: Aux
 
 
 class PPFlow(nnx.Module):
@@ -53,8 +57,11 @@ class PPFlow(nnx.Module):
         rngs: nnx.Rngs,
         programs: Programs = Programs(),
         layout: Layout = Layout(),
+        one_time: bool = False,
     ):
-        self.config, self.dtype, self.remat, self.layout = config, dtype, remat, layout
+        self.config, self.remat, self.layout = config, remat, layout
+        self.one_time = one_time
+        self.run = Execution(dtype, programs, layout)
         width, pyramid = config.width, config.pyramid
         out_channels = config.channels * (2 if config.learn_sigma else 1)
         areas = [s.patch[0] * s.patch[1] for s in pyramid.stages]
@@ -65,19 +72,9 @@ class PPFlow(nnx.Module):
         self.label = nnx.Embed(config.num_classes + 1, width, embedding_init=_normal, rngs=rngs)
         if config.has_levels:
             self.level = nnx.Embed(len(pyramid), width, embedding_init=_normal, rngs=rngs)
-        self.blocks = nnx.vmap(
-            lambda r: Block(
-                width,
-                config.heads,
-                config.mlp_ratio,
-                dtype=dtype,
-                rngs=r,
-                programs=programs,
-                per_device=layout.heads,
-            ),
-            in_axes=0,
-            out_axes=0,
-        )(rngs.split(config.depth))
+        self.blocks = nnx.vmap(lambda r: Block(config, self.run, rngs=r), in_axes=0, out_axes=0)(
+            rngs.split(config.depth)
+        )
         self.final_adaln = linear(width, 2 * width, rngs, dtype=dtype, init=_zeros)
         # The final projection stays in float32 (see docs of dtype in configs/common.py).
         self.unpatchify = nnx.List(
@@ -116,36 +113,6 @@ class PPFlow(nnx.Module):
             cs = [c + self.level(jnp.full(len(c), stage)) for c, stage in zip(cs, stages)]
         return tuple(map(self.layout.batch, cs))
 
-    def trunk(
-        self,
-        hs: tuple[Float[Array, "_ _ d"], ...],
-        cs: tuple[Float[Array, "_ d"], ...],
-        layers: tuple[Params, ...] = (),
-    ) -> tuple[Float[Array, "_ _ d"], ...]:
-        """The shared blocks, scanned over depth; each of `cs` is already SiLU(c).
-
-        With `layers` (see `unstacked`) their parameters, one after another, instead.
-
-        Several stages pass a block side by side, each with its own token count, so that its
-        weights are gathered, and their gradients summed over a mesh, once for all of them.
-        """
-
-        def body(hs, block):
-            # Weights cross the mesh in the dtype of the matrix products, which is all they enter.
-            block = jax.tree.map(lambda p: p.astype(self.dtype), block)
-            block = self.layout.weights(block, "blocks/")
-            return tuple(self.layout.batch(block(h, c)) for h, c in zip(hs, cs)), None
-
-        if not layers:
-            policy = REMAT_POLICIES[self.remat]
-            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-            return jax.lax.scan(body, hs, self.blocks)[0]
-        block = nnx.split(self.blocks)[0]
-        for layer in layers:
-            # Without the barrier the compiler sums up all blocks again where it needs the last.
-            hs = jax.lax.optimization_barrier(body(hs, nnx.merge(block, layer))[0])
-        return hs
-
     def final(
         self, h: Float[Array, "b n d"], c: Float[Array, "b d"], stage: int
     ) -> Float[Array, "b n o"]:
@@ -162,18 +129,34 @@ class PPFlow(nnx.Module):
         trunk: Trunk | None = None,
     ) -> Float[Array, "b h w c"] | tuple[Float[Array, "b h w c"], Any]:
         if trunk is None:
-            return self.side_by_side((x,), (t,), (y,), (stage,))[0]
+            return self.by_stage((x,), (t,), (y,), (stage,))[0].prediction
         c = jax.nn.silu(self.conditions((t,), (y,), (stage,))[0])
-        h, extra = trunk(self.blocks, self.tokens(x, stage), c)
+        signal, _ = self.signals(Stack(self.blocks, (), self.run, self.remat), t)
+        h, extra = trunk(self.blocks.given(signal), self.tokens(x, stage), c)
         return self.prediction(h, c, stage), extra
 
-    def side_by_side(
+    def by_stage(
         self, xs, ts, ys, stages: tuple[int, ...], layers: tuple[Params, ...] = ()
-    ) -> tuple[Array, ...]:
-        """The predictions of several stages, each as `__call__`, in one pass over the blocks."""
+    ) -> tuple[Output, ...]:
+        """Of several stages, each predicted as by `__call__`, in one pass over the blocks.
+
+        With `layers` (see `unstacked`) the blocks have their parameters.
+        """
         cs = tuple(map(jax.nn.silu, self.conditions(ts, ys, stages)))
-        hs = self.trunk(tuple(self.tokens(*each) for each in zip(xs, stages)), cs, layers)
-        return tuple(self.prediction(*each) for each in zip(hs, cs, stages))
+        hs = tuple(self.tokens(*each) for each in zip(xs, stages))
+        stack = Stack(self.blocks, layers, self.run, self.remat)
+        signals, given = zip(*(self.signals(stack, t) for t in ts))
+        hs, auxes = stack(hs, cs, signals)
+        predictions = (self.prediction(*each) for each in zip(hs, cs, stages))
+        terms = (self.config.block.terms(aux | more) for aux, more in zip(auxes, given))
+        return tuple(map(Output, predictions, terms))
+
+    def signals(self, stack: Stack, t: Float[Array, " b"]) -> tuple[Any, Aux]:
+        """What the wrap of the blocks has for them at these times, see `models.parts.Wrap`."""
+        wrap = self.config.block.wrap
+        if wrap is None:
+            return None, {}
+        return wrap.signals(stack.leaves(wrap.kind), self.time, t[:1] if self.one_time else t)
 
     def prediction(
         self, h: Float[Array, "b n d"], c: Float[Array, "b d"], stage: int
@@ -190,12 +173,9 @@ def _module(
     key: jax.Array,
     dtype: DTypeLike = jnp.float32,
     remat: str = "none",
-    programs: Programs = Programs(),
-    layout: Layout = Layout(),
+    **options: Any,
 ) -> PPFlow:
-    return PPFlow(
-        config, dtype=dtype, remat=remat, rngs=nnx.Rngs(key), programs=programs, layout=layout
-    )
+    return PPFlow(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(key), **options)
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
@@ -209,20 +189,6 @@ def abstract_params(config: ModelConfig) -> Params:
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
-def unstacked(params: Params) -> Params:
-    """The same parameters with a tuple of blocks in the place of their stack, for `make_apply`.
-
-    A scan copies the weights of every block out of the stack and, in training, what the backward
-    pass needs into one. Without it compiling takes longer with depth. For passes without a trunk of
-    one's own and without remat.
-    """
-    stack, tree = jax.tree.flatten(params["blocks"])
-    # The gradient of a split is one concatenation; that of slices would be a sum of padded ones.
-    parts = [jax.lax.split(leaf, (1,) * len(leaf)) for leaf in stack]
-    layers = (tree.unflatten([part[0] for part in layer]) for layer in zip(*parts))
-    return params | {"blocks": tuple(layers)}
-
-
 def make_apply(
     config: ModelConfig,
     *,
@@ -230,15 +196,16 @@ def make_apply(
     remat: str = "none",
     programs: Programs | None = None,
     layout: Layout = Layout(),
+    one_time: bool = False,
 ) -> Apply:
     """The network as a pure function `apply(params, x, t, y, stage, trunk=None)`.
 
     x float32 [b, h, w, c] latent; t float32 [b] in [0, 1]; y int32 [b], null label allowed;
     stage a Python int. Returns float32 [b, h, w, c]: the velocity, score or noise it was
-    trained to predict. With a tuple for each of x, t, y and stage: a tuple of predictions, in one
-    pass over the blocks. `params` may be `unstacked`. `dtype` is that of the matrix products,
+    trained to predict. With a tuple for each of x, t, y and stage: an `Output` of each, in one pass
+    over the blocks. `params` may be `unstacked`. `dtype` is that of the matrix products,
     `programs` how it is computed (None: as suits passes on the default device), `layout` that of
-    the mesh.
+    the mesh. With `one_time` all images of a call have one time, as in sampling.
     `trunk` (see `Trunk`) replaces the scan over the blocks, whose weights are then all gathered at
     once; the result is (prediction, what the trunk returned besides).
 
@@ -250,8 +217,9 @@ def make_apply(
         raise InputError(f"unknown remat policy {remat!r}: one of {', '.join(REMAT_POLICIES)}")
     if programs.unrolled and remat != "none":
         raise InputError(f"remat {remat!r} is for blocks that are scanned: choose none")
+    options = dict(programs=programs, layout=layout, one_time=one_time)
     graphdef, _ = nnx.split(
-        nnx.eval_shape(lambda: _module(config, jax.random.key(0), dtype, remat, programs, layout))
+        nnx.eval_shape(lambda: _module(config, jax.random.key(0), dtype, remat, **options))
     )
 
     def apply(params, x, t, y, stage, trunk=None):
@@ -264,7 +232,7 @@ def make_apply(
         if trunk is not None:
             return network(x, t, y, stage, trunk)
         if isinstance(stage, tuple):
-            return network.side_by_side(x, t, y, stage, layers)
-        return network.side_by_side((x,), (t,), (y,), (stage,), layers)[0]
+            return network.by_stage(x, t, y, stage, layers)
+        return network.by_stage((x,), (t,), (y,), (stage,), layers)[0].prediction
 
     return apply

@@ -190,5 +190,10 @@ def accelerated(
             )
         segments = forecasted(segments, model, forecast)
     if merge is not None:
+        if model.block.wrap is not None:
+            raise InputError(
+                f"token merging takes blocks apart that {model.block.wrap.kind} stands around: "
+                "leave merge out of --accelerate"
+            )
         segments = merged(segments, model, merge)
     return tuple(segments)

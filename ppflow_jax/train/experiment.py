@@ -16,6 +16,7 @@ from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.pyramid import Pyramid
+from ppflow_jax.systems.registry import take_block
 from ppflow_jax.train.optimizer import OptimConfig
 
 
@@ -39,10 +40,9 @@ class Experiment:
     @classmethod
     def from_config(cls, config: ConfigDict) -> Experiment:
         c = config.model
-        model = ModelConfig(
-            pyramid=Pyramid.parse(c.pyramid),
-            **{k: c[k] for k in c if k not in ("pyramid", "dtype", "remat", "attention")},
-        )
+        settings = {k: c[k] for k in c if k not in ("pyramid", "dtype", "remat", "attention")}
+        block = take_block(settings)
+        model = ModelConfig(pyramid=Pyramid.parse(c.pyramid), block=block, **settings)
         flow = Flow(config.flow.path, config.flow.prediction)
         objective = Objective(
             pyramid=model.pyramid,
@@ -52,12 +52,14 @@ class Experiment:
             label_drop=config.flow.label_drop,
             stage_share=tuple(config.flow.stage_share),
             stage_times=tuple(tuple(map(float, pair)) for pair in config.flow.stage_times),
+            terms=tuple((k, config.flow[k]) for k in block.term_names if config.flow[k]),
         )
         sampler = sampler_of(config.sample)
         sampler.scales(model.pyramid)
         _check(config)
         values = json.loads(config.to_json_best_effort())
         values.pop("resume_changed", None)
+        values["model"] |= block.to_json()  # as checkpoints have it
         card = Card(model, flow, config.data.space, values)
         return cls(card, objective, OptimConfig(**config.optim), sampler, config)
 

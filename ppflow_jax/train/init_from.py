@@ -1,15 +1,23 @@
-"""A run that starts from weights is of their architecture."""
+"""A run that starts from weights: of their architecture, or with other parts in its blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 
+import jax
+from jax.sharding import Mesh
+from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from ppflow_jax.checkpoints.card import read_card
+from ppflow_jax.checkpoints.card import Card, read_card
 from ppflow_jax.checkpoints.run import latest_card
+from ppflow_jax.checkpoints.weights import load_weights
+from ppflow_jax.errors import InputError
 from ppflow_jax.files.store import find_checkpoint
+from ppflow_jax.models.network import Params, abstract_params
+from ppflow_jax.systems.registry import KINDS, canonical
 
 
 def take_architecture(config: ConfigDict, workdir: str | None, told: Collection[str]) -> str | None:
@@ -29,8 +37,44 @@ def take_architecture(config: ConfigDict, workdir: str | None, told: Collection[
     changed = []
     for name, value in card.model.to_json().items():
         before = config.model.get(name)
+        before = canonical(before, name) if name in KINDS and before else before
         if name == "pyramid" or f"config.model.{name}" in told or before in (None, value):
             continue
         config.model[name] = value
         changed.append(f"{name} {value} (not {before})")
     return f"architecture of {config.init_from}: {', '.join(changed)}" if changed else None
+
+
+def open_start(
+    path: str, card: Card, mesh: Mesh
+) -> tuple[Params, Callable[[Params, Array], Params]]:
+    """The weights in `path`, and a function of them and a key: parameters of the model of `card`.
+
+    They are the same but for parts of the blocks that the weights do not have, which start from
+    what they replace (see `models.parts.Part.start`).
+
+    Raises:
+      InputError: weights of another model, or without a way to these parts; damaged or unreadable.
+    """
+    folder = find_checkpoint(path)
+    found, model = read_card(folder), card.model
+    source = found.model
+    other = replace(found, model=replace(source, block=model.block))
+    if difference := other.differences(card):
+        raise InputError(
+            f"config.init_from={folder} holds another model ({difference}): use a "
+            "configuration of the same model"
+        )
+
+    def start(params: Params, key: Array) -> Params:
+        return params | {"blocks": model.block.start(model, source, params["blocks"], key)}
+
+    try:
+        made = jax.eval_shape(start, abstract_params(source), jax.random.key(0))
+    except InputError as e:
+        raise InputError(f"config.init_from={folder}: {e}") from e
+    if jax.tree.map(lambda leaf: leaf.shape, made) != jax.tree.map(
+        lambda leaf: leaf.shape, abstract_params(model)
+    ):
+        raise AssertionError(f"{model.block} starts from {source.block} with other leaves than its")
+    return load_weights(folder, found, mesh), start

@@ -18,9 +18,7 @@ from ml_collections import ConfigDict
 
 from ppflow_jax.autoencoders.decode import Decoder
 from ppflow_jax.autoencoders.encode import Encoder
-from ppflow_jax.checkpoints.card import read_card
 from ppflow_jax.checkpoints.run import Checkpoints, latest_card
-from ppflow_jax.checkpoints.weights import load_weights
 from ppflow_jax.console import progress, say
 from ppflow_jax.data.classes import describe
 from ppflow_jax.data.pipeline import Source, Stream
@@ -36,13 +34,14 @@ from ppflow_jax.devices.sharding import (
     to_global,
 )
 from ppflow_jax.devices.stop import StopRequest
-from ppflow_jax.errors import InputError, RunError, Stopped, stream_seed
+from ppflow_jax.errors import RunError, Stopped, stream_seed
 from ppflow_jax.files.disk import locked, writable_directory
-from ppflow_jax.files.store import FOLDER, find_checkpoint
+from ppflow_jax.files.store import FOLDER
 from ppflow_jax.flow.sampler import image_noise
 from ppflow_jax.generate.plan import make_plan
 from ppflow_jax.train.ema import reminder
 from ppflow_jax.train.experiment import Experiment
+from ppflow_jax.train.init_from import open_start
 from ppflow_jax.train.inputs import Batch, make_inputs, open_inputs
 from ppflow_jax.train.metrics_log import MetricWriter, read_metrics, save_loss_plot
 from ppflow_jax.train.optimizer import learning_rate
@@ -207,15 +206,12 @@ def _first_state(
         )
         return checkpoints.restore(latest, target)
     if config.init_from:
-        path = find_checkpoint(config.init_from)
-        found = read_card(path)
-        if difference := found.differences(experiment.card):
-            raise InputError(
-                f"config.init_from={path} holds another model ({difference}): use a "
-                "configuration of the same model"
-            )
-        params = load_weights(path, found, mesh)
-        return jax.jit(lambda p: state_from(p, program.optimizer), out_shardings=shardings)(params)
+        params, start = open_start(config.init_from, experiment.card, mesh)
+        begin = jax.jit(
+            lambda params, key: state_from(start(params, key), program.optimizer),
+            out_shardings=shardings,
+        )
+        return begin(params, jax.random.key(config.seed))
     return jax.jit(program.init, out_shardings=shardings)(jax.random.key(config.seed))
 
 

@@ -50,11 +50,13 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
     dtype, remat = jnp.dtype(config.model.dtype), config.model.remat
     attention, head = config.model.attention, model.head_width
     programs = for_training(attention, dtype, remat=remat, head=head, mesh=mesh)
-    apply = make_apply(model, dtype=dtype, remat=remat, programs=programs, layout=layout(mesh))
+    rules = model.block.rules
+    place = layout(mesh, rules)
+    apply = make_apply(model, dtype=dtype, remat=remat, programs=programs, layout=place)
     optimizer = make_optimizer(experiment.optim, config.train.steps)
     init = functools.partial(init_state, model, optimizer)
     abstract = jax.eval_shape(init, jax.random.key(0))
-    shardings = tree_shardings(abstract, mesh)
+    shardings = tree_shardings(abstract, mesh, rules)
     step = compiled(
         make_train_step(
             experiment.objective,

@@ -24,7 +24,13 @@ FREE = (
     *("train.accumulate", "train.log_every", "train.save_every", "train.keep"),
 )
 # Settings that are younger than some runs, with the value that those had.
-BEFORE = {"train.ema_warmup": False}
+BEFORE = {
+    "train.ema_warmup": False,
+    "model.ffn": "mlp",
+    "model.wrap": "none",
+    "flow.balance": 0.01,
+    "flow.prior": 1.0,
+}
 _DATA = "trained_on."
 _LABELS = "trained_on.labels."  # follow from the rest of the data's identity
 _MODEL = ("model.", "flow.path", "flow.prediction")  # of which cards know the differences

@@ -31,16 +31,16 @@ def make_train_step(
 
     Randomness is `fold_in(key, state["step"])` over the whole batch, so accumulating over
     `accumulate` microbatches changes only the rounding. The EMA's decay is `ema`, with
-    `ema_warmup` less in the first steps (see `ema.rate`). Metrics, float32 scalars: `loss`,
-    `loss/stage{i}` (with more than one stage), `grad_norm`.
+    `ema_warmup` less in the first steps (see `ema.rate`). Metrics, float32 scalars: those of
+    `loss_fn` and `grad_norm`.
     """
 
     def gradient(params, x, draws):
         def loss(params):
             return loss_fn(objective, apply, params, x, draws)
 
-        (total, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return grads, metrics | {"loss": total}
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return grads, metrics
 
     def microbatches(leaf: jax.Array) -> jax.Array:
         period = len(objective.pattern)

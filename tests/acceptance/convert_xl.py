@@ -41,7 +41,7 @@ def state_dict(config: ModelConfig, seed: int, positions: bool) -> dict:
         leaf = leaves
         for part in entry.path:
             leaf = leaf[part]
-        shape = leaf.shape if entry.layer is None else leaf.shape[1:]
+        shape = leaf.shape[len(entry.index) :]
         state[entry.torch] = lambda e=entry, s=shape, n=number: make(e, s, 1009 * n + seed)
     return state
 

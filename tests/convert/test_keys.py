@@ -39,7 +39,7 @@ def shapes_of(config: ModelConfig) -> dict[str, Shape]:
         leaf = leaves
         for part in entry.path:
             leaf = leaf[part]
-        one = leaf.shape if entry.layer is None else leaf.shape[1:]
+        one = leaf.shape[len(entry.index) :]
         state[entry.torch] = Shape(entry.theirs(np.broadcast_to(np.int8(0), one)).shape)
     for stage, name in enumerate(position_names(config)):
         rows, cols = config.pyramid.grid(stage, config.latent_size)

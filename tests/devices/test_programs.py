@@ -37,7 +37,7 @@ def gpu(monkeypatch):
 def test_auto_on_cpu_and_tpu(monkeypatch):
     monkeypatch.delattr(programs, "_cudnn_works")  # nothing is tried there
     for dtype in (jnp.float32, jnp.bfloat16):
-        assert for_passes(dtype=dtype) == Programs("deferred", rows=True)
+        assert for_passes(dtype=dtype) == Programs("deferred", rows=True, experts="blocks")
         assert for_passes(dtype=dtype, mesh=mesh_of("tpu")) == Programs("splash")
 
 
@@ -69,7 +69,9 @@ def test_without_cudnn_one_line_says_that_xla_does_it(gpu, monkeypatch, capsys):
 
 def test_only_one_cpu_without_remat_is_trained_with_unrolled_blocks():
     one, eight = make_mesh(devices=jax.devices()[:1]), make_mesh()
-    assert for_training(mesh=one) == Programs("deferred", rows=True, unrolled=True)
+    assert for_training(mesh=one) == Programs(
+        "deferred", rows=True, unrolled=True, experts="blocks"
+    )
     assert not for_training(mesh=eight).unrolled
     assert not for_training(mesh=mesh_of("tpu")).unrolled
     assert not for_training(remat="dots", mesh=one).unrolled
@@ -114,7 +116,9 @@ def trained(found, monkeypatch, steps=2):
 
 def test_the_scanned_step_is_the_unrolled_one(monkeypatch):
     """A CPU trains with unrolled blocks; what accelerators run gives the same."""
-    unrolled, loops = trained(Programs("deferred", rows=True, unrolled=True), monkeypatch)
+    unrolled, loops = trained(
+        Programs("deferred", rows=True, unrolled=True, experts="blocks"), monkeypatch
+    )
     assert not loops
     scanned, loops = trained(Programs(), monkeypatch)
     assert loops

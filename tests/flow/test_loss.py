@@ -16,6 +16,7 @@ from ppflow_jax.flow.path import (
     score_from,
     velocity_from,
 )
+from ppflow_jax.models.network import Output
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT, Pyramid
 
 
@@ -68,7 +69,7 @@ def test_stages_may_be_trained_on_all_times(key):
 def for_each(apply):
     """`apply` for a tuple of stages."""
     return lambda params, xs, ts, ys, stages: tuple(
-        apply(params, *each) for each in zip(xs, ts, ys, stages)
+        Output(apply(params, *each), {}) for each in zip(xs, ts, ys, stages)
     )
 
 
@@ -137,7 +138,7 @@ def test_a_stage_weighs_its_duration_whatever_its_share(key):
         draws = Draws(jnp.zeros_like(x1), jnp.full(16, 0.5), jnp.zeros(16, jnp.int32))
         loss, by_stage = loss_fn(objective, for_each(apply), {}, x1, draws)
         assert float(loss) == pytest.approx(0.25 * 1 + 0.25 * 4)
-        assert [float(v) for v in by_stage.values()] == [0, 1, 4]
+        assert [float(by_stage[f"loss/stage{i}"]) for i in range(3)] == [0, 1, 4]
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_key_table_reaches_every_parameter_once():
     paths = [tuple(getattr(k, "key", None) for k in path) for path, _ in leaves]
     table = key_table(TINY)
     assert {e.path for e in table} == set(paths)
-    assert len({(e.path, e.layer) for e in table}) == len(table)
+    assert len({(e.path, e.index) for e in table}) == len(table)
 
 
 def test_a_fresh_model_outputs_zeros(key):

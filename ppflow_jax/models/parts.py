@@ -1,0 +1,253 @@
+"""What a block is made of.
+
+A part is configuration and factory at once, and the owner of its leaves: their names, FLOPs,
+shardings and PyTorch names. A `BlockSpec` has the parts of a block; what a model must know of its
+blocks is a sum over them. The parts of papers are in `systems/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from ppflow_jax.devices.layout import Layout
+from ppflow_jax.devices.programs import Programs
+from ppflow_jax.errors import InputError
+from ppflow_jax.models.layers import linear
+
+if TYPE_CHECKING:
+    from ppflow_jax.models.config import ModelConfig
+    from ppflow_jax.models.layers import Block
+
+Leaves = dict[str, Any]
+# What a part gives besides its output, by name
+Aux = dict[str, Array]
+# Pattern of paths such as `blocks/fc1/kernel`, and the mesh axes of such a leaf, depth first
+Rule = tuple[str, P]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How blocks are computed, not what; never in a checkpoint."""
+
+    dtype: DTypeLike = jnp.float32
+    programs: Programs = Programs()
+    layout: Layout = Layout()
+
+
+def _same(x: np.ndarray) -> np.ndarray:
+    return x
+
+
+class Key(NamedTuple):
+    """A tensor of the PyTorch code, and where it is in our leaves.
+
+    Attributes:
+      torch: its name.
+      path: of our leaf.
+      index: of its layer, and of its expert, in the leading axes of our leaf.
+      ours, theirs: into our layout and back; bijections of the elements.
+    """
+
+    torch: str
+    path: tuple[str | int, ...]
+    index: tuple[int, ...] = ()
+    ours: Callable[[np.ndarray], np.ndarray] = _same
+    theirs: Callable[[np.ndarray], np.ndarray] = _same
+
+
+def linear_keys(torch: str, *path: str | int, index: tuple[int, ...] = ()) -> Iterator[Key]:
+    """Weight and bias of a linear layer."""
+    yield Key(f"{torch}.weight", (*path, "kernel"), index, np.transpose, np.transpose)
+    yield Key(f"{torch}.bias", (*path, "bias"), index)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Base of all parts: frozen dataclasses of numbers, texts and booleans.
+
+    Attributes:
+      kind: its name in configurations and checkpoints.
+      rules: shardings of its leaves, see `devices.sharding`.
+      term_names: of `terms`.
+    """
+
+    kind: ClassVar[str]
+    rules: ClassVar[tuple[Rule, ...]] = ()
+    term_names: ClassVar[tuple[str, ...]] = ()
+
+    def __str__(self) -> str:
+        """`kind:field=value,...`, as configurations and checkpoints have it."""
+        pairs = (f"{f.name}={str(getattr(self, f.name)).lower()}" for f in fields(self))
+        return ":".join(filter(None, (self.kind, ",".join(pairs))))
+
+    def modules(self, model: ModelConfig, run: Execution, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
+        """What is attached to a block, by the names of its leaves."""
+        raise NotImplementedError
+
+    def flops(self, model: ModelConfig, tokens: int) -> int:
+        """FLOPs of its matrix products for so many tokens of one image, 2 per multiply-add."""
+        raise NotImplementedError
+
+    def keys(self, layer: int) -> Iterator[Key]:
+        """PyTorch names of its leaves in one layer."""
+        raise NotImplementedError
+
+    def start(self, model: ModelConfig, source: ModelConfig, blocks: Leaves, key: Array) -> Leaves:
+        """The blocks of `model`, which has this part, from those of `source`, which has another.
+
+        A pure function of arrays (JAX traces it).
+
+        Args:
+          blocks: of `source`, every leaf with its axis of depth; the leaves of other parts stay.
+          key: for leaves that have no origin in them.
+
+        Raises:
+          InputError: there is no way from there.
+        """
+        raise InputError(
+            f"{self.kind} cannot start from weights of {source.block}: leave init_from empty"
+        )
+
+    def terms(self, aux: Aux) -> dict[str, Float[Array, ""]]:
+        """What training may add to the loss, by name; `aux` is this part's of all layers."""
+        return {}
+
+
+class Ffn(Part):
+    """The branch of a block in which tokens do not see each other."""
+
+    def __call__(self, block: Block, x: Float[Array, "b n d"]) -> tuple[Float[Array, "b n d"], Aux]:
+        """The branch before its gate, and what it gives besides."""
+        raise NotImplementedError
+
+    def hidden(self, model: ModelConfig) -> float:
+        """Hidden units that a token passes, for estimates of memory traffic."""
+        raise NotImplementedError
+
+    @classmethod
+    def read(cls, state: Any, width: int) -> tuple[Ffn, int] | None:
+        """The part of a PyTorch state dict and the hidden units of its MLP or of one expert.
+
+        None where it has another. What the names and shapes do not say is the default.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Mlp(Ffn):
+    """The MLP of DiT: two linear layers, GELU in its tanh form between them."""
+
+    kind = "mlp"
+
+    def modules(self, model: ModelConfig, run: Execution, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
+        hidden = int(model.width * model.mlp_ratio)
+        return {
+            "fc1": linear(model.width, hidden, rngs, dtype=run.dtype),
+            "fc2": linear(hidden, model.width, rngs, dtype=run.dtype),
+        }
+
+    def __call__(self, block: Block, x: Float[Array, "b n d"]) -> tuple[Float[Array, "b n d"], Aux]:
+        def mlp(x):
+            return block.fc2(jax.nn.gelu(block.fc1(x), approximate=True))
+
+        return block.attention.per_token(mlp, x), {}
+
+    def flops(self, model: ModelConfig, tokens: int) -> int:
+        """4 r N D^2."""
+        return 4 * tokens * model.width * int(model.mlp_ratio * model.width)
+
+    def hidden(self, model: ModelConfig) -> float:
+        return model.mlp_ratio * model.width
+
+    def keys(self, layer: int) -> Iterator[Key]:
+        for name in ("fc1", "fc2"):
+            yield from linear_keys(f"blocks.{layer}.mlp.{name}", "blocks", name, index=(layer,))
+
+    @classmethod
+    def read(cls, state: Any, width: int) -> tuple[Ffn, int] | None:
+        name = "blocks.0.mlp.fc1.weight"
+        return (cls(), state[name].shape[0]) if name in state else None
+
+
+class Wrap(Part):
+    """What stands around a block: h + B(u) - u for a block B, with u of the part's choice.
+
+    Its leaves are in a module of the name `kind`.
+    """
+
+    def signals(
+        self, leaves: Leaves, embed: Callable[[Array], Array], t: Float[Array, " b"]
+    ) -> tuple[Any, Aux]:
+        """What `__call__` finds as `block.signal`, by layer, and what training may be given.
+
+        Args:
+          leaves: of its module, every one with an axis of depth.
+          embed: of times: their embedding [b, d].
+        """
+        raise NotImplementedError
+
+    def __call__(self, block: Block, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """u of a block that x enters."""
+        raise NotImplementedError
+
+    @classmethod
+    def read(cls, state: Any) -> Wrap | None:
+        """The part of a PyTorch state dict, if it has it."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """The parts of a block, whose attention and adaLN-Zero are DiT's."""
+
+    ffn: Ffn = Mlp()
+    wrap: Wrap | None = None
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return (self.ffn,) if self.wrap is None else (self.ffn, self.wrap)
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        return tuple(rule for part in self.parts for rule in part.rules)
+
+    def keys(self, layer: int) -> Iterator[Key]:
+        for part in self.parts:
+            yield from part.keys(layer)
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        return tuple(name for part in self.parts for name in part.term_names)
+
+    def terms(self, aux: Aux) -> dict[str, Float[Array, ""]]:
+        return {name: value for part in self.parts for name, value in part.terms(aux).items()}
+
+    def start(self, model: ModelConfig, source: ModelConfig, blocks: Leaves, key: Array) -> Leaves:
+        """Leaves of blocks of this kind from those of `source`, see `Part.start`."""
+        if source.block.wrap not in (None, self.wrap):
+            raise InputError(f"weights with {source.block.wrap} do not start a model without it")
+        for part in self.parts:
+            if part not in source.block.parts:
+                blocks = part.start(model, source, blocks, key)
+        return blocks
+
+    def to_json(self) -> dict[str, str]:
+        """The parts that are not DiT's."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: str(p) for name, p in parts.items() if p != getattr(DIT, name)}
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.parts))
+
+
+DIT = BlockSpec()

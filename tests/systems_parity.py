@@ -1,0 +1,86 @@
+"""Compares the systems with arrays that their authors' code computed.
+
+    python -m tests.systems_parity FOLDER
+
+FOLDER has NAME/NAME.npz for every system, as tests/reference/systems (see its README). Arrays that
+are absent are not compared, so the same code serves the selection in the repository and a full set.
+Exit code 1 if one is over its bound, or if there is nothing to compare.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from tests.acceptance.comparison import Row, report
+from tests.systems import parity_moe, parity_switch
+
+SYSTEMS: dict[str, Callable[[Reference], Iterator[Row]]] = {
+    "dit_moe": parity_moe.rows,
+    "switch_dit": parity_switch.rows,
+}
+
+
+class Reference:
+    """One file: its arrays by name, its settings, and rows with the bounds of its README."""
+
+    def __init__(self, file: Path):
+        self.name = file.stem
+        self.arrays = dict(np.load(file))
+        self.config = json.loads(str(self.arrays["config"]))
+        self.deviation = json.loads(str(self.arrays.get("float32_deviation", "{}")))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.arrays
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.arrays[name]
+
+    def below(self, prefix: str) -> dict[str, np.ndarray]:
+        """Arrays whose names begin with `prefix/`, by the rest."""
+        start = f"{prefix}/"
+        return {k.removeprefix(start): v for k, v in self.arrays.items() if k.startswith(start)}
+
+    def row(self, name: str, ours: object, times: float = 1, what: str = "") -> Iterator[Row]:
+        """Ours beside the array of that name, if it is there; whole numbers must be equal.
+
+        The bound is `times` that of the README: 5 times the deviation of the authors' code in
+        float32 and 2e-6 of the largest value.
+        """
+        if name not in self:
+            return
+        theirs, ours = self[name], np.asarray(ours)
+        assert ours.shape == theirs.shape, (name, ours.shape, theirs.shape)
+        text = f"{self.name} {name}{what and f' ({what})'}"
+        if theirs.dtype.kind in "biu":
+            yield Row(text, int(np.sum(ours != theirs)), 0, "differ")
+            return
+        error = np.max(np.abs(np.float64(ours) - np.float64(theirs)))
+        deviation, largest = self.deviation.get(name, (0.0, float(np.max(np.abs(theirs)))))
+        yield Row(text, float(error), times * (5 * deviation + 2e-6 * max(1.0, largest)))
+
+
+def compare(folder: Path) -> Iterator[Row]:
+    for name, rows in SYSTEMS.items():
+        file = folder / name / f"{name}.npz"
+        if file.is_file():
+            yield from rows(Reference(file))
+
+
+def main() -> int:
+    folder = Path(sys.argv[1])
+    with jax.default_matmul_precision("highest"):
+        code = report(compare(folder))
+    left = sorted({p.parent.name for p in folder.glob("*/*.npz")} - SYSTEMS.keys())
+    if left:
+        print(f"not compared: {', '.join(left)}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
