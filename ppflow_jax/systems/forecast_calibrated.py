@@ -18,14 +18,14 @@ SCHEDULES = ("dp", "magcache", "teacache")
 
 
 def relative_changes(values: Float[np.ndarray, "k ..."]) -> Float[np.ndarray, " k"]:
-    """mean |m_i - m_(i-1)| / mean |m_(i-1)| of TeaCache (its Eq. 4), 0 at the first step."""
+    """mean |m_i - m_(i-1)| / mean |m_(i-1)| of TeaCache, 0 at the first step."""
     values = np.float64(values).reshape(len(values), -1)
     changes = np.abs(np.diff(values, axis=0)).mean(axis=1) / np.abs(values[:-1]).mean(axis=1)
     return np.concatenate([[0.0], changes])
 
 
 def magnitude_ratios(residuals: Float[np.ndarray, "k ... d"]) -> Float[np.ndarray, " k"]:
-    """Mean over tokens of |R_i| / |R_(i-1)| of MagCache (its Eq. 4), 1 at the first step.
+    """Mean over tokens of |R_i| / |R_(i-1)| of MagCache, 1 at the first step.
 
     R is what all blocks add to a token.
     """
@@ -42,7 +42,7 @@ def teacache_costs(changes: Float[np.ndarray, " k"]) -> Float[np.ndarray, "k k"]
 
 
 def magcache_costs(ratios: Float[np.ndarray, " k"]) -> Float[np.ndarray, "k k"]:
-    """sum_m |1 - r_(i+1) ... r_m| over the steps m up to j (MagCache, its Eq. 6 and 7)."""
+    """sum_m |1 - r_(i+1) ... r_m| over the steps m up to j (MagCache)."""
     costs = np.zeros((len(ratios),) * 2)
     for i in range(len(ratios)):
         costs[i, i + 1 :] = np.cumsum(np.abs(1 - np.cumprod(ratios[i + 1 :])))
