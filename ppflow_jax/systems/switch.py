@@ -89,11 +89,16 @@ class Switch(Wrap):
         P are an image's gates in all layers, Q what the prior has for its time.
         """
         gates, used = (jnp.concatenate([*aux[name]], axis=-1) for name in ("gates", "used"))
-        mask = prior_mask(gates.shape[-1], self.top_k / self.experts)
+        mask = self.prior(len(aux["gates"]))
         number = jnp.rint((1 - aux["t"]) * (TIMES - 1)).astype(jnp.int32)
         match = jax.lax.stop_gradient(matched(used, mask))
         prior = jnp.asarray(mask, jnp.float32)[number][:, match] / mask[0].sum()
         return {"prior": divergence(gates / len(aux["gates"]), prior)}
+
+    def prior(self, depth: int) -> Bool[np.ndarray, "times units"]:
+        """Which of all layers' experts the prior uses at every time."""
+        units = depth * self.experts
+        return prior_mask(units, units * self.top_k // self.experts)
 
     def flops(self, model: ModelConfig, tokens: int) -> int:
         """One matrix out of the experts', and its product with the tokens."""
@@ -146,9 +151,8 @@ class Experts(nnx.Module):
         return 1 + jnp.einsum("bnd,bdf->bnf", x, folded).astype(jnp.float32) + bias
 
 
-def prior_mask(units: int, share: float) -> Bool[np.ndarray, "times units"]:
-    """Which of the units the prior uses at every time: a window whose start moves with n^4."""
-    width = int(units * share)
+def prior_mask(units: int, width: int) -> Bool[np.ndarray, "times units"]:
+    """A window of so many units at every time n, whose start moves with n^4."""
     n = np.arange(TIMES) / (TIMES - 1)
     start = np.rint(n**_POWER * (units - width)).astype(int)[:, None]
     unit = np.arange(units)[None]

@@ -16,7 +16,7 @@ from ppflow_jax.models.layers import Block
 from ppflow_jax.models.network import PPFlow
 from ppflow_jax.models.parts import BlockSpec, Execution
 from ppflow_jax.pyramid import SIT
-from ppflow_jax.systems.switch import TIMES, Experts, Switch, divergence, matched, prior_mask
+from ppflow_jax.systems.switch import TIMES, Experts, Switch, divergence, matched
 from tests.acceptance.comparison import Row
 from tests.systems.parity_moe import Model, guidance, nchw, nhwc
 
@@ -66,8 +66,7 @@ class SwitchModel(Model):
 
     def given_prior(self, ref, found) -> jax.Array:
         """The prior with the assignment of the file: several are optimal."""
-        units = self.part.experts * self.config.depth
-        mask = prior_mask(units, self.part.top_k / self.part.experts)
+        mask = self.part.prior(self.config.depth)
         n = np.asarray(ref["run/t"])
         q = jnp.float32(mask[n][:, ref["prior/match"]] / mask[0].sum())
         return divergence(jnp.concatenate([*found["probs"]], -1) / self.config.depth, q)
@@ -124,11 +123,11 @@ def _layer(ref: Reference, name: str, layer: int, ours) -> Row:
 def prior(ref: Reference) -> Iterator[Row]:
     settings = ref.config
     units = settings["E"] * settings["L"]
-    mask = prior_mask(units, settings["K"] / settings["E"])
+    mask = Switch(settings["E"], settings["K"]).prior(settings["L"])
     yield from ref.row("prior/mask", mask)
     if "prior/geometry" in ref:
         for depth, u, w, *starts in ref["prior/geometry"]:
-            found = prior_mask(int(u), 2 / 3)
+            found = Switch(3, 2).prior(int(depth))
             ours = [
                 int(depth) * 3,
                 found[0].sum(),

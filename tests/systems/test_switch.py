@@ -85,7 +85,7 @@ def test_times_choose_experts():
 
 
 def test_the_windows_of_the_prior():
-    mask = prior_mask(84, 2 / 3)
+    mask = prior_mask(84, 56)
     assert mask.shape == (TIMES, 84) and set(mask.sum(1)) == {56}
     assert [mask[n].argmax() for n in (0, 500, 999)] == [0, 2, 28]
     rng = np.random.default_rng(0)
