@@ -2,13 +2,13 @@
 
     python -m benchmarks.sixteen_times --sit=runs/sit --run=runs/l3 --plan=plan.json --cfg=2 \
         [--batches=8,64] [--rounds=9]
-    python -m benchmarks.sixteen_times --size=B --batches=8 [--evaluations=6]
+    python -m benchmarks.sixteen_times --size=B --batches=2 [--counts=3,2,3] [--guidance=1,2,1]
 
 All are timed in turn in every round; the ratio is the median over the rounds. The first compares
 errors too: the plan's on held-out noise must be no larger than that of 24 Euler steps of the same
 model under the same guidance. The second has random weights and measures time alone: a model of 3
-levels at 32x32x4, its first stage unguided, with as many evaluations as the plan. Exit code 0 only
-if all ratios are at least 16, or 12 at batches below 64 of the first.
+levels at 32x32x4, with so many steps of every stage. Exit code 0 only if all ratios are at least
+16, or 12 at batches below 64 of the first.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _RUN = flags.DEFINE_string("run", None, "Run of a pyramid.")
 _PLAN = flags.DEFINE_string("plan", None, "Its plan, of `ppflow tune`.")
 _CFG = flags.DEFINE_float("cfg", 2.0, "Guidance scale of SiT.")
 _SIZE = flags.DEFINE_string("size", None, "Random weights of this size instead of runs.")
-_EVALUATIONS = flags.DEFINE_integer("evaluations", 6, "Of the plan with random weights.")
+_COUNTS = flags.DEFINE_list("counts", ["3", "2", "3"], "Steps of every stage, random weights.")
+_GUIDANCE = flags.DEFINE_list("guidance", ["1", "2", "1"], "Scale of every stage, random weights.")
 _BATCHES = flags.DEFINE_list("batches", ["8", "64"], "Images at once.")
 _ROUNDS = flags.DEFINE_integer("rounds", 9, "Rounds of the timing.")
 EULER = 24
@@ -76,9 +77,13 @@ def _random() -> tuple[Any, Any, Any]:
     from ppflow_jax.checkpoints.card import Card
     from ppflow_jax.checkpoints.weights import Weights
     from ppflow_jax.flow.path import Flow
+    from ppflow_jax.flow.plan import FITTED, SamplerConfig
+    from ppflow_jax.generate.plan import Plan
     from ppflow_jax.models.config import SIZES, ModelConfig
     from ppflow_jax.models.network import init_params
     from ppflow_jax.pyramid import PPFLOW3, SIT
+    from ppflow_jax.tune.allocate import start_of
+    from ppflow_jax.tune.fit import Field
 
     models = []
     for pyramid in (SIT, PPFLOW3):
@@ -86,9 +91,11 @@ def _random() -> tuple[Any, Any, Any]:
         params = init_params(config, jax.random.key(0))
         card = Card(config, Flow(), "latents")
         models.append(Model(Weights(card, Path("random"), "ema", lambda params=params: params)))
-    cfg = (1.0, _CFG.value, _CFG.value)
-    plan = models[1].plan(steps=_EVALUATIONS.value, solver="ab2", cfg=cfg)
-    return models[0], models[1], plan
+    sit, fast = models
+    cfg = cli.numbers("guidance", _GUIDANCE.value)
+    fitted = start_of(Field(fast), cfg, tuple(map(int, _COUNTS.value)))
+    segments, config = fitted.segments, SamplerConfig(FITTED, len(fitted.stages), cfg=cfg)
+    return sit, fast, Plan(fast.config, fast.card.flow, config, segments)
 
 
 def _compared(slow: Any, fast: Any, batch: int) -> tuple[float, tuple[float, float]]:
