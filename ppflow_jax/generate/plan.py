@@ -96,14 +96,17 @@ class Plan:
 def guided_by(plan: Plan, card: Card, cfg: tuple[float, ...]) -> Plan:
     """The same plan with other guidance scales, one or one of every stage.
 
+    The guidance that a tuned plan was fitted with leaves its scales of steps as they are.
+
     Raises:
       InputError: another number of scales.
     """
     config = replace(plan.config, cfg=cfg)
     if plan.tuned is None:
         return make_plan(card, config, plan.added, plan.weak)
-    pyramid = plan.model.pyramid
-    fitted = plan.tuned.fitted.guided(config.scales(pyramid), pyramid)
+    pyramid, fitted = plan.model.pyramid, plan.tuned.fitted
+    if config.scales(pyramid) != plan.tuned.cfg:
+        fitted = fitted.guided(config.scales(pyramid), pyramid)
     return replace(plan, config=config, segments=plan.tuned.segments(fitted))
 
 

@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from ppflow_jax.api.model import Model
 from ppflow_jax.console import table
@@ -25,7 +26,7 @@ from ppflow_jax.tune.asked import Asked
 from ppflow_jax.tune.calibrate import Trajectories
 from ppflow_jax.tune.fit import Field, closed_form, distance, error, refined
 from ppflow_jax.tune.forecasts import tune_forecast
-from ppflow_jax.tune.pareto import Point, figure_of, front_of, point, text_of
+from ppflow_jax.tune.pareto import figure_of, front_of, point, text_of
 from ppflow_jax.tune.patches import (
     assigned,
     patch_errors,
@@ -50,19 +51,24 @@ def tune(model: Model, asked: Asked) -> str:
         return tune_forecast(model, asked)
     asked.check_budget()
     cfg, field = asked.scales(model), Field(model, asked.cfg_channels)
-    price = _price(field, cfg, asked)
-    costs = tuple(price.of(stage, scale) for stage, scale in enumerate(cfg))
-    budget = Budget(price.limit, costs, price.unit)
+    cost, budget = _budget(field, cfg, asked)
     budget.allocations()
     out = asked.target()
     fit, held_out = asked.trajectories(model, cfg, out)
     plan, front = best_allocation(field, cfg, budget, fit), None
     if asked.choose_patches:
         say_what_was_not_trained(field)
-        cost = budget.of(tuple(plan.counts.values()))
-        own = point(field, plan, cost, held_out)
-        plan, points = _patched(field, cfg, asked.evaluations, price, (fit, held_out), plan)
-        front = {"unit": price.unit, "points": points, "own": own}
+        own = point(field, plan, budget.of(tuple(plan.counts.values())), held_out)
+        times = np.linspace(plan.times[0], plan.times[-1], asked.evaluations + 1)
+        times = np.float32(times).astype(float)
+        errors = patch_errors(field, cfg, times, fit)
+        costs = np.array(
+            [[cost(stage, s) for stage in range(len(cfg))] for s in scales_at(field, cfg, times)]
+        )
+        patches = assigned(errors, costs, budget.limit)
+        points = front_of(field, cfg, times, errors, costs, (fit, held_out))
+        plan = _patched(field, cfg, times, patches, fit, plan)
+        front = {"unit": budget.unit, "points": points, "own": own}
         with atomic(out.with_suffix(".front.png")) as temporary:
             temporary.write_bytes(figure_of(front))
     if asked.refine:
@@ -89,24 +95,14 @@ def tune(model: Model, asked: Asked) -> str:
 def _patched(
     field: Field,
     cfg: tuple[float, ...],
-    steps: int,
-    price: Price,
-    trajectories: tuple[Trajectories, Trajectories],
+    times: Float[np.ndarray, " points"],
+    patches: tuple[int, ...],
+    fit: Trajectories,
     usual: Fitted,
-) -> tuple[Fitted, list[Point]]:
-    """A plan with the patch of every step chosen, or the usual one if that is better; and what
-    other budgets would buy."""
-    fit, _ = trajectories
-    times = np.linspace(usual.times[0], usual.times[-1], steps + 1)
-    times, stages = np.float32(times).astype(float), range(len(cfg))
-    scales = scales_at(field, cfg, times)
-    costs = np.array([[price.of(stage, scale) for stage in stages] for scale in scales])
-    errors = patch_errors(field, cfg, times, fit)
-    patches = assigned(errors, costs, price.limit)
+) -> Fitted:
+    """A plan with these patches, or the usual one if that is better."""
     chosen, ends = closed_form(field, with_patches(field, cfg, times, patches), fit)
-    if distance(ends, fit) >= error(field, usual, fit):
-        chosen = usual
-    return chosen, front_of(field, cfg, times, errors, costs, trajectories)
+    return chosen if distance(ends, fit) < error(field, usual, fit) else usual
 
 
 def _fixed(field: Field, usual: Fitted) -> dict[str, Any]:
@@ -131,21 +127,11 @@ def _said(plan: Fitted, usual: Fitted, errors: dict[str, float], out: Path) -> s
     )
 
 
-class Price(NamedTuple):
-    """What a plan may cost an image.
+def _budget(
+    field: Field, cfg: tuple[float, ...], asked: Asked
+) -> tuple[Callable[[int, float], float], Budget]:
+    """The cost of an evaluation of a stage under a guidance scale, and the budget.
 
-    Attributes:
-      of: (stage, guidance scale) -> cost of an evaluation.
-      limit: of the sum over the steps.
-    """
-
-    of: Callable[[int, float], float]
-    limit: float
-    unit: str
-
-
-def _price(field: Field, cfg: tuple[float, ...], asked: Asked) -> Price:
-    """
     Raises:
       InputError: no number above 0.
     """
@@ -162,7 +148,8 @@ def _price(field: Field, cfg: tuple[float, ...], asked: Asked) -> Price:
         cost = lambda stage, scale: forward_flops(model, stage) * _rows(scale) / whole
     if not 0 < limit < np.inf:
         raise InputError(f"a budget of {limit:g}: give a number above 0")
-    return Price(cost, float(limit), unit)
+    costs = tuple(cost(stage, scale) for stage, scale in enumerate(cfg))
+    return cost, Budget(float(limit), costs, unit)
 
 
 def _rows(scale: float) -> int:

@@ -84,6 +84,12 @@ def test_presets_take_fewer_steps_of_ab2(text, steps, expected):
     assert (config.solver, config.steps) == expected and config.cfg == (1.0, 2.0)
 
 
+def test_presets_keep_a_solver_of_one_evaluation_a_step():
+    model = ModelConfig(PPFLOW2, 32, 4, **SIZES["XL"], num_classes=1000)
+    config = with_preset(SamplerConfig("unipc2", 50), "fast", model)
+    assert (config.solver, config.steps) == ("unipc2", 17)
+
+
 @pytest.mark.parametrize("solver", ["dopri5", "sde-euler"])
 def test_presets_refuse_solvers_that_they_cannot_stand_for(solver):
     model = ModelConfig(PPFLOW2, 32, 4, **SIZES["XL"], num_classes=1000)

@@ -139,6 +139,20 @@ def test_the_command_and_the_api_sample_it_alike(small_run, model, tuned, tmp_pa
     assert (model.sample(4, plan=other).latents != latents).any()
 
 
+def test_scales_of_steps_stay_under_the_guidance_of_their_fit(model, tuned, tmp_path):
+    plan = PlanFile.read(tuned[0])
+    guided = [stage == 1 for stage in plan.fitted.stages]
+    scales = tuple(2 + 0.125 * (1 + i) if g else 1.0 for i, g in enumerate(guided))
+    fitted = replace(plan, fitted=replace(plan.fitted, scales=scales))
+
+    def scales_of(**given):
+        segments = model.plan(fitted, **given).segments
+        return tuple(s.scales[0] for s in segments for _ in range(s.steps))
+
+    assert scales_of() == scales_of(cfg=(1, 2)) == scales
+    assert scales_of(cfg=(1, 3)) == tuple(3.0 if g else 1.0 for g in guided)
+
+
 def test_a_plan_of_eulers_rows_is_eulers_method_bit_for_bit(model, tmp_path):
     times, pyramid = grid_of(model, (3, 3)), model.config.pyramid
     rows = adams_bashforth(1, times)
