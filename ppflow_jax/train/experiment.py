@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -14,9 +14,12 @@ from ppflow_jax.errors import InputError
 from ppflow_jax.flow.loss import Objective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
+from ppflow_jax.models.conditions import Channels
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.pyramid import Pyramid
 from ppflow_jax.systems.registry import take_block, take_conditions
+from ppflow_jax.systems.registry import task as task_of
+from ppflow_jax.systems.tasks import Task
 from ppflow_jax.train.optimizer import OptimConfig
 
 
@@ -36,6 +39,7 @@ class Experiment:
     optim: OptimConfig
     sampler: SamplerConfig
     config: ConfigDict
+    task: Task | None = None
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> Experiment:
@@ -43,6 +47,8 @@ class Experiment:
         settings = {k: c[k] for k in c if k not in ("pyramid", "dtype", "remat", "attention")}
         made = dict(block=(block := take_block(settings)), conditions=take_conditions(settings))
         model = ModelConfig(pyramid=Pyramid.parse(c.pyramid), **made, **settings)
+        if task := task_of(config.data.task):
+            model = _told(model, task, config.data.space)
         flow = Flow(config.flow.path, config.flow.prediction)
         objective = Objective(
             pyramid=model.pyramid,
@@ -62,7 +68,25 @@ class Experiment:
         values["model"] |= block.to_json()  # as checkpoints have it
         values["model"]["conditions"] = list(map(str, model.conditions))
         card = Card(model, flow, config.data.space, values)
-        return cls(card, objective, OptimConfig(**config.optim), sampler, config)
+        return cls(card, objective, OptimConfig(**config.optim), sampler, config, task)
+
+
+def _told(model: ModelConfig, task: Task, space: str) -> ModelConfig:
+    """The model with the condition of its task, unless it has it.
+
+    Raises:
+      InputError: the task does not fit the model, or the model's condition is another one.
+    """
+    needed = task.for_model(model, space)
+    own = [c for c in model.conditions if c.name == needed.name]
+    if not own:
+        return replace(model, conditions=(*model.conditions, needed))
+    if not isinstance(own[0], Channels) or replace(own[0], drop=needed.drop) != needed:
+        raise InputError(
+            f"config.data.task={task} gives {needed}, config.model.conditions has {own[0]}: leave "
+            "that out"
+        )
+    return model
 
 
 def sampler_of(sample: Mapping[str, Any] | ConfigDict) -> SamplerConfig:
