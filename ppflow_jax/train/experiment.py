@@ -11,13 +11,14 @@ from ml_collections import ConfigDict
 
 from ppflow_jax.checkpoints.card import Card
 from ppflow_jax.errors import InputError
-from ppflow_jax.flow.loss import Objective
+from ppflow_jax.flow.loss import FlowObjective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
+from ppflow_jax.flow.terms import Phase, parse_phases
 from ppflow_jax.models.conditions import Channels
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.pyramid import Pyramid
-from ppflow_jax.systems.registry import take_block, take_conditions
+from ppflow_jax.systems.registry import take_block, take_conditions, term
 from ppflow_jax.systems.registry import task as task_of
 from ppflow_jax.systems.tasks import Task
 from ppflow_jax.train.optimizer import OptimConfig
@@ -35,7 +36,8 @@ class Experiment:
     """
 
     card: Card
-    objective: Objective
+    objective: FlowObjective
+    phases: tuple[Phase, ...]
     optim: OptimConfig
     sampler: SamplerConfig
     config: ConfigDict
@@ -50,7 +52,8 @@ class Experiment:
         if task := task_of(config.data.task):
             model = _told(model, task, config.data.space)
         flow = Flow(config.flow.path, config.flow.prediction)
-        objective = Objective(
+        terms = tuple(map(term, config.flow.terms))
+        objective = FlowObjective(
             pyramid=model.pyramid,
             flow=flow,
             null_label=model.null_label,
@@ -58,7 +61,15 @@ class Experiment:
             label_drop=config.flow.label_drop,
             stage_share=tuple(config.flow.stage_share),
             stage_times=tuple(tuple(map(float, pair)) for pair in config.flow.stage_times),
-            terms=tuple((k, config.flow[k]) for k in block.term_names if config.flow[k]),
+            terms=terms,
+            conditions=model.conditions,
+        )
+        _check_given(objective, task)
+        phases = parse_phases(
+            config.train.phases,
+            config.train.steps,
+            always={name: config.flow[name] for name in block.term_names},
+            names=[term.name for term in terms],
         )
         sampler = sampler_of(config.sample)
         sampler.scales(model.pyramid)
@@ -68,7 +79,7 @@ class Experiment:
         values["model"] |= block.to_json()  # as checkpoints have it
         values["model"]["conditions"] = list(map(str, model.conditions))
         card = Card(model, flow, config.data.space, values)
-        return cls(card, objective, OptimConfig(**config.optim), sampler, config, task)
+        return cls(card, objective, phases, OptimConfig(**config.optim), sampler, config, task)
 
 
 def _told(model: ModelConfig, task: Task, space: str) -> ModelConfig:
@@ -87,6 +98,19 @@ def _told(model: ModelConfig, task: Task, space: str) -> ModelConfig:
             "that out"
         )
     return model
+
+
+def _check_given(objective: FlowObjective, task: Task | None) -> None:
+    """
+    Raises:
+      InputError: nothing gives values to one of the conditions.
+    """
+    given = () if task is None else (task.condition,)
+    if lacking := [c.name for c in objective.conditions if c.name not in given]:
+        raise InputError(
+            f"config.model.conditions has {', '.join(lacking)}, and nothing gives values for it in "
+            "training: leave it out, or set config.data.task to what does"
+        )
 
 
 def sampler_of(sample: Mapping[str, Any] | ConfigDict) -> SamplerConfig:

@@ -21,8 +21,16 @@ from ppflow_jax.data.cache import CacheSource
 from ppflow_jax.data.checks import check_shape
 from ppflow_jax.data.pipeline import Source
 from ppflow_jax.data.sources import open_source
-from ppflow_jax.devices.sharding import batch_sharding, data_shards, replicated
+from ppflow_jax.devices.sharding import (
+    batch_sharding,
+    data_shards,
+    fetch,
+    local_rows,
+    replicated,
+    to_global,
+)
 from ppflow_jax.errors import InputError, stream_seed
+from ppflow_jax.models.conditions import LABEL, Cond
 from ppflow_jax.systems.registry import task as task_of
 from ppflow_jax.systems.tasks import Task
 
@@ -91,6 +99,26 @@ def open_inputs(data: ConfigDict, card: Card) -> tuple[Source, Encoder | None, C
     identity = json.loads(json.dumps(identity))  # as checkpoints give it back
     experiment = (card.experiment or {}) | {"trained_on": identity}
     return source, encoder, replace(card, experiment=experiment, latent_scale=scale)
+
+
+def shown_to(
+    card: Card, source: Source, inputs: Callable[[Batch, int], Batch], mesh: Mesh, count: int
+) -> Cond:
+    """What a model is told for `count` samples that are looked at while it is trained.
+
+    The trained classes in turn; of a model with conditions what is told of the first examples of
+    `source`, without mirroring. Host arrays, the same on every process.
+    """
+    if not card.model.conditions:
+        return np.resize(card.classes.trained(card.model.num_classes), count)
+    rows = -(-count // data_shards(mesh)) * data_shards(mesh)
+    place = batch_sharding(mesh)
+    index = np.arange(rows)[local_rows(place, rows)] % len(source)
+    batch = source.read(index, np.zeros(len(index), bool))
+    batch.pop("unreadable", None)
+    seen = inputs(to_global(batch, place, rows), 0)
+    names = (LABEL, *(condition.name for condition in card.model.conditions))
+    return {name: fetch(seen[name])[:count] for name in names}
 
 
 def make_inputs(
