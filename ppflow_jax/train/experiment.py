@@ -78,6 +78,7 @@ class Experiment:
         values.pop("resume_changed", None)
         values["model"] |= block.to_json()  # as checkpoints have it
         values["model"]["conditions"] = list(map(str, model.conditions))
+        values["data"]["task"] = str(task or "none")
         card = Card(model, flow, config.data.space, values)
         return cls(card, objective, phases, OptimConfig(**config.optim), sampler, config, task)
 
