@@ -1,10 +1,15 @@
-"""Floating-point operations by formula (XLA counts the body of a scan once)."""
+"""Evaluations, and floating-point operations by formula (XLA counts the body of a scan once)."""
 
 from __future__ import annotations
 
 from ppflow_jax.flow.plan import Segment
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.flops import forward_flops
+
+
+def evaluations(segments: tuple[Segment, ...]) -> int:
+    """NFE of a fixed-grid plan; a guided evaluation counts once."""
+    return sum(s.steps * len(s.stages) for s in segments)
 
 
 def segment_flops(model: ModelConfig, segment: Segment, weak: ModelConfig | None = None) -> int:

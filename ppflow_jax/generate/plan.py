@@ -12,8 +12,9 @@ import numpy as np
 from ppflow_jax.checkpoints.card import Card
 from ppflow_jax.checkpoints.weights import Weights
 from ppflow_jax.errors import InputError
+from ppflow_jax.flow.cost import evaluations
 from ppflow_jax.flow.path import Flow
-from ppflow_jax.flow.plan import ADAPTIVE, FITTED, SamplerConfig, Segment, evaluations
+from ppflow_jax.flow.plan import ADAPTIVE, FITTED, SamplerConfig, Segment
 from ppflow_jax.flow.sampler import Sampler
 from ppflow_jax.generate.explain import explain
 from ppflow_jax.generate.plan_file import PlanFile
