@@ -1,13 +1,14 @@
-"""The parts that configurations and checkpoints name."""
+"""The parts and conditions that configurations and checkpoints name."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
-from typing import Any
+from dataclasses import MISSING, fields, replace
+from typing import Any, TypeVar
 
 from ppflow_jax.errors import InputError
-from ppflow_jax.models.parts import BlockSpec, Ffn, Mlp, Part, Wrap
+from ppflow_jax.models.conditions import Channels, Condition, Scalar
+from ppflow_jax.models.parts import BlockSpec, Described, Ffn, Mlp, Part, Wrap
 from ppflow_jax.systems.moe import MoE
 from ppflow_jax.systems.switch import Switch
 
@@ -15,6 +16,7 @@ FFNS: dict[str, type[Ffn]] = {part.kind: part for part in (Mlp, MoE)}
 WRAPS: dict[str, type[Wrap]] = {part.kind: part for part in (Switch,)}
 KINDS = {"ffn": FFNS, "wrap": WRAPS}  # by the field of `BlockSpec`
 NONE = "none"  # of a part that there need not be
+CONDITIONS: dict[str, type[Condition]] = {c.kind: c for c in (Channels, Scalar)}
 
 _READERS = {
     "int": int,
@@ -24,14 +26,29 @@ _READERS = {
 }
 
 
+_Made = TypeVar("_Made", bound=Described)
+
+
 def part(text: str, field: str) -> Part:
     """The part that `kind:key=value,...` names, for a field of `BlockSpec`.
 
     Raises:
       InputError: an unknown kind or key, a value that cannot be read or is out of its range.
     """
+    return _made(text, field, KINDS[field])
+
+
+def condition(text: str) -> Condition:
+    """The condition that `kind:name=...,key=value,...` names.
+
+    Raises:
+      InputError: see `part`; no name.
+    """
+    return _made(text, "condition", CONDITIONS)
+
+
+def _made(text: str, field: str, kinds: Mapping[str, type[_Made]]) -> _Made:
     kind, _, settings = text.partition(":")
-    kinds = KINDS[field]
     if kind not in kinds:
         raise InputError(f"unknown {field} {kind!r}: one of {', '.join(kinds)}")
     types, values = {f.name: f.type for f in fields(kinds[kind])}, {}
@@ -45,12 +62,31 @@ def part(text: str, field: str) -> Part:
             values[key] = _READERS[types[key]](value)
         except (ValueError, KeyError) as e:
             raise InputError(f"{field} {text!r}: {key} is {types[key]}, got {value!r}") from e
+    if lacks := [
+        f.name for f in fields(kinds[kind]) if f.default is MISSING and f.name not in values
+    ]:
+        raise InputError(f"{field} {text!r} has no {lacks[0]}: write {kind}:{lacks[0]}=...")
     return kinds[kind](**values)
 
 
 def canonical(text: str, field: str) -> str:
     """The text of a part with all its settings."""
     return text if text == NONE else str(part(text, field))
+
+
+def take_conditions(values: dict[str, Any]) -> tuple[Condition, ...]:
+    """The conditions among the settings of a model, which are taken out of `values`.
+
+    Raises:
+      InputError: see `condition`; no list of texts.
+    """
+    texts = values.pop("conditions", ())
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise InputError(
+            f"config.model.conditions={texts!r}: give a tuple of texts such as "
+            "('channels:name=low,channels=4',)"
+        )
+    return tuple(map(condition, texts))
 
 
 def take_block(values: dict[str, Any]) -> BlockSpec:

@@ -16,7 +16,7 @@ from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.pyramid import Pyramid
-from ppflow_jax.systems.registry import take_block
+from ppflow_jax.systems.registry import take_block, take_conditions
 from ppflow_jax.train.optimizer import OptimConfig
 
 
@@ -41,8 +41,8 @@ class Experiment:
     def from_config(cls, config: ConfigDict) -> Experiment:
         c = config.model
         settings = {k: c[k] for k in c if k not in ("pyramid", "dtype", "remat", "attention")}
-        block = take_block(settings)
-        model = ModelConfig(pyramid=Pyramid.parse(c.pyramid), block=block, **settings)
+        made = dict(block=(block := take_block(settings)), conditions=take_conditions(settings))
+        model = ModelConfig(pyramid=Pyramid.parse(c.pyramid), **made, **settings)
         flow = Flow(config.flow.path, config.flow.prediction)
         objective = Objective(
             pyramid=model.pyramid,
@@ -60,6 +60,7 @@ class Experiment:
         values = json.loads(config.to_json_best_effort())
         values.pop("resume_changed", None)
         values["model"] |= block.to_json()  # as checkpoints have it
+        values["model"]["conditions"] = list(map(str, model.conditions))
         card = Card(model, flow, config.data.space, values)
         return cls(card, objective, OptimConfig(**config.optim), sampler, config)
 

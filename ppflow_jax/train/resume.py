@@ -28,6 +28,7 @@ BEFORE = {
     "train.ema_warmup": False,
     "model.ffn": "mlp",
     "model.wrap": "none",
+    "model.conditions": [],
     "flow.balance": 0.01,
     "flow.prior": 1.0,
 }
