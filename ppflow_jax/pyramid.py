@@ -92,6 +92,12 @@ class Pyramid:
         ends = [np.float32(b) for b in self.boundaries]
         return bisect.bisect_left(ends, np.float32(t))
 
+    def stage_from(self, t: SupportsFloat) -> int:
+        """Index of the stage in which an interval that starts at `t` begins: a boundary starts the
+        stage on its right."""
+        ends = [np.float32(b) for b in self.boundaries]
+        return bisect.bisect_right(ends, np.float32(t))
+
     def grid(self, stage: int, latent_size: int) -> tuple[int, int]:
         """Token grid (rows, columns) of a stage on a square latent.
 

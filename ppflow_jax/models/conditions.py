@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from ppflow_jax.models.config import ModelConfig
 
 LABEL = "label"
+# Scalars that the sampler knows, so that nobody is asked for them: the length of the interval whose
+# average velocity is wanted, and the guidance scale minus 1. A network that is called without them
+# takes 0, which is the velocity itself, and no guidance.
+INTERVAL, GUIDANCE = KNOWN = ("interval", "guidance")
 # Labels, int32, or {"label": labels, name: values} with a leading axis of images
 Cond = Int[Array, " b"] | dict[str, Array]
 # Names of what a batch holds besides conditions
@@ -236,6 +240,8 @@ def split(conditions: tuple[Condition, ...], y: Cond) -> Told:
     labels, values = (y[LABEL], dict(y)) if isinstance(y, dict) else (y, {LABEL: y})
     del values[LABEL]
     names = [condition.name for condition in conditions]
+    for name in known(conditions):
+        values.setdefault(name, jnp.zeros(len(labels)))
     if sorted(values) != sorted(names):
         raise InputError(
             f"the model's conditions are {', '.join(names) or 'none'}, the network was given "
@@ -244,9 +250,14 @@ def split(conditions: tuple[Condition, ...], y: Cond) -> Told:
     return Told(labels, values)
 
 
+def known(conditions: tuple[Condition, ...]) -> tuple[str, ...]:
+    """Those of the conditions that the sampler knows."""
+    return tuple(c.name for c in conditions if isinstance(c, Scalar) and c.name in KNOWN)
+
+
 def null(conditions: tuple[Condition, ...], null_label: int, y: Cond) -> Cond:
     """The null class in the place of the labels in `y`, and of every condition its null."""
     if not isinstance(y, dict):
         return jnp.full_like(y, null_label)
     nothing = {LABEL: jnp.full_like(y[LABEL], null_label)}
-    return nothing | {c.name: c.null(y[c.name]) for c in conditions}
+    return nothing | {c.name: c.null(y[c.name]) for c in conditions if c.name in y}
