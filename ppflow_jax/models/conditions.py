@@ -33,7 +33,7 @@ LABEL = "label"
 # takes 0, which is the velocity itself, and no guidance.
 INTERVAL, GUIDANCE = KNOWN = ("interval", "guidance")
 # Labels, int32, or {"label": labels, name: values} with a leading axis of images
-Cond = Int[Array, " b"] | dict[str, Array]
+Cond = Int[Array, " b"] | Int[np.ndarray, " b"] | dict[str, Any]
 # Names of what a batch holds besides conditions
 _TAKEN = (LABEL, "x", "t", "image", "mean", "std", "noise")
 
