@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from ppflow_jax.errors import InputError
+from ppflow_jax.flow.terms import Term
 from ppflow_jax.models.conditions import Channels, Condition, Scalar
-from ppflow_jax.models.parts import BlockSpec, Described, Ffn, Mlp, Part, Wrap
+from ppflow_jax.models.parts import BlockSpec, Ffn, Mlp, Part, Wrap
 from ppflow_jax.systems.moe import MoE
 from ppflow_jax.systems.switch import Switch
 
 FFNS: dict[str, type[Ffn]] = {part.kind: part for part in (Mlp, MoE)}
 WRAPS: dict[str, type[Wrap]] = {part.kind: part for part in (Switch,)}
-KINDS = {"ffn": FFNS, "wrap": WRAPS}  # by the field of `BlockSpec`
+KINDS: dict[str, dict[str, Any]] = {"ffn": FFNS, "wrap": WRAPS}  # by the field of `BlockSpec`
+TERMS: dict[str, Any] = {}  # of the loss
 NONE = "none"  # of a part that there need not be
 CONDITIONS: dict[str, type[Condition]] = {c.kind: c for c in (Channels, Scalar)}
 
@@ -24,9 +26,6 @@ _READERS = {
     "float": float,
     "bool": {"true": True, "false": False}.__getitem__,
 }
-
-
-_Made = TypeVar("_Made", bound=Described)
 
 
 def part(text: str, field: str) -> Part:
@@ -47,10 +46,20 @@ def condition(text: str) -> Condition:
     return _made(text, "condition", CONDITIONS)
 
 
-def _made(text: str, field: str, kinds: Mapping[str, type[_Made]]) -> _Made:
+def term(text: str) -> Term:
+    """The term of the loss that `kind:key=value,...` names.
+
+    Raises:
+      InputError: see `part`.
+    """
+    return _made(text, "term", TERMS)
+
+
+def _made(text: str, field: str, kinds: Mapping[str, Any]) -> Any:
     kind, _, settings = text.partition(":")
     if kind not in kinds:
-        raise InputError(f"unknown {field} {kind!r}: one of {', '.join(kinds)}")
+        known = ", ".join(kinds)
+        raise InputError(f"unknown {field} {kind!r}: one of {known}")
     types, values = {f.name: f.type for f in fields(kinds[kind])}, {}
     for pair in filter(None, settings.split(",")):
         key, _, value = pair.partition("=")

@@ -31,6 +31,8 @@ BEFORE = {
     "model.conditions": [],
     "flow.balance": 0.01,
     "flow.prior": 1.0,
+    "flow.terms": [],
+    "train.phases": [],
 }
 _DATA = "trained_on."
 _LABELS = "trained_on.labels."  # follow from the rest of the data's identity
