@@ -10,7 +10,7 @@ A network takes, in the place of the labels alone, {"label": labels, name: value
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -26,6 +26,7 @@ from ppflow_jax.models.patch import patchify
 
 if TYPE_CHECKING:
     from ppflow_jax.models.config import ModelConfig
+    from ppflow_jax.pyramid import Pyramid
 
 LABEL = "label"
 # Scalars that the sampler knows, so that nobody is asked for them: the length of the interval whose
@@ -93,7 +94,12 @@ class Condition(Described):
         raise NotImplementedError
 
     def keys(self, model: ModelConfig) -> Iterator[Key]:
-        """PyTorch names of its leaves."""
+        """PyTorch names of its leaves: `conditions.NAME.` and what follows."""
+        raise NotImplementedError
+
+    @classmethod
+    def read(cls, state: Mapping[str, Any], name: str, pyramid: Pyramid) -> Condition | None:
+        """The condition of a PyTorch state dict under this name, if it is of this kind."""
         raise NotImplementedError
 
 
@@ -156,6 +162,13 @@ class Channels(Condition):
             name = f"conditions.{self.name}.{stage}.weight"
             yield Key(name, path, (), np.transpose, np.transpose)
 
+    @classmethod
+    def read(cls, state: Mapping[str, Any], name: str, pyramid: Pyramid) -> Channels | None:
+        weight = f"conditions.{name}.0.weight"
+        if weight not in state:
+            return None
+        return cls(name, state[weight].shape[-1] // math.prod(pyramid.stages[0].patch))
+
 
 @dataclass(frozen=True)
 class Scalar(Condition):
@@ -202,6 +215,11 @@ class Scalar(Condition):
     def keys(self, model: ModelConfig) -> Iterator[Key]:
         path = ("conditions", self.name, "kernel")
         yield Key(f"conditions.{self.name}.weight", path, (), np.transpose, np.transpose)
+
+    @classmethod
+    def read(cls, state: Mapping[str, Any], name: str, pyramid: Pyramid) -> Scalar | None:
+        weight = f"conditions.{name}.weight"
+        return cls(name, state[weight].shape[-1]) if weight in state else None
 
 
 def sinusoid(values: Float[Array, " b"], features: int, scale: float) -> Float[Array, "b f"]:

@@ -10,6 +10,7 @@ from ppflow_jax.errors import InputError
 from ppflow_jax.flow.terms import Term
 from ppflow_jax.models.conditions import Channels, Condition, Scalar
 from ppflow_jax.models.parts import BlockSpec, Ffn, Mlp, Part, Wrap
+from ppflow_jax.pyramid import Pyramid
 from ppflow_jax.systems.moe import MoE
 from ppflow_jax.systems.switch import Switch
 
@@ -106,6 +107,22 @@ def take_block(values: dict[str, Any]) -> BlockSpec:
     """
     texts = {field: values.pop(field) for field in KINDS if field in values}
     return BlockSpec(**{f: part(text, f) for f, text in texts.items() if text != NONE})
+
+
+def read_conditions(state: Mapping[str, Any], pyramid: Pyramid) -> tuple[Condition, ...]:
+    """The conditions of a PyTorch state dict; what names and shapes do not say is the default.
+
+    Raises:
+      InputError: see `Condition.read`.
+    """
+    names = dict.fromkeys(name.split(".")[1] for name in state if name.startswith("conditions."))
+    found = []
+    for name in names:
+        kinds = (kind.read(state, name, pyramid) for kind in CONDITIONS.values())
+        if (made := next(filter(None, kinds), None)) is None:
+            raise InputError(f"conditions.{name} is no condition that is known: update ppflow_jax")
+        found.append(made)
+    return tuple(found)
 
 
 def read_block(

@@ -1,6 +1,7 @@
 """Conditions of every kind: off is off, they start as nothing, and each image has its own."""
 
 import dataclasses
+import functools
 import json
 import math
 
@@ -10,6 +11,9 @@ import numpy as np
 import pytest
 
 from ppflow_jax.checkpoints.card import Card
+from ppflow_jax.convert.infer import find_config
+from ppflow_jax.convert.keys import to_torch
+from ppflow_jax.convert.load import load_state
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.guidance import Cfg
 from ppflow_jax.flow.path import Flow
@@ -19,7 +23,7 @@ from ppflow_jax.models.conditions import Channels, Scalar, null, sinusoid
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.flops import forward_flops
 from ppflow_jax.models.network import init_params, make_apply
-from ppflow_jax.pyramid import PPFLOW3
+from ppflow_jax.pyramid import PPFLOW3, SIT
 from ppflow_jax.systems.registry import CONDITIONS, take_conditions
 from tests.systems.checks import random_params
 
@@ -43,12 +47,9 @@ def told(key=1):
 X, T = jax.random.normal(jax.random.key(0), (B, 8, 8, 3)), jnp.float32([0.2, 0.4, 0.9])
 
 
+@functools.cache
 def apply_of(model):
     return jax.jit(make_apply(model), static_argnums=4)
-
-
-def merged(params, base):
-    return base | {"conditions": params["conditions"]}
 
 
 def test_every_kind_is_here():
@@ -162,12 +163,10 @@ def test_guidance_keeps_what_is_never_dropped():
     np.testing.assert_allclose(guided, bad + 3 * (good - bad), rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("solver", ["euler", "dopri5"])
-def test_samplers_take_them(solver):
-    params, y = random_params(MODEL), told()
-    small = jax.tree.map(lambda leaf: 0.3 * leaf, params)
-    config = SamplerConfig(solver, 6, cfg=(1.5,))
-    sampler = Sampler(make_apply(MODEL), MODEL, Flow(), config)
+def test_an_adaptive_sampler_takes_them():
+    model, y = dataclasses.replace(MODEL, pyramid=SIT, depth=1), told()
+    small = jax.tree.map(lambda leaf: 0.3 * leaf, random_params(model))
+    sampler = Sampler(make_apply(model), model, Flow(), SamplerConfig("dopri5"))
     both = sampler(small, X, y)
     swapped = jax.tree.map(lambda leaf: leaf[::-1], y)
     np.testing.assert_allclose(sampler(small, X[::-1], swapped)[::-1], both, rtol=1e-3, atol=1e-3)
@@ -183,6 +182,16 @@ def test_cards_keep_them_and_older_ones_have_none():
     assert "conditions" not in older["model"]
     assert Card.from_json(older).model.conditions == ()
     assert "conditions: none -> " in Card(PLAIN, Flow(), "pixels").differences(card)
+
+
+def test_pytorch_names_come_back_with_the_same_bits():
+    params = jax.tree.map(np.asarray, random_params(MODEL))
+    state = to_torch(MODEL, params)
+    assert state["conditions.low.1.weight"].shape == (16, 8 * 2)
+    assert state["conditions.w.weight"].shape == (256, 8)
+    found = find_config(state, "ppflow", heads=2, latent_size=8)
+    assert found == dataclasses.replace(MODEL, conditions=(LOW, Channels("mask", 1), SCALE))
+    jax.tree.map(np.testing.assert_array_equal, load_state(MODEL, state).params, params)
 
 
 def test_flops_count_their_projections():
