@@ -84,6 +84,11 @@ class Pyramid:
         ends = (0.0, *(s.t_end for s in self.stages))
         return tuple(zip(ends, ends[1:]))
 
+    @property
+    def durations(self) -> tuple[float, ...]:
+        """Length of time of every stage."""
+        return tuple(b - a for a, b in self.intervals)
+
     def stage_at(self, t: SupportsFloat) -> int:
         """Index of the stage at time `t`, compared in float32 as the sampler does.
 

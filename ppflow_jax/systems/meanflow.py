@@ -26,19 +26,34 @@ stage's patch:
 
 from __future__ import annotations
 
-import math
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from ppflow_jax.errors import InputError
-from ppflow_jax.flow.loss import strided
-from ppflow_jax.flow.path import LINEAR, expand, interpolate
+from ppflow_jax.flow.loss import FlowObjective, strided, with_block_terms
+from ppflow_jax.flow.path import LINEAR, Flow, interpolate
+from ppflow_jax.flow.plan import SamplerConfig
+from ppflow_jax.flow.terms import Batch, Metrics, Weights, network_leaves
+from ppflow_jax.models.conditions import INTERVAL, known
+from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Apply, Params
+from ppflow_jax.models.parts import Described
 from ppflow_jax.pyramid import Pyramid
+from ppflow_jax.systems.meanflow_targets import (
+    Intervals,
+    Rows,
+    Values,
+    averages,
+    evaluate,
+    identity_targets,
+    two_jumps,
+)
 from ppflow_jax.systems.meanflow_times import (
     ACROSS,
     LOGIT_NORMAL,
@@ -50,9 +65,6 @@ from ppflow_jax.systems.meanflow_times import (
     pairs,
 )
 
-INTERVAL = "interval"  # the condition that has r - t
-SHORTEST = 1e-6  # interval across a boundary, whose way is divided by its length
-
 
 class Draws(NamedTuple):
     """Everything random in one step."""
@@ -63,27 +75,13 @@ class Draws(NamedTuple):
     labels: Int[Array, " b"]
 
 
-class Rows(NamedTuple):
-    """Samples: states, the velocities of their ways, starts and ends of intervals, labels."""
-
-    z: Float[Array, "b h w c"]
-    v: Float[Array, "b h w c"]
-    t: Float[Array, " b"]
-    r: Float[Array, " b"]
-    y: Int[Array, " b"]
-
-
-Intervals = dict[Kind, Rows]
-Values = dict[Kind, Float[Array, "_ h w c"]]
-
-
 @dataclass(frozen=True)
-class MeanFlow:
-    """The objective.
+class MeanFlow(Described):
+    """Settings of the objective, as configurations have them.
 
     Attributes:
       points: share of samples with r = t, on which the network learns the velocity itself.
-      times: of which both ends of an interval are drawn.
+      times, mean, std: distribution of both ends of an interval, see `meanflow_times.Times`.
       omega, kappa: guidance inside the target (Sec. 4.2 and Eq. 20): the velocity is
         omega v + kappa u(z, t, t | y) + (1 - omega - kappa) u(z, t, t | null), which guides with a
         scale of omega / (1 - kappa). Samples whose label is dropped keep v.
@@ -93,72 +91,166 @@ class MeanFlow:
       InputError: a value out of its range.
     """
 
-    pyramid: Pyramid
-    null_label: int
-    label_drop: float = 0.1
+    kind = "meanflow"
     points: float = 0.75
-    times: Times = LOGIT_NORMAL
+    times: str = LOGIT_NORMAL.name
+    mean: float = LOGIT_NORMAL.mean
+    std: float = LOGIT_NORMAL.std
     omega: float = 1.0
     kappa: float = 0.0
     power: float = 1.0
     constant: float = 1e-3
 
     def __post_init__(self):
-        if not (0 <= self.points <= 1 and 0 <= self.label_drop <= 1):
-            raise InputError(
-                f"points {self.points} and label_drop {self.label_drop} must be in [0, 1]"
-            )
+        if not 0 <= self.points <= 1:
+            raise InputError(f"{self}: points must be in [0, 1]")
         if not (self.omega > 0 and 0 <= self.kappa < 1):
-            raise InputError(
-                f"guidance omega={self.omega}, kappa={self.kappa}: omega must be above 0, kappa at "
-                "least 0 and below 1"
-            )
+            raise InputError(f"{self}: omega must be above 0, kappa at least 0 and below 1")
         if not (self.power >= 0 and self.constant > 0):
-            raise InputError(
-                f"power {self.power} must be at least 0 and constant {self.constant} above 0"
-            )
+            raise InputError(f"{self}: power must be at least 0, constant above 0")
+        Times(self.times, self.mean, self.std)
 
     @property
+    def guides(self) -> bool:
+        """Whether guidance is inside the averages."""
+        return (self.omega, self.kappa) != (1, 0)
+
+    def notes(self, config: SamplerConfig) -> tuple[str, ...]:
+        """What a person should know of sampling so.
+
+        Raises:
+          InputError: guidance on top of that which is inside.
+        """
+        if self.guides and set(config.cfg) != {1.0}:
+            raise InputError(
+                f"the model was trained with a guidance of {self.omega / (1 - self.kappa):g} "
+                f"inside: leave cfg out, not {','.join(f'{s:g}' for s in config.cfg)}"
+            )
+        return ()
+
+    def on(self, base: FlowObjective, model: ModelConfig) -> MeanFlowObjective:
+        """The objective of a model, `base` with the identity in the place of the velocity.
+
+        Raises:
+          InputError: another path or prediction, stages of other times or shares, terms, or a
+            model that is not told the interval.
+        """
+        if base.flow != Flow():
+            raise InputError("objective meanflow is for path linear and prediction velocity")
+        if base.stage_times or base.stage_share or base.terms:
+            raise InputError(
+                "objective meanflow draws times of its own and has no terms: leave "
+                "config.flow.stage_times, stage_share and terms empty"
+            )
+        if INTERVAL not in known(model.conditions):
+            raise InputError(
+                "objective meanflow needs a model that is told the interval: set "
+                "config.model.conditions to ('scalar:name=interval,scale=1',)"
+            )
+        return MeanFlowObjective(base, self)
+
+
+@dataclass(frozen=True)
+class MeanFlowObjective:
+    """What is minimised.
+
+    Attributes:
+      base: stages, null class and label drop.
+    """
+
+    base: FlowObjective
+    settings: MeanFlow
+
+    frozen = ()
+    forward_mode = True
+
+    @property
+    def evaluated(self) -> tuple[int, ...]:
+        """Velocities for guidance, two passes for a derivative, two jumps."""
+        guides = self.settings.guides + (self.settings.kappa > 0)
+        found: list[int] = []
+        for kind in self.kinds:
+            more = {POINT: [], WITHIN: [kind.stage] * 2, ACROSS: [kind.stage, kind.stage + 1]}
+            now = [kind.stage] * (guides if kind.name != ACROSS else 0)
+            found += (more[kind.name] + now) * kind.rows
+        return tuple(found)
+
+    @property
+    def pyramid(self) -> Pyramid:
+        return self.base.pyramid
+
+    @property
+    def times(self) -> Times:
+        return Times(self.settings.times, self.settings.mean, self.settings.std)
+
+    @functools.cached_property
     def kinds(self) -> tuple[Kind, ...]:
-        return kinds_of(self.pyramid, self.times, self.points)
+        return kinds_of(self.pyramid, self.times, self.settings.points)
 
     @property
     def pattern(self) -> tuple[int, ...]:
         """Stage of sample i is `pattern[i % len(pattern)]`."""
         return tuple(kind.stage for kind in self.kinds for _ in range(kind.rows))
 
-    def draw(
-        self, key: Key[Array, ""], x1: Float[Array, "b h w c"], labels: Int[Array, " b"]
-    ) -> Draws:
+    def check_batch(self, batch_size: int, shards: int) -> None:
+        """See `FlowObjective.check_batch`."""
+        unit = len(self.pattern) * shards
+        if batch_size < 1 or batch_size % unit:
+            below = max(unit, batch_size // unit * unit)
+            raise InputError(
+                f"batch of {batch_size} cannot be divided among {shards} data shard(s) with the "
+                f"{len(self.pattern)} rows of objective meanflow: choose a multiple of {unit}, "
+                f"e.g. {below}"
+            )
+
+    def init(self, model: ModelConfig, key: Key[Array, ""]) -> Params:
+        return {}
+
+    def fields(self, weights: Weights) -> tuple[str, ...]:
+        return ()
+
+    def draw(self, key: Key[Array, ""], batch: Batch) -> Draws:
         """Noise, intervals and dropped labels of one step."""
+        x1, labels = batch["x"], batch["label"]
         k_noise, k_time, k_drop = jax.random.split(key, 3)
         uniform = jax.random.uniform(k_time, (2, len(x1)))
-        dropped = jax.random.uniform(k_drop, (len(x1),)) < self.label_drop
+        dropped = jax.random.uniform(k_drop, (len(x1),)) < self.base.label_drop
         return Draws(
             jax.random.normal(k_noise, x1.shape),
             *pairs(self.pyramid, self.times, self.kinds, uniform),
-            jnp.where(dropped, self.null_label, labels),
+            jnp.where(dropped, self.base.null_label, labels),
         )
 
     def loss(
-        self, apply: Apply, params: Params, x1: Float[Array, "b h w c"], draws: Draws
-    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        self,
+        apply: Apply,
+        params: Params,
+        frozen: Mapping[str, Any],
+        batch: Batch,
+        draws: Draws,
+        weights: Weights,
+    ) -> tuple[Float[Array, ""], Metrics]:
         """What is minimised, and metrics: `loss`, it, and `mse`, the mean squared error of u.
 
         Both are means over intervals, in which each kind counts by its probability. With a power
-        of 1 the loss is near 1 from the first step to the last, and `mse` says more.
+        of 1 the loss is near 1 from the first step to the last, and `mse` says more. Terms of the
+        blocks are added as in `FlowObjective`.
         """
-        z, v = interpolate(LINEAR, draws.noise, x1, draws.t)
+        params = network_leaves(params)
+        z, v = interpolate(LINEAR, draws.noise, batch["x"], draws.t)
         rows = self.by_kind(Rows(z, v, draws.t, draws.r, draws.labels))
         targets = self.targets(apply, jax.lax.stop_gradient(params), rows)
+        outputs, averages = evaluate(apply, params, rows)
         loss = mse = jnp.zeros(())
-        for kind, u in averages(apply, params, rows).items():
+        for kind, u in averages.items():
             target = jax.lax.stop_gradient(targets[kind])
             squares = jnp.sum(jnp.square(u - target), axis=(1, 2, 3))
-            weight = (jax.lax.stop_gradient(squares) + self.constant) ** -self.power
+            constant, power = self.settings.constant, self.settings.power
+            weight = (jax.lax.stop_gradient(squares) + constant) ** -power
             loss += kind.weight * jnp.mean(weight * squares)
             mse += kind.weight * jnp.mean(squares) / u[0].size
-        return loss, {"loss": loss, "mse": mse}
+        total, terms = with_block_terms(loss, self.pyramid, outputs, weights)
+        return total, terms | {"loss": loss, "mse": mse}
 
     def by_kind(self, rows: Rows) -> Intervals:
         """The rows of a batch, by kind."""
@@ -181,85 +273,18 @@ class MeanFlow:
 
     def guided(self, apply: Apply, params: Params, rows: Intervals) -> Intervals:
         """The same rows with guided velocities."""
-        if self.omega == 1 and self.kappa == 0:
+        settings, null_label = self.settings, self.base.null_label
+        if not settings.guides:
             return rows
         now = {kind: own._replace(r=own.t) for kind, own in rows.items()}
-        null = {
-            kind: own._replace(y=jnp.full_like(own.y, self.null_label)) for kind, own in now.items()
-        }
+        null = {kind: own._replace(y=jnp.full_like(own.y, null_label)) for kind, own in now.items()}
         nothing = averages(apply, params, null)
-        labelled = averages(apply, params, now) if self.kappa else nothing
+        labelled = averages(apply, params, now) if settings.kappa else nothing
 
         def velocity(kind: Kind, own: Rows) -> Array:
-            rest = (1 - self.omega - self.kappa) * nothing[kind]
-            guided = self.omega * own.v + self.kappa * labelled[kind] + rest
-            dropped = (own.y == self.null_label)[:, None, None, None]
+            rest = (1 - settings.omega - settings.kappa) * nothing[kind]
+            guided = settings.omega * own.v + settings.kappa * labelled[kind] + rest
+            dropped = (own.y == null_label)[:, None, None, None]
             return jnp.where(dropped, own.v, guided)
 
         return {kind: own._replace(v=velocity(kind, own)) for kind, own in rows.items()}
-
-
-def averages(apply: Apply, params: Params, rows: Intervals) -> Values:
-    """u(z, t, r) of all rows, in one pass over the blocks in which a stage is one batch."""
-    stages = tuple(dict.fromkeys(kind.stage for kind in rows))
-    batches = [[kind for kind in rows if kind.stage == stage] for stage in stages]
-    joined = [Rows(*map(in_turns, zip(*(rows[kind] for kind in batch)))) for batch in batches]
-    zs, _, ts, _, _ = zip(*joined)
-    ys = tuple({"label": own.y, INTERVAL: own.r - own.t} for own in joined)
-    found = {}
-    for batch, output in zip(batches, apply(params, zs, ts, ys, stages)):
-        counts = [len(rows[kind].t) for kind in batch]
-        found |= dict(zip(batch, by_turns(output.prediction, counts)))
-    return found
-
-
-def in_turns(parts: tuple[Array, ...]) -> Array:
-    """Rows of all parts as one array, in turn, which moves nothing on a mesh."""
-    turns = math.gcd(*map(len, parts))
-    shaped = [a.reshape(turns, -1, *a.shape[1:]) for a in parts]
-    return jnp.concatenate(shaped, axis=1).reshape(-1, *parts[0].shape[1:])
-
-
-def by_turns(joined: Array, counts: list[int]) -> list[Array]:
-    """The parts of `in_turns` from their numbers of rows."""
-    turns = math.gcd(*counts)
-    shaped = joined.reshape(turns, -1, *joined.shape[1:])
-    cuts = [sum(counts[:i]) // turns for i in range(1, len(counts))]
-    return [a.reshape(-1, *joined.shape[1:]) for a in jnp.split(shaped, cuts, axis=1)]
-
-
-def identity_targets(apply: Apply, params: Params, rows: Intervals) -> Values:
-    """v + (r - t) du/dt (Eq. 10), the derivative along v with r held."""
-
-    def u(moving: dict[Kind, tuple[Array, Array]]) -> Values:
-        now = {kind: rows[kind]._replace(z=z, t=t) for kind, (z, t) in moving.items()}
-        return averages(apply, params, now)
-
-    start = {kind: (own.z, own.t) for kind, own in rows.items()}
-    along = {kind: (own.v, jnp.ones_like(own.t)) for kind, own in rows.items()}
-    _, change = jax.jvp(u, (start,), (along,))
-    return {kind: own.v + expand(own.r - own.t) * change[kind] for kind, own in rows.items()}
-
-
-def two_jumps(apply: Apply, params: Params, rows: Intervals, pyramid: Pyramid) -> Values:
-    """The average over a jump to the end of the stage and one from there in the next stage."""
-    first = {
-        kind: own._replace(r=jnp.full_like(own.t, pyramid.stages[kind.stage].t_end))
-        for kind, own in rows.items()
-    }
-    ways = {kind: jump(first[kind], u) for kind, u in averages(apply, params, first).items()}
-    second = {
-        kind._replace(stage=kind.stage + 1): own._replace(z=own.z + ways[kind], t=first[kind].r)
-        for kind, own in rows.items()
-    }
-    after = averages(apply, params, second)
-    found = {}
-    for kind, (landed, own) in zip(rows, second.items()):
-        length = jnp.maximum(rows[kind].r - rows[kind].t, SHORTEST)
-        found[kind] = (ways[kind] + jump(own, after[landed])) / expand(length)
-    return found
-
-
-def jump(own: Rows, u: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """(r - t) u."""
-    return expand(own.r - own.t) * u

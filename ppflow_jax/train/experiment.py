@@ -14,10 +14,11 @@ from ppflow_jax.errors import InputError
 from ppflow_jax.flow.loss import FlowObjective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
-from ppflow_jax.flow.terms import Phase, parse_phases
+from ppflow_jax.flow.terms import Objective, Phase, parse_phases
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.pyramid import Pyramid
-from ppflow_jax.systems.registry import take_block, take_conditions, term
+from ppflow_jax.systems.registry import notes_of, take_block, take_conditions, term
+from ppflow_jax.systems.registry import objective as objective_of
 from ppflow_jax.train.optimizer import OptimConfig
 
 
@@ -33,7 +34,7 @@ class Experiment:
     """
 
     card: Card
-    objective: FlowObjective
+    objective: Objective
     phases: tuple[Phase, ...]
     optim: OptimConfig
     sampler: SamplerConfig
@@ -47,7 +48,7 @@ class Experiment:
         model = ModelConfig(pyramid=Pyramid.parse(c.pyramid), **made, **settings)
         flow = Flow(config.flow.path, config.flow.prediction)
         terms = tuple(map(term, config.flow.terms))
-        objective = FlowObjective(
+        base = FlowObjective(
             pyramid=model.pyramid,
             flow=flow,
             null_label=model.null_label,
@@ -57,6 +58,7 @@ class Experiment:
             stage_times=tuple(tuple(map(float, pair)) for pair in config.flow.stage_times),
             terms=terms,
         )
+        objective = objective_of(config.flow.objective, base, model)
         phases = parse_phases(
             config.train.phases,
             config.train.steps,
@@ -65,6 +67,7 @@ class Experiment:
         )
         sampler = sampler_of(config.sample)
         sampler.scales(model.pyramid)
+        notes_of(config.flow.objective, sampler)
         _check(config)
         values = json.loads(config.to_json_best_effort())
         values.pop("resume_changed", None)

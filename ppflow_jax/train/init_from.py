@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array
 from ml_collections import ConfigDict
@@ -46,12 +47,16 @@ def take_architecture(config: ConfigDict, workdir: str | None, told: Collection[
 
 
 def open_start(
-    path: str, card: Card, mesh: Mesh
+    path: str, card: Card, mesh: Mesh, setting: str = "config.init_from"
 ) -> tuple[Params, Callable[[Params, Array], Params]]:
     """The weights in `path`, and a function of them and a key: parameters of the model of `card`.
 
     They are the same but for parts of the blocks that the weights do not have, which start from
-    what they replace (see `models.parts.Part.start`).
+    what they replace (see `models.parts.Part.start`), and for conditions, which start without
+    effect.
+
+    Args:
+      setting: that has the path, for what is said of it.
 
     Raises:
       InputError: weights of another model, or without a way to these parts; damaged or unreadable.
@@ -59,20 +64,27 @@ def open_start(
     folder = find_checkpoint(path)
     found, model = read_card(folder), card.model
     source = found.model
-    other = replace(found, model=replace(source, block=model.block))
+    kept = {c.name for c in source.conditions if c in model.conditions}
+    alike = model.conditions if len(kept) == len(source.conditions) else source.conditions
+    other = replace(found, model=replace(source, block=model.block, conditions=alike))
     if difference := other.differences(card):
         raise InputError(
-            f"config.init_from={folder} holds another model ({difference}): use a "
+            f"{setting}={folder} holds another model ({difference}): use a "
             "configuration of the same model"
         )
 
     def start(params: Params, key: Array) -> Params:
-        return params | {"blocks": model.block.start(model, source, params["blocks"], key)}
+        blocks = {"blocks": model.block.start(model, source, params["blocks"], key)}
+        if not model.conditions:
+            return params | blocks
+        fresh = {k: v for k, v in abstract_params(model)["conditions"].items() if k not in kept}
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), fresh)
+        return params | blocks | {"conditions": params.get("conditions", {}) | zeros}
 
     try:
         made = jax.eval_shape(start, abstract_params(source), jax.random.key(0))
     except InputError as e:
-        raise InputError(f"config.init_from={folder}: {e}") from e
+        raise InputError(f"{setting}={folder}: {e}") from e
     if jax.tree.map(lambda leaf: leaf.shape, made) != jax.tree.map(
         lambda leaf: leaf.shape, abstract_params(model)
     ):

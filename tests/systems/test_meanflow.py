@@ -1,17 +1,26 @@
 """Average velocities: the identity and the two jumps on a flow that is known exactly, kinds of
 intervals and their rows, guidance inside the target."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ppflow_jax.devices.programs import Programs
 from ppflow_jax.errors import InputError
-from ppflow_jax.flow.path import expand
-from ppflow_jax.models.network import Output
+from ppflow_jax.flow.cost import training_flops
+from ppflow_jax.flow.loss import FlowObjective
+from ppflow_jax.flow.path import Flow, expand
+from ppflow_jax.flow.plan import SamplerConfig
+from ppflow_jax.models.conditions import Scalar
+from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.flops import forward_flops
+from ppflow_jax.models.network import Output, make_apply
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT
-from ppflow_jax.systems.meanflow import (
-    MeanFlow,
+from ppflow_jax.systems.meanflow import MeanFlow
+from ppflow_jax.systems.meanflow_targets import (
     Rows,
     averages,
     by_turns,
@@ -19,10 +28,26 @@ from ppflow_jax.systems.meanflow import (
     in_turns,
 )
 from ppflow_jax.systems.meanflow_times import ACROSS, POINT, WITHIN, Times, kinds_of, pairs
+from tests.systems.checks import random_params
 
 UNIFORM = Times("uniform")
 PYRAMIDS = {"sit": SIT, "levels 2": PPFLOW2, "levels 3": PPFLOW3}
+MODEL = ModelConfig(
+    SIT,
+    8,
+    1,
+    width=16,
+    depth=2,
+    heads=2,
+    num_classes=5,
+    conditions=(Scalar("interval", scale=1.0),),
+)
 SPREAD = 0.4  # standard deviation of data around 0, whose flow is known
+
+
+def made(pyramid, **settings):
+    model = replace(MODEL, pyramid=pyramid)
+    return MeanFlow(**settings).on(FlowObjective(pyramid, Flow(), 5), model)
 
 
 def deviation(t):
@@ -49,17 +74,18 @@ def exact(params, zs, ts, ys, stages):
     )
 
 
-def batch_of(objective, patterns=6):
+def batch_of(objective, patterns=6, size=2):
     rows = patterns * len(objective.pattern)
     key = jax.random.key(0)
-    draws = objective.draw(key, jnp.zeros((rows, 2, 2, 1)), jnp.arange(rows) % 5)
-    z = jax.random.normal(jax.random.key(1), (rows, 2, 2, 1))
+    batch = {"x": jnp.zeros((rows, size, size, 1)), "label": jnp.arange(rows) % 5}
+    draws = objective.draw(key, batch)
+    z = jax.random.normal(jax.random.key(1), (rows, size, size, 1))
     return Rows(z, velocity(z, draws.t), draws.t, draws.r, draws.labels)
 
 
 @pytest.mark.parametrize("pyramid", PYRAMIDS.values(), ids=PYRAMIDS)
 def test_the_averages_of_a_known_flow_are_their_own_targets(pyramid):
-    objective = MeanFlow(pyramid, 5, points=0.5, times=UNIFORM)
+    objective = made(pyramid, points=0.5, times="uniform")
     rows = objective.by_kind(batch_of(objective))
     targets = jax.jit(lambda factor: objective.targets(exact, {"factor": factor}, rows))
     known = jax.jit(lambda: averages(exact, {"factor": 1.0}, rows))()
@@ -83,7 +109,7 @@ def test_the_derivative_is_along_the_way_with_the_end_held():
             for z, t, y in zip(zs, ts, ys)
         )
 
-    objective = MeanFlow(SIT, 5, points=0.5)
+    objective = made(SIT, points=0.5)
     rows = objective.by_kind(batch_of(objective))
     rows = {kind: own for kind, own in rows.items() if kind.name == WITHIN}
     ((kind, own),) = rows.items()
@@ -144,7 +170,7 @@ def test_rows_in_turns_come_apart_again():
 
 
 def test_guidance_is_inside_the_velocity():
-    objective = MeanFlow(SIT, 5, points=0.5, omega=2.0, kappa=0.25)
+    objective = made(SIT, points=0.5, omega=2.0, kappa=0.25)
     rows = objective.by_kind(batch_of(objective, 40))
     of_label = jnp.arange(6.0)
 
@@ -162,15 +188,15 @@ def test_guidance_is_inside_the_velocity():
         np.testing.assert_allclose(guided[kind].v[~null], wanted[~null], rtol=1e-5)
         np.testing.assert_array_equal(guided[kind].v[null], own.v[null])
     assert dropped
-    plain = MeanFlow(SIT, 5, points=0.5)
+    plain = made(SIT, points=0.5)
     assert plain.guided(network, {}, rows) is rows  # no evaluation
 
 
 def test_the_loss_is_weighted_by_the_error_of_each_sample():
-    objective = MeanFlow(PPFLOW2, 5, points=0.5, times=UNIFORM, power=0.75)
+    objective = made(PPFLOW2, points=0.5, times="uniform", power=0.75)
     x1 = SPREAD * jax.random.normal(jax.random.key(2), (32, 2, 2, 1))
-    draws = objective.draw(jax.random.key(3), x1, jnp.zeros(32, int))
-    loss = lambda p: objective.loss(exact, {"factor": p}, x1, draws)
+    draws = objective.draw(jax.random.key(3), {"x": x1, "label": jnp.zeros(32, int)})
+    loss = lambda p: objective.loss(exact, {"factor": p}, {}, {"x": x1}, draws, {})
     (total, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(1.2)
     rows = objective.by_kind(Rows(*_states(draws, x1)))
     fixed = jax.jit(lambda: objective.targets(exact, {"factor": 1.2}, rows))()
@@ -194,17 +220,80 @@ def _states(draws, x1):
     return t * x1 + (1 - t) * draws.noise, x1 - draws.noise, draws.t, draws.r, draws.labels
 
 
+PROGRAMS = {
+    "scanned": dict(programs=Programs("xla"), remat="full"),
+    "unrolled": dict(programs=Programs("deferred", rows=True, unrolled=True)),
+}
+
+
+@pytest.mark.parametrize("options", PROGRAMS.values(), ids=PROGRAMS)
+def test_the_derivative_goes_through_the_network(options):
+    """Of the whole network, by forward mode, against differences in float32."""
+    model = replace(MODEL, pyramid=PPFLOW2, latent_size=8)
+    apply, params = make_apply(model, **options), random_params(model)
+    params = jax.tree.map(lambda leaf: 0.5 * leaf, params)
+    objective = made(PPFLOW2, points=0.5, times="uniform")
+    rows = objective.by_kind(batch_of(objective, 1, 8))
+    rows = {kind: own for kind, own in rows.items() if kind.name == WITHIN}
+    with jax.default_matmul_precision("highest"):
+        targets = jax.jit(lambda: identity_targets(apply, params, rows))()
+
+        @jax.jit
+        def at(s):
+            moved = {k: r._replace(z=r.z + s * r.v, t=r.t + s) for k, r in rows.items()}
+            return averages(apply, params, moved)
+
+        step = 3e-3
+        near, far = ([at(k * step), at(-k * step)] for k in (1, 2))
+    for kind, own in rows.items():
+        a, b = (pair[0][kind] - pair[1][kind] for pair in (near, far))
+        change = (8 * a - b) / (12 * step)
+        target = own.v + expand(own.r - own.t) * change
+        assert np.abs(targets[kind] - own.v).max() > 0.01
+        np.testing.assert_allclose(targets[kind], target, atol=2e-3)
+
+
+def test_a_step_costs_what_it_evaluates():
+    plain, guided = (made(PPFLOW2, points=0.5, times="uniform", **s) for s in ({}, {"kappa": 0.5}))
+    assert guided.pattern == plain.pattern == (0, 0, 0, 0, 0, 1, 1, 1)
+    # two passes for a derivative, two jumps for each row across
+    assert sorted(plain.evaluated) == [0, 0, 0, 0, 1, 1, 1, 1]
+    # and two velocities of every row but those across
+    assert sorted(guided.evaluated) == sorted([*plain.evaluated, *[0, 0, 0, 1, 1, 1] * 2])
+    model = replace(MODEL, pyramid=PPFLOW2)
+    coarse, fine = (forward_flops(model, stage) for stage in (0, 1))
+    flops = training_flops(model, plain.pattern, 8, plain.evaluated)
+    assert flops == (15 + 4) * coarse + (9 + 4) * fine
+
+
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        (dict(points=1.5), "points 1.5"),
+        (dict(points=1.5), "points must be in"),
         (dict(omega=0.0), "omega must be above 0"),
         (dict(kappa=1.0), "kappa at least 0 and below 1"),
-        (dict(constant=0.0), "constant 0.0 above 0"),
+        (dict(constant=0.0), "constant above 0"),
+        (dict(times="normal"), "give uniform or logit-normal"),
     ],
 )
 def test_values_out_of_range_are_refused(setting, words):
     with pytest.raises(InputError, match=words):
-        MeanFlow(SIT, 5, **setting)
-    with pytest.raises(InputError, match="give uniform or logit-normal"):
-        Times("normal")
+        MeanFlow(**setting)
+
+
+def test_what_does_not_fit_is_refused():
+    base = FlowObjective(SIT, Flow(), 5)
+    for changes, words in (
+        (dict(flow=Flow("gvp")), "path linear and prediction velocity"),
+        (dict(stage_share=(1,)), "stage_times, stage_share and terms empty"),
+    ):
+        with pytest.raises(InputError, match=words):
+            MeanFlow().on(replace(base, **changes), MODEL)
+    with pytest.raises(InputError, match="scalar:name=interval,scale=1"):
+        MeanFlow().on(base, replace(MODEL, conditions=()))
+    with pytest.raises(InputError, match="16 rows of objective meanflow"):
+        made(PPFLOW3).check_batch(100, 8)
+    guided = SamplerConfig(cfg=(3.0,))
+    with pytest.raises(InputError, match="a guidance of 2 inside: leave cfg out, not 3"):
+        MeanFlow(kappa=0.5).notes(guided)
+    assert MeanFlow().notes(guided) == ()
