@@ -261,8 +261,11 @@ def _check_range(settings: Guided | Halved) -> None:
 
 
 def _check_student(settings: Guided | Halved, base: FlowObjective, model: ModelConfig) -> None:
-    if base.terms:
-        raise InputError(f"objective {settings.kind} has no terms: leave config.flow.terms empty")
+    if base.terms or base.conditions:
+        raise InputError(
+            f"objective {settings.kind} has no terms or tasks: leave config.flow.terms and "
+            "config.data.task out"
+        )
     if GUIDANCE not in known(model.conditions):
         raise InputError(
             f"objective {settings.kind} needs a model that is told the guidance scale: set "

@@ -137,10 +137,10 @@ class MeanFlow(Described):
         """
         if base.flow != Flow():
             raise InputError("objective meanflow is for path linear and prediction velocity")
-        if base.stage_times or base.stage_share or base.terms:
+        if base.stage_times or base.stage_share or base.terms or base.conditions:
             raise InputError(
-                "objective meanflow draws times of its own and has no terms: leave "
-                "config.flow.stage_times, stage_share and terms empty"
+                "objective meanflow draws times of its own and has no terms or tasks: leave "
+                "config.flow.stage_times, stage_share, terms and config.data.task out"
             )
         if INTERVAL not in known(model.conditions):
             raise InputError(

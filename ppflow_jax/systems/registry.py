@@ -1,4 +1,4 @@
-"""The parts and conditions that configurations and checkpoints name."""
+"""The parts, conditions and tasks that configurations and checkpoints name."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ppflow_jax.systems.guided_distillation import Guided, Halved
 from ppflow_jax.systems.meanflow import MeanFlow
 from ppflow_jax.systems.moe import MoE
 from ppflow_jax.systems.switch import Switch
+from ppflow_jax.systems.tasks import Colourisation, Edges, Inpainting, SuperResolution, Task
 
 FFNS: dict[str, type[Ffn]] = {part.kind: part for part in (Mlp, MoE)}
 WRAPS: dict[str, type[Wrap]] = {part.kind: part for part in (Switch,)}
@@ -26,6 +27,9 @@ TERMS: dict[str, Any] = {}  # of the loss
 OBJECTIVES = {kind.kind: kind for kind in (MeanFlow, Guided, Halved)}
 FLOW = "flow"  # the objective without further settings
 NONE = "none"  # of a part that there need not be
+TASKS: dict[str, type[Task]] = {
+    task.kind: task for task in (SuperResolution, Inpainting, Colourisation, Edges)
+}
 CONDITIONS: dict[str, type[Condition]] = {c.kind: c for c in (Channels, Scalar)}
 
 _READERS = {
@@ -52,6 +56,15 @@ def condition(text: str) -> Condition:
       InputError: see `part`; no name.
     """
     return _made(text, "condition", CONDITIONS)
+
+
+def task(text: str) -> Task | None:
+    """The task that `kind:key=value,...` names; `none` is none.
+
+    Raises:
+      InputError: see `part`.
+    """
+    return None if text == NONE else _made(text, "task", TASKS)
 
 
 def term(text: str) -> Term:

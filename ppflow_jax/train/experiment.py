@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -15,10 +15,13 @@ from ppflow_jax.flow.loss import FlowObjective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.terms import Objective, Phase, parse_phases
+from ppflow_jax.models.conditions import Channels
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.pyramid import Pyramid
 from ppflow_jax.systems.registry import notes_of, take_block, take_conditions, term
 from ppflow_jax.systems.registry import objective as objective_of
+from ppflow_jax.systems.registry import task as task_of
+from ppflow_jax.systems.tasks import Task
 from ppflow_jax.train.optimizer import OptimConfig
 
 
@@ -39,6 +42,12 @@ class Experiment:
     optim: OptimConfig
     sampler: SamplerConfig
     config: ConfigDict
+    task: Task | None = None
+
+    @property
+    def origin(self) -> str:
+        """Checkpoint whose weights a new run starts with: a student's are those of its teacher."""
+        return self.config.init_from or self.config.train.teacher
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> Experiment:
@@ -46,6 +55,8 @@ class Experiment:
         settings = {k: c[k] for k in c if k not in ("pyramid", "dtype", "remat", "attention")}
         made = dict(block=(block := take_block(settings)), conditions=take_conditions(settings))
         model = ModelConfig(pyramid=Pyramid.parse(c.pyramid), **made, **settings)
+        if task := task_of(config.data.task):
+            model = _told(model, task, config.data.space)
         flow = Flow(config.flow.path, config.flow.prediction)
         terms = tuple(map(term, config.flow.terms))
         base = FlowObjective(
@@ -57,7 +68,9 @@ class Experiment:
             stage_share=tuple(config.flow.stage_share),
             stage_times=tuple(tuple(map(float, pair)) for pair in config.flow.stage_times),
             terms=terms,
+            conditions=model.asked,
         )
+        _check_given(base, task)
         objective = objective_of(config.flow.objective, base, model)
         phases = parse_phases(
             config.train.phases,
@@ -73,8 +86,40 @@ class Experiment:
         values.pop("resume_changed", None)
         values["model"] |= block.to_json()  # as checkpoints have it
         values["model"]["conditions"] = list(map(str, model.conditions))
+        values["data"]["task"] = str(task or "none")
         card = Card(model, flow, config.data.space, values)
-        return cls(card, objective, phases, OptimConfig(**config.optim), sampler, config)
+        return cls(card, objective, phases, OptimConfig(**config.optim), sampler, config, task)
+
+
+def _told(model: ModelConfig, task: Task, space: str) -> ModelConfig:
+    """The model with the condition of its task, unless it has it.
+
+    Raises:
+      InputError: the task does not fit the model, or the model's condition is another one.
+    """
+    needed = task.for_model(model, space)
+    own = [c for c in model.conditions if c.name == needed.name]
+    if not own:
+        return replace(model, conditions=(*model.conditions, needed))
+    if not isinstance(own[0], Channels) or replace(own[0], drop=needed.drop) != needed:
+        raise InputError(
+            f"config.data.task={task} gives {needed}, config.model.conditions has {own[0]}: leave "
+            "that out"
+        )
+    return model
+
+
+def _check_given(objective: FlowObjective, task: Task | None) -> None:
+    """
+    Raises:
+      InputError: nothing gives values to one of the conditions.
+    """
+    given = () if task is None else (task.condition,)
+    if lacking := [c.name for c in objective.conditions if c.name not in given]:
+        raise InputError(
+            f"config.model.conditions has {', '.join(lacking)}, and nothing gives values for it in "
+            "training: leave it out, or set config.data.task to what does"
+        )
 
 
 def sampler_of(sample: Mapping[str, Any] | ConfigDict) -> SamplerConfig:

@@ -29,6 +29,7 @@ BEFORE = {
     "model.ffn": "mlp",
     "model.wrap": "none",
     "model.conditions": [],
+    "data.task": "none",
     "flow.balance": 0.01,
     "flow.prior": 1.0,
     "flow.terms": [],

@@ -285,7 +285,7 @@ def test_what_does_not_fit_is_refused():
     base = FlowObjective(SIT, Flow(), 5)
     for changes, words in (
         (dict(flow=Flow("gvp")), "path linear and prediction velocity"),
-        (dict(stage_share=(1,)), "stage_times, stage_share and terms empty"),
+        (dict(stage_share=(1,)), "stage_share, terms and config.data.task out"),
     ):
         with pytest.raises(InputError, match=words):
             MeanFlow().on(replace(base, **changes), MODEL)
