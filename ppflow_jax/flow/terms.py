@@ -91,10 +91,22 @@ class Objective(Protocol):
 
     Attributes:
       pattern: stage of sample i is `pattern[i % len(pattern)]`.
+      frozen: names of what it needs that is not trained, each shaped as the network's parameters.
+      forward_mode: whether it takes derivatives of the network by forward mode.
+      evaluated: stages of what it evaluates without gradient, for the samples of one pattern.
     """
 
     @property
     def pattern(self) -> tuple[int, ...]: ...
+
+    @property
+    def frozen(self) -> tuple[str, ...]: ...
+
+    @property
+    def forward_mode(self) -> bool: ...
+
+    @property
+    def evaluated(self) -> tuple[int, ...]: ...
 
     def check_batch(self, batch_size: int, shards: int) -> None:
         """
