@@ -48,6 +48,7 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.flow = ConfigDict()
     c.flow.path = "linear"  # linear, gvp, vp
     c.flow.prediction = "velocity"  # velocity, score, noise
+    c.flow.objective = "flow"  # or meanflow:..., guided:..., halved:...: see docs
     c.flow.weighting = "none"  # none, velocity, likelihood; for score and noise
     c.flow.label_drop = 0.1
     c.flow.balance = 0.01  # weight of the balance term of a mixture of experts
@@ -85,6 +86,7 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
 
     c.train = ConfigDict()
     c.train.steps = 400_000
+    c.train.teacher = ""  # checkpoint that a student is distilled from: see guided_distillation.md
     c.train.ema = 0.9999
     c.train.ema_warmup = True  # decay min(ema, (1 + step) / (10 + step)), for short runs
     c.train.phases = ()  # weights of terms over time: ((until_step, {"repa": 0.5}), (until, {}))

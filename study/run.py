@@ -34,8 +34,8 @@ from ppflow_jax.devices.sharding import local_mesh
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.disk import atomic
 from ppflow_jax.files.store import find_checkpoint
-from ppflow_jax.flow.cost import evaluations, sampling_flops
-from ppflow_jax.flow.plan import SamplerConfig
+from ppflow_jax.flow.cost import sampling_flops
+from ppflow_jax.flow.plan import SamplerConfig, evaluations
 from ppflow_jax.flow.sampler import Sampler, image_noise
 from ppflow_jax.generate.images import Generator, choose_labels
 from ppflow_jax.metrics.evaluator import Evaluator, open_reference

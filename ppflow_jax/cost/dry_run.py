@@ -203,10 +203,11 @@ def _train_step(experiment, program: Program, mesh: Mesh, state, batch) -> Compi
     images = {stage: pattern.count(stage) / len(pattern) * size / mesh.size for stage in pattern}
     traffic = 2 * _bytes(state, on_device=True) + passes * _traffic(experiment, program, images)
     key = _placed(jax.eval_shape(lambda: jax.random.key(0)), replicated(mesh))
+    frozen = {name: state["ema"] for name in experiment.objective.frozen}
     return _compile(
         "training step",
-        [program.steps[0].run.lower(state, batch, key, {})],
-        training_flops(model, pattern, size),
+        [program.steps[0].run.lower(state, batch, key, frozen)],
+        training_flops(model, pattern, size, experiment.objective.evaluated),
         traffic,
     )
 

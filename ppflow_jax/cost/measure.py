@@ -16,10 +16,10 @@ import numpy as np
 from ppflow_jax import console
 from ppflow_jax.checkpoints.card import Card
 from ppflow_jax.devices.programs import for_passes, for_training
-from ppflow_jax.flow.cost import evaluations, sampling_flops, training_flops
+from ppflow_jax.flow.cost import sampling_flops, training_flops
 from ppflow_jax.flow.loss import FlowObjective
 from ppflow_jax.flow.path import Flow
-from ppflow_jax.flow.plan import SamplerConfig
+from ppflow_jax.flow.plan import SamplerConfig, evaluations
 from ppflow_jax.generate.plan import make_plan
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Apply, abstract_params, make_apply

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ppflow_jax.errors import InputError
-from ppflow_jax.models.conditions import Condition
+from ppflow_jax.models.conditions import Condition, known
 from ppflow_jax.models.parts import DIT, BlockSpec
 from ppflow_jax.pyramid import Pyramid
 
@@ -77,6 +77,11 @@ class ModelConfig:
     @property
     def null_label(self) -> int:
         return self.num_classes
+
+    @property
+    def asked(self) -> tuple[Condition, ...]:
+        """Conditions whose values must be given; the others the sampler knows."""
+        return tuple(c for c in self.conditions if c.name not in known(self.conditions))
 
     @property
     def shape(self) -> tuple[int, int, int]:

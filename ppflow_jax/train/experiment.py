@@ -14,11 +14,12 @@ from ppflow_jax.errors import InputError
 from ppflow_jax.flow.loss import FlowObjective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
-from ppflow_jax.flow.terms import Phase, parse_phases
+from ppflow_jax.flow.terms import Objective, Phase, parse_phases
 from ppflow_jax.models.conditions import Channels
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.pyramid import Pyramid
-from ppflow_jax.systems.registry import take_block, take_conditions, term
+from ppflow_jax.systems.registry import notes_of, take_block, take_conditions, term
+from ppflow_jax.systems.registry import objective as objective_of
 from ppflow_jax.systems.registry import task as task_of
 from ppflow_jax.systems.tasks import Task
 from ppflow_jax.train.optimizer import OptimConfig
@@ -36,12 +37,17 @@ class Experiment:
     """
 
     card: Card
-    objective: FlowObjective
+    objective: Objective
     phases: tuple[Phase, ...]
     optim: OptimConfig
     sampler: SamplerConfig
     config: ConfigDict
     task: Task | None = None
+
+    @property
+    def origin(self) -> str:
+        """Checkpoint whose weights a new run starts with: a student's are those of its teacher."""
+        return self.config.init_from or self.config.train.teacher
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> Experiment:
@@ -53,7 +59,7 @@ class Experiment:
             model = _told(model, task, config.data.space)
         flow = Flow(config.flow.path, config.flow.prediction)
         terms = tuple(map(term, config.flow.terms))
-        objective = FlowObjective(
+        base = FlowObjective(
             pyramid=model.pyramid,
             flow=flow,
             null_label=model.null_label,
@@ -62,9 +68,10 @@ class Experiment:
             stage_share=tuple(config.flow.stage_share),
             stage_times=tuple(tuple(map(float, pair)) for pair in config.flow.stage_times),
             terms=terms,
-            conditions=model.conditions,
+            conditions=model.asked,
         )
-        _check_given(objective, task)
+        _check_given(base, task)
+        objective = objective_of(config.flow.objective, base, model)
         phases = parse_phases(
             config.train.phases,
             config.train.steps,
@@ -73,6 +80,7 @@ class Experiment:
         )
         sampler = sampler_of(config.sample)
         sampler.scales(model.pyramid)
+        notes_of(config.flow.objective, sampler)
         _check(config)
         values = json.loads(config.to_json_best_effort())
         values.pop("resume_changed", None)

@@ -57,12 +57,15 @@ def _together(own: Sequence[str], theirs: Sequence[str]) -> tuple[tuple[str, ...
 
 
 def open_start(
-    path: str, card: Card, mesh: Mesh
+    path: str, card: Card, mesh: Mesh, setting: str = "config.init_from"
 ) -> tuple[Params, Callable[[Params, Array], Params]]:
     """The weights in `path`, and a function of them and a key: parameters of the model of `card`.
 
     They are the same but for parts of the blocks that the weights do not have, which start from
     what they replace (see `models.parts.Part.start`), and conditions, which start at zero.
+
+    Args:
+      setting: that has the path, for what is said of it.
 
     Raises:
       InputError: weights of another model, or without a way to these parts; damaged or unreadable.
@@ -75,7 +78,7 @@ def open_start(
     other = replace(found, model=replace(source, block=model.block, conditions=conditions))
     if difference := other.differences(card):
         raise InputError(
-            f"config.init_from={folder} holds another model ({difference}): use a "
+            f"{setting}={folder} holds another model ({difference}): use a "
             "configuration of the same model"
         )
 
@@ -90,7 +93,7 @@ def open_start(
     try:
         made = jax.eval_shape(start, abstract_params(source), jax.random.key(0))
     except InputError as e:
-        raise InputError(f"config.init_from={folder}: {e}") from e
+        raise InputError(f"{setting}={folder}: {e}") from e
     if jax.tree.map(lambda leaf: leaf.shape, made) != jax.tree.map(
         lambda leaf: leaf.shape, abstract_params(model)
     ):

@@ -109,7 +109,7 @@ def shown_to(
     The trained classes in turn; of a model with conditions what is told of the first examples of
     `source`, without mirroring. Host arrays, the same on every process.
     """
-    if not card.model.conditions:
+    if not card.model.asked:
         return np.resize(card.classes.trained(card.model.num_classes), count)
     rows = -(-count // data_shards(mesh)) * data_shards(mesh)
     place = batch_sharding(mesh)
@@ -117,7 +117,7 @@ def shown_to(
     batch = source.read(index, np.zeros(len(index), bool))
     batch.pop("unreadable", None)
     seen = inputs(to_global(batch, place, rows), 0)
-    names = (LABEL, *(condition.name for condition in card.model.conditions))
+    names = (LABEL, *(condition.name for condition in card.model.asked))
     return {name: fetch(seen[name])[:count] for name in names}
 
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -43,6 +42,7 @@ from ppflow_jax.generate.plan import make_plan
 from ppflow_jax.models.conditions import Cond
 from ppflow_jax.train.ema import reminder
 from ppflow_jax.train.experiment import Experiment
+from ppflow_jax.train.frozen import open_frozen
 from ppflow_jax.train.init_from import open_start
 from ppflow_jax.train.inputs import Batch, make_inputs, open_inputs, shown_to
 from ppflow_jax.train.metrics_log import MetricWriter, read_metrics, save_loss_plot
@@ -105,9 +105,9 @@ def _run(
     config, batch_size = experiment.config, experiment.config.data.batch_size
     steps = config.train.steps
     checkpoints = Checkpoints(root, experiment.card, keep=config.train.keep)
+    frozen = open_frozen(experiment, program, mesh)
     state = _first_state(experiment, program, checkpoints, mesh)
-    first = int(state["step"])
-    _announce(experiment, state, mesh, first, root)
+    first = _announce(experiment, state, mesh, root)
     key = jax.jit(jax.random.key, out_shardings=replicated(mesh))(stream_seed(config.seed, 1))
     stream = _stream(experiment, source, mesh)
     see, shown = _sight(experiment, source, encoder, mesh)
@@ -126,7 +126,7 @@ def _run(
     ):
         while step < steps and not stopped:
             step += 1
-            state, metrics = program.step(step - 1)(state, next(inputs), key, {})
+            state, metrics = program.step(step - 1)(state, next(inputs), key, frozen)
             stopped = stop.reached(step) and step < steps
             # Read the step before while this one runs; wait only where it must be known.
             log, save = step % every.log_every == 0, step % every.save_every == 0
@@ -216,8 +216,8 @@ def _first_state(
             shardings,
         )
         return checkpoints.restore(latest, target)
-    if config.init_from:
-        params, start = open_start(config.init_from, experiment.card, mesh)
+    if experiment.origin:
+        params, start = open_start(experiment.origin, experiment.card, mesh)
         begin = jax.jit(
             lambda params, key: state_from(
                 with_terms(start(params, key), experiment.objective, experiment.card.model, key),
@@ -229,21 +229,24 @@ def _first_state(
     return jax.jit(program.init, out_shardings=shardings)(jax.random.key(config.seed))
 
 
-def _announce(experiment: Experiment, state: Any, mesh: Mesh, first: int, root: Path) -> None:
+def _announce(experiment: Experiment, state: TrainState, mesh: Mesh, root: Path) -> int:
+    """Record and say what runs, and return the step from which it does."""
+    first = int(state["step"])
     if jax.process_index():
-        return
+        return first
     config = experiment.config
     record(root, experiment.card, first)
     if first:
         origin = f"continuing from step {first}"
     else:
-        origin = f"weights from {config.init_from}" if config.init_from else "fresh parameters"
+        origin = f"weights from {experiment.origin}" if experiment.origin else "fresh parameters"
     print(
         f"{parameter_overview.count_parameters(state['params']):,} parameters; stages "
         f"{experiment.card.model.pyramid}; batch {config.data.batch_size}; mesh "
         f"{dict(mesh.shape)} of {jax.devices()[0].device_kind}; {origin}",
         flush=True,
     )
+    return first
 
 
 def _finite(

@@ -74,7 +74,9 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
     objective.check_batch(config.data.batch_size, shards)
     dtype, remat = jnp.dtype(config.model.dtype), config.model.remat
     attention, head = config.model.attention, model.head_width
-    programs = for_training(attention, dtype, remat=remat, head=head, mesh=mesh)
+    programs = for_training(
+        attention, dtype, remat=remat, head=head, mesh=mesh, forward_mode=objective.forward_mode
+    )
     rules = model.block.rules
     place = layout(mesh, rules)
     apply = make_apply(model, dtype=dtype, remat=remat, programs=programs, layout=place)
@@ -94,7 +96,8 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
             weights=phase.active,
         )
         everywhere = replicated(mesh)
-        given = (shardings, batch_sharding(mesh), everywhere, everywhere)
+        frozen = {name: shardings["ema"] for name in objective.frozen}
+        given = (shardings, batch_sharding(mesh), everywhere, frozen)
         run = compiled(run, programs, in_shardings=given, out_shardings=(shardings, everywhere))
         return PhaseStep(phase.until, objective.fields(phase.active), run)
 

@@ -33,6 +33,8 @@ BEFORE = {
     "flow.balance": 0.01,
     "flow.prior": 1.0,
     "flow.terms": [],
+    "flow.objective": "flow",
+    "train.teacher": "",
     "train.phases": [],
 }
 _DATA = "trained_on."
