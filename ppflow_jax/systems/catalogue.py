@@ -187,6 +187,19 @@ SYSTEMS = (
         "tests/systems/test_guided_distillation.py",
         NOT_MEASURED,
     ),
+    System(
+        "Channels for super-resolution, inpainting, colours and edges",
+        ("2112.10752",),
+        "CompVis/latent-diffusion a506df5, MIT, read about only",
+        "systems/tasks.py",
+        "--config.data.task=inpainting",
+        "conditions.md",
+        "a condition in channels beside the latent equals a wider patch projection; replacement of "
+        "known parts, against a NumPy restatement",
+        "the latent is masked or shrunk, not the picture before it is encoded: caches can be used",
+        "tests/systems/test_tasks.py",
+        NOT_MEASURED,
+    ),
 )
 
 
