@@ -188,7 +188,7 @@ SYSTEMS = (
         NOT_MEASURED,
     ),
     System(
-        "Channels for super-resolution, inpainting, colours and edges",
+        "Channels beside the latent",
         ("2112.10752",),
         "CompVis/latent-diffusion a506df5, MIT, read about only",
         "systems/tasks.py",
