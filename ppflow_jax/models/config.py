@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ppflow_jax.errors import InputError
+from ppflow_jax.models.adapters import NONE, Adapter, beside, parse, text
 from ppflow_jax.models.parts import DIT, BlockSpec
 from ppflow_jax.pyramid import Pyramid
 
@@ -33,9 +34,11 @@ class ModelConfig:
         PyTorch weights have them.
       level_embedding: several stages are told apart by a learned embedding (PPFlow, Sec. 3.2).
       block: what the blocks are made of.
+      adapters: what stands beside the kernels, see `models.adapters`.
 
     Raises:
-      InputError: a patch does not divide the latent, or heads do not divide the width.
+      InputError: a patch does not divide the latent, heads do not divide the width, or adapters
+        that are on no kernel.
     """
 
     pyramid: Pyramid
@@ -49,6 +52,7 @@ class ModelConfig:
     learn_sigma: bool = True
     level_embedding: bool = True
     block: BlockSpec = DIT
+    adapters: tuple[Adapter, ...] = ()
 
     def __post_init__(self):
         sizes = (self.latent_size, self.channels, self.width, self.depth, self.heads)
@@ -61,6 +65,7 @@ class ModelConfig:
                 f"width {self.width} must be divisible by heads ({self.heads}) and by 4 "
                 "(sin-cos positions)"
             )
+        beside(self)
 
     @property
     def has_levels(self) -> bool:
@@ -81,9 +86,11 @@ class ModelConfig:
         return self.width // self.heads
 
     def to_json(self) -> dict[str, Any]:
-        """By field, and every part of the blocks that is not DiT's, as text."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "block"}
-        return values | {"pyramid": str(self.pyramid)} | self.block.to_json()
+        """By field, and every part of the blocks that is not DiT's, and adapters, as text."""
+        special = ("block", "adapters")
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in special}
+        added = {"adapters": text(self.adapters)} if self.adapters else {}
+        return values | {"pyramid": str(self.pyramid)} | self.block.to_json() | added
 
     @classmethod
     def from_json(cls, values: dict[str, Any], block: BlockSpec = DIT) -> ModelConfig:
@@ -96,4 +103,5 @@ class ModelConfig:
         if unknown := set(values) - known:
             raise InputError(f"model config has unknown keys {sorted(unknown)}: update ppflow_jax")
         pyramid = Pyramid.parse(values["pyramid"])
-        return cls(**(values | {"pyramid": pyramid, "block": block}))
+        added = parse(values.get("adapters", NONE))
+        return cls(**(values | {"pyramid": pyramid, "block": block, "adapters": added}))

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from ppflow_jax.devices.layout import Layout
 from ppflow_jax.devices.programs import Programs, for_passes
 from ppflow_jax.errors import InputError
+from ppflow_jax.models.adapters import attach
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.layers import Block, TimestepEmbedder, _normal, _zeros, linear, modulate
 from ppflow_jax.models.parts import Aux, Execution
@@ -80,6 +81,7 @@ class PPFlow(nnx.Module):
         self.unpatchify = nnx.List(
             [linear(width, a * out_channels, rngs, dtype=jnp.float32, init=_zeros) for a in areas]
         )
+        attach(self, config, rngs)
 
     def tokens(self, x: Float[Array, "b h w c"], stage: int) -> Float[Array, "b n d"]:
         """Patch projection of one stage plus its positions."""
