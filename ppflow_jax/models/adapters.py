@@ -198,7 +198,7 @@ def beside(model: ModelConfig) -> tuple[Beside, ...]:
     return tuple(found.values())
 
 
-def paths(model: ModelConfig) -> frozenset[Path]:
+def adapter_paths(model: ModelConfig) -> frozenset[Path]:
     """Of the leaves of all adapters of a model."""
     return frozenset(b.path(name) for b in beside(model) for name in b.names)
 
@@ -234,7 +234,7 @@ def merge(model: ModelConfig, params: Tree) -> Tree:
 
     W' = gamma W + s A B and b' = gamma b + beta. Gates belong to the kernel of adaLN.
     """
-    own = paths(model)
+    own = adapter_paths(model)
     out = parted(jax.tree.map(np.asarray, params), lambda path: path not in own)[0]
     for b in sorted(beside(model), key=lambda b: b.site.name == "blocks/gates"):
         leaf = {n: np.float32(np.asarray(at(params, b.path(n)))) for n in b.names}
@@ -274,7 +274,7 @@ def _fold_gates(out: Tree, gamma: np.ndarray) -> None:
 
 def grown(params: Tree, fresh: Tree, model: ModelConfig) -> Tree:
     """`params` with the leaves of adapters that it lacks, from `fresh` parameters of `model`."""
-    own = paths(model)
+    own = adapter_paths(model)
     there = {path for path in own if _has(params, path)}
     return join(params, parted(fresh, lambda path: path in own - there)[0])
 
