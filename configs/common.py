@@ -39,6 +39,7 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.model.level_embedding = True  # of several stages
     c.model.ffn = "mlp"  # or moe:experts=8,top_k=2,...: see docs/moe.md
     c.model.wrap = "none"  # or switch:experts=3,top_k=2: see docs/switch.md
+    c.model.adapters = "none"  # or lora:rank=8,on=blocks/.*;scale:on=...: see docs/adapters.md
     c.model.dtype = "bfloat16"  # of matrix products; parameters, norms and the last one float32
     c.model.attention = "auto"  # or xla, deferred, cudnn, splash: see models/attention.py
     c.model.remat = "none"  # none, dots (keep matrix products) or full (keep nothing)
@@ -82,6 +83,9 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.train.steps = 400_000
     c.train.ema = 0.9999
     c.train.ema_warmup = True  # decay min(ema, (1 + step) / (10 + step)), for short runs
+    # Patterns of the leaves that are trained; the others stay as init_from has them, and are not
+    # saved again: see docs/adapters.md
+    c.train.trainable = (".*",)
     c.train.accumulate = 1  # microbatches of one step
     c.train.log_every = 100
     c.train.save_every = 10_000

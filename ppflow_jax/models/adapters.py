@@ -24,7 +24,7 @@ from flax import nnx
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.layers import FREQUENCIES
 from ppflow_jax.models.parts import Site
-from ppflow_jax.models.trees import Path, Tree, at, join, parted, put
+from ppflow_jax.models.trees import Path, Tree, at, parted, put
 
 if TYPE_CHECKING:
     from ppflow_jax.models.config import ModelConfig
@@ -270,21 +270,6 @@ def _fold_gates(out: Tree, gamma: np.ndarray) -> None:
     kernel, bias = adaln["kernel"], adaln["bias"]
     adaln["kernel"] = (np.float32(kernel) * scale[:, None]).astype(kernel.dtype)
     adaln["bias"] = (np.float32(bias) * scale).astype(bias.dtype)
-
-
-def grown(params: Tree, fresh: Tree, model: ModelConfig) -> Tree:
-    """`params` with the leaves of adapters that it lacks, from `fresh` parameters of `model`."""
-    own = adapter_paths(model)
-    there = {path for path in own if _has(params, path)}
-    return join(params, parted(fresh, lambda path: path in own - there)[0])
-
-
-def _has(tree: Any, path: Path) -> bool:
-    for name in path:
-        if name not in tree:
-            return False
-        tree = tree[name]
-    return True
 
 
 def low_rank_flops(model: ModelConfig, stage: int, attention: int, mlp: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from ppflow_jax.errors import InputError
 from ppflow_jax.flow.loss import Objective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
+from ppflow_jax.models.adapters import NONE, parse, text
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.pyramid import Pyramid
 from ppflow_jax.systems.registry import take_block
@@ -42,6 +43,7 @@ class Experiment:
         c = config.model
         settings = {k: c[k] for k in c if k not in ("pyramid", "dtype", "remat", "attention")}
         block = take_block(settings)
+        settings["adapters"] = parse(settings.get("adapters", NONE))
         model = ModelConfig(pyramid=Pyramid.parse(c.pyramid), block=block, **settings)
         flow = Flow(config.flow.path, config.flow.prediction)
         objective = Objective(
@@ -60,6 +62,7 @@ class Experiment:
         values = json.loads(config.to_json_best_effort())
         values.pop("resume_changed", None)
         values["model"] |= block.to_json()  # as checkpoints have it
+        values["model"]["adapters"] = text(model.adapters)
         card = Card(model, flow, config.data.space, values)
         return cls(card, objective, OptimConfig(**config.optim), sampler, config)
 

@@ -16,7 +16,9 @@ from ppflow_jax.checkpoints.run import latest_card
 from ppflow_jax.checkpoints.weights import load_weights
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.store import find_checkpoint
-from ppflow_jax.models.network import Params, abstract_params
+from ppflow_jax.models.adapters import NONE, adapter_paths, plain, text
+from ppflow_jax.models.network import Params, abstract_params, init_params
+from ppflow_jax.models.trees import join, parted
 from ppflow_jax.systems.registry import KINDS, canonical
 
 
@@ -37,6 +39,8 @@ def take_architecture(config: ConfigDict, workdir: str | None, told: Collection[
     changed = []
     for name, value in card.model.to_json().items():
         before = config.model.get(name)
+        if name == "adapters" and before not in (None, NONE):
+            continue  # those of this run, which must fit the weights too
         before = canonical(before, name) if name in KINDS and before else before
         if name == "pyramid" or f"config.model.{name}" in told or before in (None, value):
             continue
@@ -51,7 +55,7 @@ def open_start(
     """The weights in `path`, and a function of them and a key: parameters of the model of `card`.
 
     They are the same but for parts of the blocks that the weights do not have, which start from
-    what they replace (see `models.parts.Part.start`).
+    what they replace (see `models.parts.Part.start`), and for adapters, which change nothing yet.
 
     Raises:
       InputError: weights of another model, or without a way to these parts; damaged or unreadable.
@@ -59,15 +63,25 @@ def open_start(
     folder = find_checkpoint(path)
     found, model = read_card(folder), card.model
     source = found.model
-    other = replace(found, model=replace(source, block=model.block))
-    if difference := other.differences(card):
+    if source.adapters not in ((), model.adapters) or (
+        source.adapters and source.block != model.block
+    ):
+        raise InputError(
+            f"config.init_from={folder} has adapters {text(source.adapters)}: keep them in "
+            f"config.model.adapters, or merge them: ppflow convert --merge --source={path} "
+            "--target=DIR"
+        )
+    other = replace(found, model=plain(replace(source, block=model.block)))
+    if difference := other.differences(replace(card, model=plain(model))):
         raise InputError(
             f"config.init_from={folder} holds another model ({difference}): use a "
             "configuration of the same model"
         )
 
     def start(params: Params, key: Array) -> Params:
-        return params | {"blocks": model.block.start(model, source, params["blocks"], key)}
+        params = params | {"blocks": model.block.start(model, source, params["blocks"], key)}
+        new = adapter_paths(model) - adapter_paths(source)
+        return join(params, parted(init_params(model, key), new.__contains__)[0]) if new else params
 
     try:
         made = jax.eval_shape(start, abstract_params(source), jax.random.key(0))
