@@ -12,6 +12,7 @@ CONFIGS = sorted(p for p in Path(__file__).parents[1].joinpath("configs").glob("
 NAMES = [p.name for p in CONFIGS if p.stem not in ("common", "imagenet256", "__init__")] + [
     "digits.py:sit",
     "digits.py:levels3",
+    "digits.py:difffit",
     "imagenette.py:sit",
     "imagenette.py:levels3",
 ]
@@ -28,7 +29,7 @@ def load(name):
 
 
 def test_all_sizes_and_levels_are_there():
-    assert len(NAMES) == 12 + 6
+    assert len(NAMES) == 12 + 7
     assert config_flags is not None
 
 
