@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from ppflow_jax.checkpoints.card import Card, read_card
+from ppflow_jax.checkpoints.card import ALL, Card, read_card
 from ppflow_jax.checkpoints.run import latest_card
 from ppflow_jax.checkpoints.weights import load_weights
 from ppflow_jax.errors import InputError
@@ -56,6 +57,7 @@ def open_start(
 
     They are the same but for parts of the blocks that the weights do not have, which start from
     what they replace (see `models.parts.Part.start`), and for adapters, which change nothing yet.
+    Where a part of the parameters is trained, classes may be others: all start as the null class.
 
     Raises:
       InputError: weights of another model, or without a way to these parts; damaged or unreadable.
@@ -72,6 +74,8 @@ def open_start(
             "--target=DIR"
         )
     other = replace(found, model=plain(replace(source, block=model.block)))
+    if card.trainable != ALL:
+        other = replace(other, model=replace(other.model, num_classes=model.num_classes))
     if difference := other.differences(replace(card, model=plain(model))):
         raise InputError(
             f"config.init_from={folder} holds another model ({difference}): use a "
@@ -80,6 +84,10 @@ def open_start(
 
     def start(params: Params, key: Array) -> Params:
         params = params | {"blocks": model.block.start(model, source, params["blocks"], key)}
+        if model.num_classes != source.num_classes:
+            null = params["label"]["embedding"][-1:]
+            table = jnp.broadcast_to(null, (model.num_classes + 1, model.width))
+            params = params | {"label": {"embedding": table}}
         new = adapter_paths(model) - adapter_paths(source)
         return join(params, parted(init_params(model, key), new.__contains__)[0]) if new else params
 
