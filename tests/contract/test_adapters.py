@@ -169,13 +169,13 @@ def test_a_base_that_has_changed_or_gone_is_refused(run, base, copy, small_run):
     np.testing.assert_array_equal(pf.load(copy).sample(2).latents, expected)
     moved.unlink()
     moved.symlink_to(small_run, target_is_directory=True)
-    with pytest.raises(InputError, match="is not the base of .* any more") as error:
+    with pytest.raises(InputError, match=r"is not the base of .* any more") as error:
         pf.load(copy)
     assert "\n" not in str(error.value) and "a link to them, at" in str(error.value)
     moved.unlink()
     away = base.rename(base.with_name("away"))
     try:
-        with pytest.raises(InputError, match="its base .* is gone: put the weights"):
+        with pytest.raises(InputError, match=r"its base .* is gone: put the weights"):
             pf.load(copy)
         code, _, err = commands.train(
             copy, f"--config.init_from={away}", "--config.train.steps=5", variant=":diffscaler"
