@@ -81,7 +81,7 @@ def load_weights(path: Path, card: Card, mesh: Mesh, which: str = "ema") -> Para
 
 
 def load_frozen(workdir: Path, card: Card, mesh: Mesh) -> Params:
-    """The weights that a run does not train, from its base; none where it trains all.
+    """`base`, the weights that a run does not train, from its base; nothing where it trains all.
 
     All processes call this at once.
 
@@ -89,7 +89,9 @@ def load_frozen(workdir: Path, card: Card, mesh: Mesh) -> Params:
       InputError: see `load_weights`; the base does not have them.
     """
     frozen = split(abstract_params(card.model), card.trainable)[1]
-    return _of_base(workdir, card, frozen, _onto(mesh, card.model.block.rules)) if frozen else {}
+    if not frozen:
+        return {}
+    return {"base": _of_base(workdir, card, frozen, _onto(mesh, card.model.block.rules))}
 
 
 def stored_weights(path: Path, card: Card, weights: str | None) -> Params:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from ppflow_jax.checkpoints.card import Card
+from ppflow_jax.checkpoints.card import ALL, Card
 from ppflow_jax.errors import InputError
-from ppflow_jax.flow.loss import Objective
+from ppflow_jax.flow.loss import FlowObjective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
+from ppflow_jax.flow.terms import Phase, parse_phases
 from ppflow_jax.models.adapters import NONE, parse, text
 from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.network import abstract_params
+from ppflow_jax.models.trees import leaves, split
 from ppflow_jax.pyramid import Pyramid
-from ppflow_jax.systems.registry import take_block
+from ppflow_jax.systems.registry import take_block, term
 from ppflow_jax.train.optimizer import OptimConfig
 
 
@@ -33,10 +37,16 @@ class Experiment:
     """
 
     card: Card
-    objective: Objective
+    objective: FlowObjective
+    phases: tuple[Phase, ...]
     optim: OptimConfig
     sampler: SamplerConfig
     config: ConfigDict
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """Patterns of the network's leaves that are trained, see `models.trees.split`."""
+        return tuple(self.config.train.trainable)
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> Experiment:
@@ -46,7 +56,8 @@ class Experiment:
         settings["adapters"] = parse(settings.get("adapters", NONE))
         model = ModelConfig(pyramid=Pyramid.parse(c.pyramid), block=block, **settings)
         flow = Flow(config.flow.path, config.flow.prediction)
-        objective = Objective(
+        terms = tuple(map(term, config.flow.terms))
+        objective = FlowObjective(
             pyramid=model.pyramid,
             flow=flow,
             null_label=model.null_label,
@@ -54,17 +65,45 @@ class Experiment:
             label_drop=config.flow.label_drop,
             stage_share=tuple(config.flow.stage_share),
             stage_times=tuple(tuple(map(float, pair)) for pair in config.flow.stage_times),
-            terms=tuple((k, config.flow[k]) for k in block.term_names if config.flow[k]),
+            terms=terms,
+        )
+        phases = parse_phases(
+            config.train.phases,
+            config.train.steps,
+            always={name: config.flow[name] for name in block.term_names},
+            names=[term.name for term in terms],
         )
         sampler = sampler_of(config.sample)
         sampler.scales(model.pyramid)
         _check(config)
+        _check_trainable(model, tuple(config.train.trainable))
         values = json.loads(config.to_json_best_effort())
         values.pop("resume_changed", None)
         values["model"] |= block.to_json()  # as checkpoints have it
         values["model"]["adapters"] = text(model.adapters)
         card = Card(model, flow, config.data.space, values)
-        return cls(card, objective, OptimConfig(**config.optim), sampler, config)
+        return cls(card, objective, phases, OptimConfig(**config.optim), sampler, config)
+
+
+def _check_trainable(model: ModelConfig, patterns: tuple[str, ...]) -> None:
+    if patterns == ALL:
+        return
+    if not patterns:
+        raise InputError("config.train.trainable is empty: give patterns of what is trained")
+    for pattern in patterns:
+        try:
+            found, _ = split(abstract_params(model), (pattern,))
+        except re.error as e:
+            raise InputError(
+                f"config.train.trainable: {pattern!r} is no regular expression ({e})"
+            ) from e
+        if not found:
+            names = ", ".join(
+                dict.fromkeys(str(path[0]) for path, _ in leaves(abstract_params(model)))
+            )
+            raise InputError(
+                f"config.train.trainable: {pattern!r} is no leaf; their paths begin with {names}"
+            )
 
 
 def sampler_of(sample: Mapping[str, Any] | ConfigDict) -> SamplerConfig:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
+from ppflow_jax.checkpoints.base import named
 from ppflow_jax.checkpoints.card import ALL, Card, read_card
 from ppflow_jax.checkpoints.run import latest_card
 from ppflow_jax.checkpoints.weights import load_weights
@@ -21,6 +22,7 @@ from ppflow_jax.models.adapters import NONE, adapter_paths, plain, text
 from ppflow_jax.models.network import Params, abstract_params, init_params
 from ppflow_jax.models.trees import join, parted
 from ppflow_jax.systems.registry import KINDS, canonical
+from ppflow_jax.train.experiment import Experiment
 
 
 def take_architecture(config: ConfigDict, workdir: str | None, told: Collection[str]) -> str | None:
@@ -48,6 +50,21 @@ def take_architecture(config: ConfigDict, workdir: str | None, told: Collection[
         config.model[name] = value
         changed.append(f"{name} {value} (not {before})")
     return f"architecture of {config.init_from}: {', '.join(changed)}" if changed else None
+
+
+def with_base(experiment: Experiment) -> Experiment:
+    """The experiment, whose card names the weights that it starts from as those that stay.
+
+    Raises:
+      InputError: no checkpoint in `config.init_from`.
+    """
+    path = experiment.config.init_from
+    if not path:
+        raise InputError(
+            "config.train.trainable leaves a part of the weights as it is: say in config.init_from "
+            "which weights that are, or train all with config.train.trainable=('.*',)"
+        )
+    return replace(experiment, card=replace(experiment.card, base=named(path)))
 
 
 def open_start(

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from ppflow_jax.autoencoders.decode import Decoder
 from ppflow_jax.autoencoders.encode import Encoder
 from ppflow_jax.checkpoints.run import Checkpoints, latest_card
+from ppflow_jax.checkpoints.weights import load_frozen
 from ppflow_jax.console import progress, say
 from ppflow_jax.data.classes import describe
 from ppflow_jax.data.pipeline import Source, Stream
@@ -38,17 +39,19 @@ from ppflow_jax.errors import RunError, Stopped, stream_seed
 from ppflow_jax.files.disk import locked, writable_directory
 from ppflow_jax.files.store import FOLDER
 from ppflow_jax.flow.sampler import image_noise
+from ppflow_jax.flow.terms import Metrics
 from ppflow_jax.generate.plan import make_plan
+from ppflow_jax.models.network import Params
+from ppflow_jax.models.trees import split
 from ppflow_jax.train.ema import reminder
 from ppflow_jax.train.experiment import Experiment
-from ppflow_jax.train.init_from import open_start
+from ppflow_jax.train.init_from import open_start, with_base
 from ppflow_jax.train.inputs import Batch, make_inputs, open_inputs
 from ppflow_jax.train.metrics_log import MetricWriter, read_metrics, save_loss_plot
 from ppflow_jax.train.optimizer import learning_rate
 from ppflow_jax.train.program import Program, make_program
 from ppflow_jax.train.resume import going_on, record
-from ppflow_jax.train.state import TrainState, state_from
-from ppflow_jax.train.step import Metrics
+from ppflow_jax.train.state import TrainState, state_from, whole, with_terms
 from ppflow_jax.train.validate import make_judge
 
 
@@ -84,6 +87,8 @@ def train(config: ConfigDict, workdir: str) -> None:
                 return
             experiment = going_on(experiment, step, stored, root / FOLDER / str(step))
             program = make_program(experiment, mesh)
+        elif program.frozen:
+            experiment = with_base(experiment)
         _run(experiment, program, mesh, source, encoder, root, stop)
 
 
@@ -104,9 +109,8 @@ def _run(
     config, batch_size = experiment.config, experiment.config.data.batch_size
     steps = config.train.steps
     checkpoints = Checkpoints(root, experiment.card, keep=config.train.keep)
-    state = _first_state(experiment, program, checkpoints, mesh)
+    state, frozen = _begin(experiment, program, checkpoints, mesh, root)
     first = int(state["step"])
-    _announce(experiment, state, mesh, first, root)
     key = jax.jit(jax.random.key, out_shardings=replicated(mesh))(stream_seed(config.seed, 1))
     stream = _stream(experiment, source, mesh)
     inputs = _inputs(stream, encoder, mesh, first)
@@ -124,7 +128,7 @@ def _run(
     ):
         while step < steps and not stopped:
             step += 1
-            state, metrics = program.step(state, next(inputs), key)
+            state, metrics = program.step(step - 1)(state, next(inputs), key, frozen)
             stopped = stop.reached(step) and step < steps
             # Read the step before while this one runs; wait only where it must be known.
             log, save = step % every.log_every == 0, step % every.save_every == 0
@@ -146,9 +150,9 @@ def _run(
             if save or last or stopped:
                 checkpoints.save(step, state)
             if sample or last:
-                draw_samples(state["ema"], step)
+                draw_samples(whole(state["ema"], frozen), step)
             if judged:
-                writer.write(step, judge(state["ema"], step))
+                writer.write(step, judge(whole(state["ema"], frozen), step))
             if sample or last or judged:
                 clock, logged = time.monotonic(), step
     _end(experiment, root, step, stopped)
@@ -207,25 +211,39 @@ def _first_state(
         return checkpoints.restore(latest, target)
     if config.init_from:
         params, start = open_start(config.init_from, experiment.card, mesh)
-        begin = jax.jit(
-            lambda params, key: state_from(start(params, key), program.optimizer),
-            out_shardings=shardings,
-        )
-        return begin(params, jax.random.key(config.seed))
+
+        def begin(params, key):
+            params, _ = split(start(params, key), experiment.trainable)
+            params = with_terms(params, experiment.objective, experiment.card.model, key)
+            return state_from(params, program.optimizer)
+
+        return jax.jit(begin, out_shardings=shardings)(params, jax.random.key(config.seed))
     return jax.jit(program.init, out_shardings=shardings)(jax.random.key(config.seed))
 
 
-def _announce(experiment: Experiment, state: Any, mesh: Mesh, first: int, root: Path) -> None:
+def _begin(
+    experiment: Experiment, program: Program, checkpoints: Checkpoints, mesh: Mesh, root: Path
+) -> tuple[TrainState, dict[str, Params]]:
+    """The state to continue from, what is frozen, and a line that says so."""
+    frozen = load_frozen(root, experiment.card, mesh)
+    state = _first_state(experiment, program, checkpoints, mesh)
+    _announce(experiment, state, frozen, mesh, root)
+    return state, frozen
+
+
+def _announce(experiment: Experiment, state: Any, frozen: Any, mesh: Mesh, root: Path) -> None:
     if jax.process_index():
         return
-    config = experiment.config
+    config, first = experiment.config, int(state["step"])
     record(root, experiment.card, first)
     if first:
         origin = f"continuing from step {first}"
     else:
         origin = f"weights from {config.init_from}" if config.init_from else "fresh parameters"
+    trained, kept = map(parameter_overview.count_parameters, (state["params"], frozen))
+    part = f"{trained:,} of " if frozen else ""
     print(
-        f"{parameter_overview.count_parameters(state['params']):,} parameters; stages "
+        f"{part}{trained + kept:,} parameters; stages "
         f"{experiment.card.model.pyramid}; batch {config.data.batch_size}; mesh "
         f"{dict(mesh.shape)} of {jax.devices()[0].device_kind}; {origin}",
         flush=True,
