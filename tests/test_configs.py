@@ -31,7 +31,7 @@ def load(name):
 
 
 def test_all_sizes_and_levels_are_there():
-    assert len(NAMES) == 12 + 10
+    assert len(NAMES) == 12 + 11
     assert config_flags is not None
 
 
