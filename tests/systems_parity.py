@@ -18,11 +18,14 @@ import jax
 import numpy as np
 
 from tests.acceptance.comparison import Row, report
-from tests.systems import parity_moe, parity_switch
+from tests.systems import parity_ddae, parity_haste, parity_moe, parity_repa, parity_switch
 
 SYSTEMS: dict[str, Callable[[Reference], Iterator[Row]]] = {
     "dit_moe": parity_moe.rows,
     "switch_dit": parity_switch.rows,
+    "repa": parity_repa.rows,
+    "haste": parity_haste.rows,
+    "ddae": parity_ddae.rows,
 }
 
 
