@@ -66,6 +66,7 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.data.split = "train"  # of tfds
     c.data.image_feature = "image"
     c.data.label_feature = "label"
+    c.data.fields = ()  # arrays of the examples that terms read, e.g. ("teacher",): docs/data.md
     c.data.batch_size = 256
 
     c.optim = ConfigDict()

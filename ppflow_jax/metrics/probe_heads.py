@@ -1,7 +1,8 @@
 """Heads of feature probes: what a linear function of given features tells of the classes.
 
 Ridge regression on one-hot targets has a closed form, so it is the same everywhere. The linear
-classifier is that of DDAE (arXiv 2303.09769): cross entropy, Adam, a cosine that falls by the epoch.
+classifier is that of DDAE (arXiv 2303.09769): cross entropy, Adam, a rate that falls as a cosine
+from epoch to epoch.
 """
 
 from __future__ import annotations

@@ -62,6 +62,7 @@ def open_inputs(data: ConfigDict, card: Card) -> tuple[Source, Encoder | None, C
         split=data.split,
         image=data.image_feature,
         label=data.label_feature,
+        fields=tuple(data.fields),
     )
     identity, scale = source.identity(), card.latent_scale
     if isinstance(source, CacheSource):
@@ -84,7 +85,7 @@ def open_inputs(data: ConfigDict, card: Card) -> tuple[Source, Encoder | None, C
 
 
 def make_inputs(encoder: Encoder | None, mesh: Mesh, seed: int) -> Callable[[Batch, int], Batch]:
-    """`inputs(batch, step) -> {"x", "label"}`, what the model sees of a global batch.
+    """`inputs(batch, step) -> {"x", "label", fields}`, what is trained on of a global batch.
 
     From {"x"}: as it is. From {"mean", "std"}: mean + std * noise. From {"image"}, uint8: the same
     of its encoding, or pixels in [-1, 1] without an encoder. The noise is a function of (seed,
@@ -102,14 +103,15 @@ def make_inputs(encoder: Encoder | None, mesh: Mesh, seed: int) -> Callable[[Bat
         return [p.swapaxes(0, 1).reshape(-1, *p.shape[2:]) for p in parts]
 
     def examples(params: Any, batch: Batch, key: Array, step: Array) -> Batch:
+        kept = {name: leaf for name, leaf in batch.items() if name not in ("mean", "std", "image")}
         if "mean" in batch:
             mean, std = batch["mean"], batch["std"]
         elif autoencoder is None:
-            return {"x": to_float(batch["image"]), "label": batch["label"]}
+            return kept | {"x": to_float(batch["image"])}
         else:
             mean, std = encode(params, batch["image"])
         noise = jax.random.normal(jax.random.fold_in(key, step), mean.shape, jnp.float32)
-        return {"x": mean + std * noise, "label": batch["label"]}
+        return kept | {"x": mean + std * noise}
 
     place, everywhere = batch_sharding(mesh), replicated(mesh)
     jitted = jax.jit(

@@ -70,9 +70,7 @@ class Sit:
         self.params = jax.tree.map(jnp.asarray, from_torch(self.config, self.state))
         self.apply = make_apply(self.config)
 
-    def __call__(
-        self, params: Any, x: jax.Array, t: jax.Array, y: jax.Array, taps: Taps = Taps()
-    ) -> Output:
+    def __call__(self, params: Any, x: jax.Array, t: jax.Array, y: jax.Array, taps: Taps) -> Output:
         return self.apply(params, (x,), (t,), (y,), (0,), taps=taps)[0]
 
     def parts(self, x: jax.Array, t: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
