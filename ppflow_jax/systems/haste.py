@@ -43,16 +43,16 @@ class AttentionAlign:
     teacher: tuple[int, ...] = (0, 1, 2, 3)
     field: str = "teacher_attention"
 
-    name = "attention"
+    name = "haste"
 
     def __post_init__(self):
         if not self.layers or len(self.layers) != len(self.teacher):
             raise InputError(
-                f"attention: layers {self.layers} and teacher {self.teacher} must have one entry "
+                f"haste: layers {self.layers} and teacher {self.teacher} must have one entry "
                 "for each pair of layers"
             )
         if min(*self.layers, *self.teacher) < 0 or len(set(self.layers)) != len(self.layers):
-            raise InputError(f"attention: layers must be different and at least 0, got {self}")
+            raise InputError(f"haste: layers must be different and at least 0, got {self}")
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -70,7 +70,7 @@ class AttentionAlign:
         """
         if max(self.layers) >= model.depth:
             raise InputError(
-                f"attention: layer {max(self.layers)} of a model with {model.depth} blocks: choose "
+                f"haste: layer {max(self.layers)} of a model with {model.depth} blocks: choose "
                 f"0 to {model.depth - 1}"
             )
         return {}

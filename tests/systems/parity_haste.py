@@ -129,7 +129,7 @@ class Full:
 
         def losses(params: Any, own: Any, fields: Any) -> dict[str, jax.Array]:
             out = sit(params, xt, t, y, taps)
-            view = View(x1, noise, xt, t, y, velocity, fields, {}, 0, grid, sit.config)
+            view = View(x1, noise, xt, t, y, velocity, fields, {}, 0, grid)
             denoising = jnp.mean(jnp.square(out.prediction + velocity), axis=(1, 2, 3))
             terms = {name: jnp.mean(term(own, out, view)) for name, term in self.terms.items()}
             total = sum(self.weights[name] * value for name, value in terms.items())

@@ -104,7 +104,7 @@ class Model:
         def losses(params, own, shift):
             out = self.sit(params, xt, t, y, term.taps)
             taps = {k: h + shift for k, h in out.taps.items()}
-            view = View(x1, noise, xt, t, y, velocity, batch, {}, 0, grid, self.sit.config)
+            view = View(x1, noise, xt, t, y, velocity, batch, {}, 0, grid)
             denoising = jnp.mean(jnp.square(out.prediction + velocity), axis=(1, 2, 3))
             projection = jnp.mean(term(own, out._replace(taps=taps), view))
             return jnp.mean(denoising) + self.coeff * projection, (denoising, projection)

@@ -61,7 +61,7 @@ def test_pooling_is_the_mean_over_the_area_of_every_cell():
 
 def views(stage, **batch):
     grid = PPFLOW3.grid(stage, 16)
-    return View(*[None] * 6, batch, {}, stage, grid, SMALL)
+    return View(*[None] * 6, batch, {}, stage, grid)
 
 
 @pytest.mark.parametrize("stage", range(3))
