@@ -54,11 +54,10 @@ def features(ref: Reference) -> Iterator[Row]:
     sit = model_of(ref)
     depth, null = sit.config.depth, sit.config.null_label
     taps = Taps(h=tuple(range(1, depth + 1)))
-    run = jax.jit(sit, static_argnums=4)
 
     def tokens(x: np.ndarray, n: int) -> list[jax.Array]:
         t, y = jnp.full(len(x), float(n)), jnp.full(len(x), null)
-        found = run(sit.params, nhwc(x), t, y, taps).taps
+        found = sit(sit.params, nhwc(x), t, y, taps).taps
         return [found[f"h/{i}"] for i in taps.h]
 
     pooled = []
@@ -71,7 +70,7 @@ def features(ref: Reference) -> Iterator[Row]:
     outs = []
     for x, n in zip(ref["x_t"], ref["timesteps"]):
         t, y = jnp.full(len(x), float(n)), jnp.full(len(x), null)
-        outs.append(nchw(sit.parts(nhwc(x), t, y)["out"]))
+        outs.append(nchw(sit.parts(nhwc(x), t, y, tokens(x, n)[-1])["out"]))
     yield from close(ref, "out", jnp.stack(outs), FEATURES)
     time, block = ref.config["probe_t"], int(ref.config["probe_block"].removeprefix("layer-"))
     x = noised(ref["probe/latents"], ref["probe/noise"], time)

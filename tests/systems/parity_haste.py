@@ -120,7 +120,7 @@ class Full:
         sample = jnp.swapaxes(fields["teacher_attention"], 0, 1)[:, :, :3, :4]
         yield from close(ref, "teacher/logits_sample", sample, BOUND)
         taps = Taps(h=self.terms["projection"].taps.h, logits=tuple(range(8)))
-        found = jax.jit(sit, static_argnums=4)(sit.params, xt, t, y, taps)
+        found = sit(sit.params, xt, t, y, taps)
         yield from close(ref, "full/out", nchw(found.prediction), BOUND)
         logits = jnp.stack([found.taps[f"logits/{i}"][:, ::5, :4] for i in range(8)])
         yield from close(ref, "full/student_logits_sample", logits, BOUND)

@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppflow_jax.convert.keys import to_torch
-from ppflow_jax.flow.path import Flow, interpolate, score_from
+from ppflow_jax.flow.loss import Draws, FlowObjective
+from ppflow_jax.flow.path import Flow, score_from
 from ppflow_jax.flow.plan import SamplerConfig, Segment, plan
 from ppflow_jax.flow.sampler import Sampler
-from ppflow_jax.flow.terms import View
+from ppflow_jax.flow.terms import OWN, View, network_leaves
+from ppflow_jax.models.network import Output
 from ppflow_jax.models.stack import Taps
 from ppflow_jax.pyramid import SIT
 from ppflow_jax.systems.repa import Repa, project
@@ -78,12 +80,12 @@ class Model:
         ref, sit, depth = self.ref, self.sit, self.sit.config.depth
         x, t, y = nhwc(ref["fwd/x"]), jnp.asarray(ref["fwd/t"]), jnp.asarray(ref["fwd/y"])
         y = y.astype(jnp.int32)
-        found = sit.parts(x, t, y)
+        taps = sit(sit.params, x, t, y, Taps(h=tuple(range(1, depth + 1)))).taps
+        found = sit.parts(x, t, y, taps[f"h/{depth}"])
         out = found.pop("out")
         yield from close(ref, "fwd/out", nchw(out), FORWARD)
         for name, ours in found.items():
             yield from close(ref, f"fwd/{name}", ours, FORWARD)
-        taps = sit(sit.params, x, t, y, Taps(h=tuple(range(1, depth + 1)))).taps
         for i in range(depth):
             yield from close(ref, f"fwd/block{i}", taps[f"h/{i + 1}"], FORWARD)
         for i, field in enumerate(self.term.fields):
@@ -93,39 +95,44 @@ class Model:
     def loss(self, case: str) -> Iterator[Row]:
         """One path and way to draw times, of which the times are given."""
         ref, name, term = self.ref, f"loss/{case}", self.term
-        flow = Flow(PATHS[case.split("_")[0]])
-        x1, noise = nhwc(ref["loss/images"]), nhwc(ref["loss/noise"])
         y, t = jnp.asarray(ref["loss/y"], jnp.int32), jnp.asarray(ref[f"{name}/t"])
-        xt, velocity = interpolate(flow.interpolant, noise, x1, 1 - t)
-        yield from close(ref, f"{name}/x_t", nchw(xt), FORWARD)
+        draws = Draws(nhwc(ref["loss/noise"]), 1 - t, y)
         grid = self.sit.config.pyramid.grid(0, self.sit.config.latent_size)
         batch = {f: grid_of(ref[f"loss/{f}"], grid) for f in term.fields}
+        batch["x"] = nhwc(ref["loss/images"])
+        flow = Flow(PATHS[case.split("_")[0]])
+        objective = FlowObjective(SIT, flow, self.sit.config.null_label, terms=(term,))
+        params = self.sit.params | {OWN: {term.name: self.own}}
 
-        def losses(params, own, shift):
-            out = self.sit(params, xt, t, y, term.taps)
-            taps = {k: h + shift for k, h in out.taps.items()}
-            view = View(x1, noise, xt, t, y, velocity, batch, {}, 0, grid)
-            denoising = jnp.mean(jnp.square(out.prediction + velocity), axis=(1, 2, 3))
-            projection = jnp.mean(term(own, out._replace(taps=taps), view))
-            return jnp.mean(denoising) + self.coeff * projection, (denoising, projection)
+        def value(params):
+            given = (self.apply, params, {}, batch, draws)
+            (view,), (out,) = objective.predicted(*given, term.taps)
+            total, metrics = objective.loss(*given, {term.name: self.coeff})
+            found = {"x_t": nchw(view.xt), "denoising": objective.errors(view, out)}
+            return total, (found | {"projection": metrics[term.name]}, out.taps)
 
-        h = jnp.zeros((len(xt), np.prod(grid), self.sit.config.width))
-        given = (self.sit.params, self.own, h)
-        total, (denoising, projection) = jax.jit(losses)(*given)
-        yield from close(ref, f"{name}/denoising", denoising, FORWARD)
-        yield from close(ref, f"{name}/projection", projection, FORWARD)
-        yield from close(ref, f"{name}/total", total, FORWARD)
-        if not ref.below(f"{name}/dproj"):
+        graded = bool(ref.below(f"{name}/dproj"))
+        run = jax.jit(jax.value_and_grad(value, has_aux=True) if graded else value)
+        result, grads = run(params) if graded else (run(params), None)
+        total, (found, taps) = result
+        for what, ours in {"total": total, **found}.items():
+            yield from close(ref, f"{name}/{what}", ours, FORWARD)
+        if not graded:
             return
-        params, own = jax.jit(jax.grad(lambda *args: losses(*args)[0], (0, 1)))(*given)
-        yield from self.gradients(f"{name}/dtotal", params, own)
-        alone = jax.jit(jax.grad(lambda *args: losses(*args)[1][1], (1, 2)))
-        own, features = alone(*given)
-        yield from close(ref, f"{name}/dproj_dfeature", features, FORWARD, 1e-4)
+        yield from self.gradients(f"{name}/dtotal", grads, grads[OWN][term.name])
+        view = View(*[None] * 6, batch, {}, 0, grid)
+        projection = lambda own, taps: jnp.mean(term(own, Output(None, {}, taps), view))
+        own, features = jax.jit(jax.grad(projection, (0, 1)))(self.own, taps)
+        yield from close(ref, f"{name}/dproj_dfeature", features[f"h/{term.layer}"], FORWARD, 1e-4)
         yield from self.gradients(f"{name}/dproj", None, own)
 
+    def apply(self, params, xs, ts, ys, stages, taps) -> tuple[Output, ...]:
+        """Theirs as one of ours: t is 1 - t, and the velocity changes its sign."""
+        outputs = self.sit.apply(params, xs, tuple(1 - t for t in ts), ys, stages, taps=taps)
+        return tuple(out._replace(prediction=-out.prediction) for out in outputs)
+
     def gradients(self, prefix: str, params, own) -> Iterator[Row]:
-        tensors = {} if params is None else to_torch(self.sit.config, params)
+        tensors = {} if params is None else to_torch(self.sit.config, network_leaves(params))
         for i, field in enumerate(self.term.fields):
             tensors |= projector_tensors(own[field], f"projectors.{i}")
         yield from gradient_rows(self.ref, prefix, tensors, FORWARD)

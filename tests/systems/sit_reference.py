@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -70,11 +71,15 @@ class Sit:
         self.params = jax.tree.map(jnp.asarray, from_torch(self.config, self.state))
         self.apply = make_apply(self.config)
 
+    @functools.partial(jax.jit, static_argnums=(0, 5))
     def __call__(self, params: Any, x: jax.Array, t: jax.Array, y: jax.Array, taps: Taps) -> Output:
         return self.apply(params, (x,), (t,), (y,), (0,), taps=taps)[0]
 
-    def parts(self, x: jax.Array, t: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
-        """What stands around the blocks; `out` has the channels of variance, if there are such."""
+    def parts(self, x: jax.Array, t: jax.Array, y: jax.Array, h: jax.Array) -> dict[str, jax.Array]:
+        """What stands around the blocks, of which the last gives h.
+
+        `out` has the channels of variance, if there are such.
+        """
         make = lambda: PPFlow(self.config, dtype=jnp.float32, remat="none", rngs=nnx.Rngs(0))
         graph, _ = nnx.split(nnx.eval_shape(make))
         model = self.config
@@ -95,8 +100,6 @@ class Sit:
                 "out": out.transpose(0, 1, 3, 2, 4, 5).reshape(len(x), side, side, -1),
             }
 
-        last = self.config.depth
-        h = self(self.params, x, t, y, Taps(h=(last,))).taps[f"h/{last}"]
         return jax.jit(run)(self.params, x, t, y, h)
 
 
