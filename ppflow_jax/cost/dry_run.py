@@ -28,6 +28,7 @@ from ppflow_jax.flow.cost import sampling_flops, training_flops
 from ppflow_jax.generate.plan import make_plan
 from ppflow_jax.models.flops import block_traffic
 from ppflow_jax.train.experiment import Experiment
+from ppflow_jax.train.inputs import field_shapes
 from ppflow_jax.train.program import Program, make_program
 
 
@@ -161,6 +162,8 @@ def dry_run(config: ConfigDict, target: Target, *, sampler: bool = True) -> Repo
     state = jax.tree.map(_placed, program.abstract, program.shardings)
     size = config.data.batch_size
     batch = _inputs(size, model.shape, mesh)
+    for name, leaf in field_shapes(config.data, program.steps[0].fields).items():
+        batch[name] = _placed(leaf, batch_sharding(mesh))
     whole = {k: _bytes(v) for k, v in program.abstract.items() if k != "step"}
     parts = {k: _bytes(v, on_device=True) for k, v in state.items() if k != "step"}
     parts["batch"] = _bytes(batch, on_device=True)

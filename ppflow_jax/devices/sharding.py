@@ -37,6 +37,7 @@ RULES: Rules = (
     (r"blocks/fc2/kernel$", P(None, ("tensor", "fsdp"))),
     (r"blocks/adaln/kernel$", P(None, None, "fsdp")),
     (r"(final_adaln|time/fc[12])/kernel$", P(None, "fsdp")),
+    (r"terms/.*kernel$", P(None, "fsdp")),
 )
 
 

@@ -76,11 +76,22 @@ class AttentionAlign:
         return {}
 
     def __call__(self, own: Mapping[str, Any], out: Output, view: View) -> Float[Array, " b"]:
-        """Not less than the entropy of the teacher's attention."""
-        losses = [
-            cross_entropy(
-                out.taps[f"logits/{ours}"], attention(view.batch[self.field][:, theirs], view.grid)
+        """Not less than the entropy of the teacher's attention.
+
+        Raises:
+          InputError: a field of another shape.
+        """
+        teacher = view.batch[self.field]
+        shape = teacher.shape[1:]
+        square = len(shape) == 4 and math.isqrt(shape[3]) ** 2 == shape[2] == shape[3]
+        if not square or shape[0] <= max(self.teacher):
+            raise InputError(
+                f"haste: field {self.field} has shape {shape} for an example, expected (layers, "
+                f"heads, n, n) with at least {max(self.teacher) + 1} layers and n the tokens of a "
+                "square grid, without a class token"
             )
+        losses = [
+            cross_entropy(out.taps[f"logits/{ours}"], attention(teacher[:, theirs], view.grid))
             for ours, theirs in zip(self.layers, self.teacher)
         ]
         return sum(losses) / len(losses)

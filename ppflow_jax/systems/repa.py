@@ -78,12 +78,21 @@ class Repa:
         return {field: _projector(*pair) for field, *pair in zip(self.fields, sizes, keys)}
 
     def __call__(self, own: Mapping[str, Any], out: Output, view: View) -> Float[Array, " b"]:
-        """-1 where P(h) points where the teacher's features point, at most 1."""
+        """-1 where P(h) points where the teacher's features point, at most 1.
+
+        Raises:
+          InputError: a field of another shape.
+        """
         h = out.taps[f"h/{self.layer}"]
-        losses = [
-            alignment(project(own[field], h), pooled(view.batch[field], view.grid))
-            for field in self.fields
-        ]
+        losses = []
+        for field, dim in zip(self.fields, self.dims):
+            teacher = view.batch[field]
+            if teacher.ndim != 4 or teacher.shape[-1] != dim:
+                raise InputError(
+                    f"repa: field {field} has shape {teacher.shape[1:]} for an example, expected "
+                    f"(rows, columns, {dim}): set dims to the features of the field"
+                )
+            losses.append(alignment(project(own[field], h), pooled(teacher, view.grid)))
         return sum(losses) / len(losses)
 
 

@@ -63,6 +63,12 @@ class Experiment:
             always={name: config.flow[name] for name in block.term_names},
             names=[term.name for term in terms],
         )
+        needed = [name for phase in phases for name in objective.fields(phase.active)]
+        if missing := [name for name in needed if name not in config.data.fields]:
+            raise InputError(
+                f"config.flow.terms reads the field {missing[0]} of the data: add it to "
+                f"config.data.fields, now {tuple(config.data.fields)}"
+            )
         sampler = sampler_of(config.sample)
         sampler.scales(model.pyramid)
         _check(config)

@@ -84,6 +84,21 @@ def open_inputs(data: ConfigDict, card: Card) -> tuple[Source, Encoder | None, C
     return source, encoder, replace(card, experiment=experiment, latent_scale=scale)
 
 
+def field_shapes(data: ConfigDict, names: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Fields in a batch as an example of the data has them.
+
+    Raises:
+      InputError: data that cannot be read.
+    """
+    if not names:
+        return {}
+    one = open_source(data.source, data.path, fields=names).read(np.arange(1), np.zeros(1, bool))
+    return {
+        name: jax.ShapeDtypeStruct((data.batch_size, *one[name].shape[1:]), one[name].dtype)
+        for name in names
+    }
+
+
 def make_inputs(encoder: Encoder | None, mesh: Mesh, seed: int) -> Callable[[Batch, int], Batch]:
     """`inputs(batch, step) -> {"x", "label", fields}`, what is trained on of a global batch.
 
