@@ -39,6 +39,8 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.model.level_embedding = True  # of several stages
     c.model.ffn = "mlp"  # or moe:experts=8,top_k=2,...: see docs/moe.md
     c.model.wrap = "none"  # or switch:experts=3,top_k=2: see docs/switch.md
+    # beside that of data.task, e.g. ("channels:name=low,channels=4",): see docs/conditions.md
+    c.model.conditions = ()
     c.model.dtype = "bfloat16"  # of matrix products; parameters, norms and the last one float32
     c.model.attention = "auto"  # or xla, deferred, cudnn, splash: see models/attention.py
     c.model.remat = "none"  # none, dots (keep matrix products) or full (keep nothing)
@@ -69,6 +71,8 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.data.label_feature = "label"
     c.data.fields = ()  # arrays of the examples that terms read, e.g. ("teacher",): docs/data.md
     c.data.batch_size = 256
+    # super_resolution:factor=2, inpainting, colourisation or edges: see docs/conditions.md
+    c.data.task = "none"
 
     c.optim = ConfigDict()
     c.optim.lr = 1e-4

@@ -26,6 +26,8 @@ from ppflow_jax.devices.sharding import (
 )
 from ppflow_jax.flow.cost import sampling_flops, training_flops
 from ppflow_jax.generate.plan import make_plan
+from ppflow_jax.models.conditions import LABEL
+from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.flops import block_traffic
 from ppflow_jax.train.experiment import Experiment
 from ppflow_jax.train.inputs import field_shapes
@@ -161,8 +163,9 @@ def dry_run(config: ConfigDict, target: Target, *, sampler: bool = True) -> Repo
     model = experiment.card.model
     state = jax.tree.map(_placed, program.abstract, program.shardings)
     size = config.data.batch_size
-    batch = _inputs(size, model.shape, mesh)
-    for name, leaf in field_shapes(config.data, program.steps[0].fields).items():
+    batch = _inputs(size, model, mesh)
+    fields = tuple(name for name in program.steps[0].fields if name not in batch)
+    for name, leaf in field_shapes(config.data, fields).items():
         batch[name] = _placed(leaf, batch_sharding(mesh))
     whole = {k: _bytes(v) for k, v in program.abstract.items() if k != "step"}
     parts = {k: _bytes(v, on_device=True) for k, v in state.items() if k != "step"}
@@ -179,12 +182,14 @@ def _placed(leaf, sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _inputs(size: int, shape: tuple[int, ...], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def _inputs(size: int, model: ModelConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     place = batch_sharding(mesh)
-    return {
-        "x": jax.ShapeDtypeStruct((size, *shape), np.float32, sharding=place),
-        "label": jax.ShapeDtypeStruct((size,), np.int32, sharding=place),
+    shapes = {"x": model.shape} | {c.name: c.shape(model) for c in model.conditions}
+    values = {
+        name: jax.ShapeDtypeStruct((size, *shape), np.float32, sharding=place)
+        for name, shape in shapes.items()
     }
+    return values | {LABEL: jax.ShapeDtypeStruct((size,), np.int32, sharding=place)}
 
 
 def _bytes(tree: Any, *, on_device: bool = False) -> int:
@@ -214,9 +219,11 @@ def _sampler(experiment, program: Program, mesh: Mesh, ema) -> Compiled:
     config, model = experiment.config, experiment.card.model
     sampler = make_plan(experiment.card, experiment.sampler).sampler(program.apply)
     size = -(-config.sample.count // data_shards(mesh)) * data_shards(mesh)
-    inputs = _inputs(size, model.shape, mesh)
+    told = _inputs(size, model, mesh)
+    noise = told.pop("x")
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
-    lowered = sampler.lower(ema, inputs["x"], inputs["label"], _placed(keys, batch_sharding(mesh)))
+    told = told if model.conditions else told[LABEL]
+    lowered = sampler.lower(ema, noise, told, _placed(keys, batch_sharding(mesh)))
     traffic = sum(
         segment.steps * _traffic(experiment, program, {stage: (1 + guided) * size / mesh.size})
         for segment in sampler.segments

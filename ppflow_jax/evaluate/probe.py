@@ -1,6 +1,6 @@
-"""What a model knows of classes, block by block: python -m ppflow_jax.evaluate.probe --checkpoint=DIR
+"""What blocks know of classes: python -m ppflow_jax.evaluate.probe --checkpoint=DIR
 
-    python -m ppflow_jax.evaluate.probe --checkpoint=RUN --blocks=2,4 --times=0.5,0.9 --pools=mean,2x2
+    python -m ppflow_jax.evaluate.probe --checkpoint=RUN --blocks=2,4 --times=0.5,0.9 --pools=2x2
 
 Labelled examples are noised to every time (t = 0 is noise), pass the stage of that time with the
 null class, and a linear head tells the classes from the tokens after every block. Writes a table, a

@@ -1,9 +1,9 @@
-"""Feature probes: how well the tokens inside a model tell the classes (arXiv 2303.09769, 2307.08702).
+"""Feature probes: what the tokens inside a model tell of classes (arXiv 2303.09769, 2307.08702).
 
-An example x1 is noised to x_t = alpha(t) x1 + sigma(t) x0, with noise x0 that belongs to the example
-and is the same at every time. The network of the stage of t sees it with the null class; the
-tokens after a block are pooled, and a linear head is fitted to four of five examples and judged on
-the others.
+An example x1 is noised to x_t = alpha(t) x1 + sigma(t) x0, with noise x0 that belongs to the
+example and is the same at every time. The network of the stage of t sees it with the null class;
+the tokens after a block are pooled, and a linear head is fitted to four of five examples and judged
+on the others.
 """
 
 from __future__ import annotations

@@ -7,12 +7,13 @@ from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from ppflow_jax.flow.guidance import Guidance, Predict
 from ppflow_jax.flow.method import Evaluation
 from ppflow_jax.flow.path import Flow, velocity_from
 from ppflow_jax.flow.tables import Facts, Networks
+from ppflow_jax.models.conditions import Cond
 from ppflow_jax.models.network import Apply
 
 # The memories of a method: of every evaluation of a step, by network
@@ -60,7 +61,7 @@ class Step:
         x: Float[Array, "b h w c"],
         t: Float[Array, ""],
         i: int,
-        y: Int[Array, " b"] | None = None,
+        y: Cond | None = None,
     ) -> Float[Array, "b h w c"]:
         """dx/dt under guidance."""
 
@@ -74,14 +75,14 @@ class Step:
         x: Float[Array, "b h w c"],
         t: Float[Array, ""],
         i: int,
-        y: Int[Array, " b"] | None = None,
+        y: Cond | None = None,
     ) -> Float[Array, "b h w c"]:
         """Of the networks under guidance; `y` takes the place of the labels of all."""
         of, facts = self.of, self.of.facts
         y = of.nets.labels if y is None else y
 
         def network(name: str, apply: Apply, params: Any) -> Predict:
-            def predict(x: Array, t: Array, y: Array) -> Array:
+            def predict(x: Array, t: Array, y: Cond) -> Array:
                 call = partial(apply, params, x, t, y, facts.stages[i])
                 return self._through("network", name, i, call)
 

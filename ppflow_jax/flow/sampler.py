@@ -26,6 +26,7 @@ from ppflow_jax.flow.tables import (
     tables_of,
     unwritten,
 )
+from ppflow_jax.models.conditions import Cond
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Apply, Params
 
@@ -93,7 +94,8 @@ class Sampler:
                 "give at most as many, or all"
             )
         self.apply, self.weak, self.flow, self.config = apply, weak, flow, config
-        self.guidance = Cfg(model.null_label, channels) if weak is None else Auto(channels)
+        cfg = Cfg(model.null_label, channels, model.conditions)
+        self.guidance = cfg if weak is None else Auto(channels)
         self.segments = plan(config, model.pyramid, flow) if segments is None else segments
         self.compiled = jax.jit(self.run, static_argnames="facts")
 
@@ -101,7 +103,7 @@ class Sampler:
         self,
         params: Params,
         noise: Float[Array, "b h w c"],
-        labels: Int[Array, " b"],
+        labels: Cond,
         keys: Key[Array, " b"] | None = None,
         *,
         weak: Params | None = None,
@@ -114,7 +116,7 @@ class Sampler:
         Args:
           params: of the network.
           noise: initial N(0, 1) latents, float32.
-          labels: class of every image.
+          labels: class of every image, or classes and conditions.
           keys: of every image, for stochastic solvers.
           weak: parameters of the weaker network.
           scales: guidance scales instead of the plan's, as `tables.scales_of` makes them.

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from ppflow_jax.flow.method import Method
 from ppflow_jax.flow.multistep import Rule
 from ppflow_jax.flow.plan import Segment
+from ppflow_jax.models.conditions import Cond
 from ppflow_jax.models.network import Params
 
 # Of every program of a plan: a row a step, a column an evaluation
@@ -64,7 +65,7 @@ class Networks(NamedTuple):
 
     params: Params
     weak: Params | None
-    labels: Int[Array, " b"]
+    labels: Cond
 
 
 class Tables(NamedTuple):

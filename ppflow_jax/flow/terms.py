@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from ppflow_jax.errors import InputError
+from ppflow_jax.models.conditions import Cond
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Apply, Output, Params
 from ppflow_jax.models.stack import Taps
@@ -32,7 +33,7 @@ class View(NamedTuple):
 
     Attributes:
       x1, noise, xt: data, noise and what the network was given, float32 [b, h, w, c].
-      t, y: times [b]; labels [b], some of them dropped.
+      t, y: times [b]; labels [b], some of them dropped, or these and values of conditions.
       velocity: of the path from noise to data, dx_t/dt.
       batch: the term's fields.
       frozen: arrays that are not trained, by name.
@@ -44,7 +45,7 @@ class View(NamedTuple):
     noise: Float[Array, "b h w c"]
     xt: Float[Array, "b h w c"]
     t: Float[Array, " b"]
-    y: Int[Array, " b"]
+    y: Cond
     velocity: Float[Array, "b h w c"]
     batch: Batch
     frozen: Mapping[str, Any]

@@ -178,6 +178,7 @@ def _check_weak(weak: Weights, card: Card) -> None:
         "classes": lambda c: c.model.num_classes,
         "path and prediction": lambda c: c.flow,
         "stages": lambda c: c.model.pyramid,
+        "conditions": lambda c: c.model.conditions,
     }
     for what, of in same.items():
         if of(weak.card) != of(card):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ppflow_jax.errors import InputError
+from ppflow_jax.models.conditions import Condition
 from ppflow_jax.models.parts import DIT, BlockSpec
 from ppflow_jax.pyramid import Pyramid
 
@@ -33,9 +34,11 @@ class ModelConfig:
         PyTorch weights have them.
       level_embedding: several stages are told apart by a learned embedding (PPFlow, Sec. 3.2).
       block: what the blocks are made of.
+      conditions: what it is told besides time and label.
 
     Raises:
-      InputError: a patch does not divide the latent, or heads do not divide the width.
+      InputError: a patch does not divide the latent, heads do not divide the width, or two
+        conditions have one name.
     """
 
     pyramid: Pyramid
@@ -49,6 +52,7 @@ class ModelConfig:
     learn_sigma: bool = True
     level_embedding: bool = True
     block: BlockSpec = DIT
+    conditions: tuple[Condition, ...] = ()
 
     def __post_init__(self):
         sizes = (self.latent_size, self.channels, self.width, self.depth, self.heads)
@@ -61,6 +65,9 @@ class ModelConfig:
                 f"width {self.width} must be divisible by heads ({self.heads}) and by 4 "
                 "(sin-cos positions)"
             )
+        names = [condition.name for condition in self.conditions]
+        if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+            raise InputError(f"two conditions are called {twice[0]}: give each its own name")
 
     @property
     def has_levels(self) -> bool:
@@ -81,19 +88,27 @@ class ModelConfig:
         return self.width // self.heads
 
     def to_json(self) -> dict[str, Any]:
-        """By field, and every part of the blocks that is not DiT's, as text."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "block"}
-        return values | {"pyramid": str(self.pyramid)} | self.block.to_json()
+        """By field; conditions, and every part of the blocks that is not DiT's, as text."""
+        parts = ("block", "conditions")
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in parts}
+        texts = {"conditions": list(map(str, self.conditions))} if self.conditions else {}
+        return values | {"pyramid": str(self.pyramid)} | self.block.to_json() | texts
 
     @classmethod
-    def from_json(cls, values: dict[str, Any], block: BlockSpec = DIT) -> ModelConfig:
-        """The model of `to_json`, whose parts have been made already.
+    def from_json(
+        cls,
+        values: dict[str, Any],
+        block: BlockSpec = DIT,
+        conditions: tuple[Condition, ...] = (),
+    ) -> ModelConfig:
+        """The model of `to_json`, whose parts and conditions have been made already.
 
         Raises:
           InputError: keys that there are not.
         """
-        known = {f.name for f in fields(cls)} - {"block"}
+        known = {f.name for f in fields(cls)} - {"block", "conditions"}
         if unknown := set(values) - known:
             raise InputError(f"model config has unknown keys {sorted(unknown)}: update ppflow_jax")
         pyramid = Pyramid.parse(values["pyramid"])
-        return cls(**(values | {"pyramid": pyramid, "block": block}))
+        made = {"pyramid": pyramid, "block": block, "conditions": conditions}
+        return cls(**(values | made))

@@ -23,10 +23,14 @@ def block_flops(
 
 
 def ends_flops(model: ModelConfig) -> int:
-    """FLOPs of what is not in the blocks: patch, final and time projections, of one image."""
+    """FLOPs of what is not in the blocks, of one image.
+
+    These are the patch, final and time projections, and what conditions count.
+    """
     d, pixels = model.width, model.latent_size**2 * model.channels
     ends = 2 * d * pixels * (3 if model.learn_sigma else 2) + 4 * d * d
-    return ends + 2 * d * (2 * FREQUENCIES + d)
+    told = sum(condition.flops(model) for condition in model.conditions)
+    return ends + 2 * d * (2 * FREQUENCIES + d) + told
 
 
 def forward_flops(model: ModelConfig, stage: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -15,9 +15,12 @@ from ppflow_jax.flow.loss import FlowObjective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.terms import Phase, parse_phases
+from ppflow_jax.models.conditions import Channels
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.pyramid import Pyramid
-from ppflow_jax.systems.registry import take_block, term
+from ppflow_jax.systems.registry import take_block, take_conditions, term
+from ppflow_jax.systems.registry import task as task_of
+from ppflow_jax.systems.tasks import Task
 from ppflow_jax.train.optimizer import OptimConfig
 
 
@@ -38,13 +41,16 @@ class Experiment:
     optim: OptimConfig
     sampler: SamplerConfig
     config: ConfigDict
+    task: Task | None = None
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> Experiment:
         c = config.model
         settings = {k: c[k] for k in c if k not in ("pyramid", "dtype", "remat", "attention")}
-        block = take_block(settings)
-        model = ModelConfig(pyramid=Pyramid.parse(c.pyramid), block=block, **settings)
+        made = dict(block=(block := take_block(settings)), conditions=take_conditions(settings))
+        model = ModelConfig(pyramid=Pyramid.parse(c.pyramid), **made, **settings)
+        if task := task_of(config.data.task):
+            model = _told(model, task, config.data.space)
         flow = Flow(config.flow.path, config.flow.prediction)
         terms = tuple(map(term, config.flow.terms))
         objective = FlowObjective(
@@ -56,27 +62,57 @@ class Experiment:
             stage_share=tuple(config.flow.stage_share),
             stage_times=tuple(tuple(map(float, pair)) for pair in config.flow.stage_times),
             terms=terms,
+            conditions=model.conditions,
         )
+        _check_given(objective, task)
         phases = parse_phases(
             config.train.phases,
             config.train.steps,
             always={name: config.flow[name] for name in block.term_names},
             names=[term.name for term in terms],
         )
-        needed = [name for phase in phases for name in objective.fields(phase.active)]
-        if missing := [name for name in needed if name not in config.data.fields]:
-            raise InputError(
-                f"config.flow.terms reads the field {missing[0]} of the data: add it to "
-                f"config.data.fields, now {tuple(config.data.fields)}"
-            )
+        _check_fields(objective, tuple(config.data.fields))
         sampler = sampler_of(config.sample)
         sampler.scales(model.pyramid)
         _check(config)
         values = json.loads(config.to_json_best_effort())
         values.pop("resume_changed", None)
         values["model"] |= block.to_json()  # as checkpoints have it
+        values["model"]["conditions"] = list(map(str, model.conditions))
+        values["data"]["task"] = str(task or "none")
         card = Card(model, flow, config.data.space, values)
-        return cls(card, objective, phases, OptimConfig(**config.optim), sampler, config)
+        return cls(card, objective, phases, OptimConfig(**config.optim), sampler, config, task)
+
+
+def _told(model: ModelConfig, task: Task, space: str) -> ModelConfig:
+    """The model with the condition of its task, unless it has it.
+
+    Raises:
+      InputError: the task does not fit the model, or the model's condition is another one.
+    """
+    needed = task.for_model(model, space)
+    own = [c for c in model.conditions if c.name == needed.name]
+    if not own:
+        return replace(model, conditions=(*model.conditions, needed))
+    if not isinstance(own[0], Channels) or replace(own[0], drop=needed.drop) != needed:
+        raise InputError(
+            f"config.data.task={task} gives {needed}, config.model.conditions has {own[0]}: leave "
+            "that out"
+        )
+    return model
+
+
+def _check_given(objective: FlowObjective, task: Task | None) -> None:
+    """
+    Raises:
+      InputError: nothing gives values to one of the conditions.
+    """
+    given = () if task is None else (task.condition,)
+    if lacking := [c.name for c in objective.conditions if c.name not in given]:
+        raise InputError(
+            f"config.model.conditions has {', '.join(lacking)}, and nothing gives values for it in "
+            "training: leave it out, or set config.data.task to what does"
+        )
 
 
 def sampler_of(sample: Mapping[str, Any] | ConfigDict) -> SamplerConfig:
@@ -86,6 +122,19 @@ def sampler_of(sample: Mapping[str, Any] | ConfigDict) -> SamplerConfig:
       InputError: unknown solver, or a value out of range.
     """
     return SamplerConfig(sample["solver"], sample["steps"], cfg=tuple(sample["cfg"]))
+
+
+def _check_fields(objective: FlowObjective, fields: tuple[str, ...]) -> None:
+    """
+    Raises:
+      InputError: a term reads a field that is not read from the data.
+    """
+    for term in objective.terms:
+        if missing := [name for name in term.fields if name not in fields]:
+            raise InputError(
+                f"config.flow.terms: {term.name} reads the field {missing[0]}, config.data.fields "
+                f"has {', '.join(fields) or 'none'}: add it there"
+            )
 
 
 def _check(config: ConfigDict) -> None:

@@ -1,12 +1,13 @@
-"""A run that starts from weights: of their architecture, or with other parts in its blocks."""
+"""A run that starts from weights: of their architecture, with other parts or more conditions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array
 from ml_collections import ConfigDict
@@ -17,7 +18,7 @@ from ppflow_jax.checkpoints.weights import load_weights
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.store import find_checkpoint
 from ppflow_jax.models.network import Params, abstract_params
-from ppflow_jax.systems.registry import KINDS, canonical
+from ppflow_jax.systems.registry import KINDS, canonical, take_conditions
 
 
 def take_architecture(config: ConfigDict, workdir: str | None, told: Collection[str]) -> str | None:
@@ -38,11 +39,21 @@ def take_architecture(config: ConfigDict, workdir: str | None, told: Collection[
     for name, value in card.model.to_json().items():
         before = config.model.get(name)
         before = canonical(before, name) if name in KINDS and before else before
+        if name == "conditions":
+            before, value = _together(before, value)
         if name == "pyramid" or f"config.model.{name}" in told or before in (None, value):
             continue
         config.model[name] = value
         changed.append(f"{name} {value} (not {before})")
     return f"architecture of {config.init_from}: {', '.join(changed)}" if changed else None
+
+
+def _together(own: Sequence[str], theirs: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """Conditions of the configuration, and those of the weights with what these do not have."""
+    mine, found = (take_conditions({"conditions": texts}) for texts in (own, theirs))
+    names = [condition.name for condition in found]
+    more = (condition for condition in mine if condition.name not in names)
+    return tuple(map(str, mine)), tuple(map(str, (*found, *more)))
 
 
 def open_start(
@@ -51,7 +62,7 @@ def open_start(
     """The weights in `path`, and a function of them and a key: parameters of the model of `card`.
 
     They are the same but for parts of the blocks that the weights do not have, which start from
-    what they replace (see `models.parts.Part.start`).
+    what they replace (see `models.parts.Part.start`), and conditions, which start at zero.
 
     Raises:
       InputError: weights of another model, or without a way to these parts; damaged or unreadable.
@@ -59,7 +70,9 @@ def open_start(
     folder = find_checkpoint(path)
     found, model = read_card(folder), card.model
     source = found.model
-    other = replace(found, model=replace(source, block=model.block))
+    grown = set(source.conditions) <= set(model.conditions)
+    conditions = model.conditions if grown else source.conditions
+    other = replace(found, model=replace(source, block=model.block, conditions=conditions))
     if difference := other.differences(card):
         raise InputError(
             f"config.init_from={folder} holds another model ({difference}): use a "
@@ -67,7 +80,12 @@ def open_start(
         )
 
     def start(params: Params, key: Array) -> Params:
-        return params | {"blocks": model.block.start(model, source, params["blocks"], key)}
+        made = {"blocks": model.block.start(model, source, params["blocks"], key)}
+        if model.conditions != source.conditions:
+            shapes = abstract_params(model)["conditions"]
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            made["conditions"] = zeros | params.get("conditions", {})
+        return params | made
 
     try:
         made = jax.eval_shape(start, abstract_params(source), jax.random.key(0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,11 @@ from ppflow_jax.files.store import FOLDER
 from ppflow_jax.flow.sampler import image_noise
 from ppflow_jax.flow.terms import Metrics
 from ppflow_jax.generate.plan import make_plan
+from ppflow_jax.models.conditions import Cond
 from ppflow_jax.train.ema import reminder
 from ppflow_jax.train.experiment import Experiment
 from ppflow_jax.train.init_from import open_start
-from ppflow_jax.train.inputs import Batch, make_inputs, open_inputs
+from ppflow_jax.train.inputs import Batch, make_inputs, open_inputs, shown_to
 from ppflow_jax.train.metrics_log import MetricWriter, read_metrics, save_loss_plot
 from ppflow_jax.train.optimizer import learning_rate
 from ppflow_jax.train.program import Program, make_program
@@ -109,9 +110,10 @@ def _run(
     _announce(experiment, state, mesh, first, root)
     key = jax.jit(jax.random.key, out_shardings=replicated(mesh))(stream_seed(config.seed, 1))
     stream = _stream(experiment, source, mesh)
-    inputs = _inputs(stream, encoder, mesh, first)
-    draw_samples = _sample_grid(experiment, program, mesh, root)
-    judge = make_judge(config, experiment.card, source, mesh, root)
+    see, shown = _sight(experiment, source, encoder, mesh)
+    inputs = _inputs(stream, see, mesh, first)
+    draw_samples = _sample_grid(experiment, program, mesh, root, shown)
+    judge = make_judge(config, experiment.card, source, mesh, root, shown)
     finite = functools.partial(_finite, stream, checkpoints)
     schedule = learning_rate(experiment.optim, steps)
     clock, logged = time.monotonic(), first
@@ -128,8 +130,7 @@ def _run(
             stopped = stop.reached(step) and step < steps
             # Read the step before while this one runs; wait only where it must be known.
             log, save = step % every.log_every == 0, step % every.save_every == 0
-            sample = config.sample.every and step % config.sample.every == 0
-            last = step == steps
+            last, sample = step == steps, config.sample.every and step % config.sample.every == 0
             judged = judge is not None and (last or step % config.eval.every == 0)
             values = finite(*pending) if pending else {}
             pending = (step, metrics)
@@ -169,11 +170,21 @@ def _stream(experiment: Experiment, source: Source, mesh: Mesh) -> Stream:
     )
 
 
-def _inputs(stream: Stream, encoder: Encoder | None, mesh: Mesh, first: int) -> Iterator[Batch]:
+def _sight(
+    experiment: Experiment, source: Source, encoder: Encoder | None, mesh: Mesh
+) -> tuple[Callable[[Batch, int], Batch], Callable[[int], Cond]]:
+    """What the model sees of a batch, and what it is told for so many samples."""
+    see = make_inputs(encoder, mesh, experiment.config.seed, experiment.task)
+    return see, functools.partial(shown_to, experiment.card, source, see, mesh)
+
+
+def _inputs(
+    stream: Stream, see: Callable[[Batch, int], Batch], mesh: Mesh, first: int
+) -> Iterator[Batch]:
     """What the model sees in every step from `first` on."""
-    inputs, place = make_inputs(encoder, mesh, stream.seed), batch_sharding(mesh)
+    place = batch_sharding(mesh)
     for step, batch in enumerate(stream.batches(first, say), first):
-        yield inputs(to_global(batch, place, stream.batch_size), step)
+        yield see(to_global(batch, place, stream.batch_size), step)
 
 
 def _end(experiment: Experiment, root: Path, step: int, stopped: bool) -> None:
@@ -263,15 +274,16 @@ def _finite(
     return values
 
 
-def _sample_grid(experiment: Experiment, program: Program, mesh: Mesh, root: Path):
-    """Function that writes a grid of EMA samples, always of the same noise and labels."""
+def _sample_grid(
+    experiment: Experiment, program: Program, mesh: Mesh, root: Path, shown: Callable[[int], Cond]
+):
+    """Function that writes a grid of EMA samples, always of the same noise, labels, conditions."""
     model = experiment.card.model
     sampler = make_plan(experiment.card, experiment.sampler).sampler(program.apply)
     count = experiment.config.sample.count
     ids = np.arange(-(-count // data_shards(mesh)) * data_shards(mesh))
     noise, keys = image_noise(experiment.config.seed, ids, model.shape)
-    labels = np.resize(experiment.card.classes.trained(model.num_classes), len(ids))
-    inputs = (np.asarray(noise), labels, keys)
+    inputs = (np.asarray(noise), shown(len(ids)), keys)
     decoder = Decoder.parse(experiment.config.sample.get("decode", "none"), experiment.card)
     folder = root / "samples"
     folder.mkdir(exist_ok=True)

@@ -28,6 +28,8 @@ BEFORE = {
     "train.ema_warmup": False,
     "model.ffn": "mlp",
     "model.wrap": "none",
+    "model.conditions": [],
+    "data.task": "none",
     "flow.balance": 0.01,
     "flow.prior": 1.0,
     "flow.terms": [],

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from ppflow_jax.api.inputs import check_unconditional
 from ppflow_jax.api.model import Model
 from ppflow_jax.console import table
 from ppflow_jax.errors import InputError
@@ -47,6 +48,7 @@ def tune(model: Model, asked: Asked) -> str:
       InputError: none or several budgets, one below a step a stage, or other bad settings.
       RunError: trajectories or a loss that are not finite.
     """
+    check_unconditional(model.config, "tune")
     if asked.forecast is not None:
         return tune_forecast(model, asked)
     asked.check_budget()

@@ -161,5 +161,7 @@ def test_terms_that_do_not_fit_are_refused_before_a_step(data, words, settings):
 
 def test_fields_must_be_named(data, monkeypatch):
     monkeypatch.setitem(globals(), "FIELDS", FIELDS[:1])
-    with pytest.raises(InputError, match="reads the field teacher_attention of the data"):
+    with pytest.raises(
+        InputError, match="haste reads the field teacher_attention, .* has teacher: add it"
+    ):
         programs(data, TERMS, ((STOP, WEIGHTS), (STEPS, {})))
