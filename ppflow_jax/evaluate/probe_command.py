@@ -13,6 +13,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from ppflow_jax import console
+from ppflow_jax.api.inputs import check_unconditional
 from ppflow_jax.api.model import Model
 from ppflow_jax.checkpoints.card import Card
 from ppflow_jax.checkpoints.weights import open_weights
@@ -36,6 +37,7 @@ def run() -> None:
     if FLAGS.batch < 1 or FLAGS.num < 1:
         raise InputError("--batch and --num must be at least 1")
     weights = open_weights(FLAGS.checkpoint, FLAGS.weights)
+    check_unconditional(weights.card.model, "probe")
     sweep = sweep_of(weights.card.model)
     sweep.check(weights.card.model)
     source, encoder, card = open_inputs(data_of(weights.card), weights.card)

@@ -129,10 +129,10 @@ def _check_fields(objective: FlowObjective, fields: tuple[str, ...]) -> None:
     Raises:
       InputError: a term reads a field that is not read from the data.
     """
-    for term in objective.terms:
-        if missing := [name for name in term.fields if name not in fields]:
+    for each in objective.terms:
+        if missing := [name for name in each.fields if name not in fields]:
             raise InputError(
-                f"config.flow.terms: {term.name} reads the field {missing[0]}, config.data.fields "
+                f"config.flow.terms: {each.name} reads the field {missing[0]}, config.data.fields "
                 f"has {', '.join(fields) or 'none'}: add it there"
             )
 

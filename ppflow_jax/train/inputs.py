@@ -73,15 +73,7 @@ def open_inputs(data: ConfigDict, card: Card) -> tuple[Source, Encoder | None, C
         )
     encoder = Encoder.parse(data.vae, "config.data.vae") if data.vae else None
     size = model.latent_size * (encoder.config.downsample if encoder else 1)
-    source = open_source(
-        data.source,
-        data.path,
-        size=size,
-        split=data.split,
-        image=data.image_feature,
-        label=data.label_feature,
-        fields=tuple(data.fields),
-    )
+    source = _source(data, tuple(data.fields), size)
     identity, scale = source.identity(), card.latent_scale
     if isinstance(source, CacheSource):
         scale = source.manifest.latent_scale
@@ -102,6 +94,13 @@ def open_inputs(data: ConfigDict, card: Card) -> tuple[Source, Encoder | None, C
     return source, encoder, replace(card, experiment=experiment, latent_scale=scale)
 
 
+def _source(data: ConfigDict, fields: tuple[str, ...], size: int = 0) -> Source:
+    features = dict(image=data.image_feature, label=data.label_feature)
+    return open_source(
+        data.source, data.path, size=size, split=data.split, **features, fields=fields
+    )
+
+
 def field_shapes(data: ConfigDict, names: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:
     """Fields in a batch as an example of the data has them.
 
@@ -110,7 +109,7 @@ def field_shapes(data: ConfigDict, names: tuple[str, ...]) -> dict[str, jax.Shap
     """
     if not names:
         return {}
-    one = open_source(data.source, data.path, fields=names).read(np.arange(1), np.zeros(1, bool))
+    one = _source(data, names).read(np.arange(1), np.zeros(1, bool))
     return {
         name: jax.ShapeDtypeStruct((data.batch_size, *one[name].shape[1:]), one[name].dtype)
         for name in names

@@ -161,7 +161,5 @@ def test_terms_that_do_not_fit_are_refused_before_a_step(data, words, settings):
 
 def test_fields_must_be_named(data, monkeypatch):
     monkeypatch.setitem(globals(), "FIELDS", FIELDS[:1])
-    with pytest.raises(
-        InputError, match="haste reads the field teacher_attention, .* has teacher: add it"
-    ):
+    with pytest.raises(InputError, match="haste reads the field teacher_attention, "):
         programs(data, TERMS, ((STOP, WEIGHTS), (STEPS, {})))
