@@ -54,7 +54,7 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.flow.label_drop = 0.1
     c.flow.balance = 0.01  # weight of the balance term of a mixture of experts
     c.flow.prior = 1.0  # weight of the prior of experts by time
-    c.flow.terms = ()  # of the loss, e.g. ("repa:layer=4,dim=768",); their weights: train.phases
+    c.flow.terms = ()  # of the loss, e.g. ("repa:layer=4,dims=768",); their weights: train.phases
     c.flow.stage_share = ()  # samples of each stage, e.g. (2, 1, 1); empty: by duration
     c.flow.stage_times = ()  # times each stage is trained on, e.g. ((0, 1), (0, 1)); empty: its own
 
@@ -71,6 +71,7 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.data.split = "train"  # of tfds
     c.data.image_feature = "image"
     c.data.label_feature = "label"
+    c.data.fields = ()  # arrays of the examples that terms read, e.g. ("teacher",): docs/data.md
     c.data.batch_size = 256
     # super_resolution:factor=2, inpainting, colourisation or edges: see docs/conditions.md
     c.data.task = "none"

@@ -18,13 +18,24 @@ import jax
 import numpy as np
 
 from tests.acceptance.comparison import Row, report
-from tests.systems import parity_guided_distillation, parity_moe, parity_peft, parity_switch
+from tests.systems import (
+    parity_ddae,
+    parity_guided_distillation,
+    parity_haste,
+    parity_moe,
+    parity_peft,
+    parity_repa,
+    parity_switch,
+)
 
 SYSTEMS: dict[str, Callable[[Reference], Iterator[Row]]] = {
     "dit_moe": parity_moe.rows,
     "peft": parity_peft.rows,
     "switch_dit": parity_switch.rows,
     "guided_distillation": parity_guided_distillation.rows,
+    "repa": parity_repa.rows,
+    "haste": parity_haste.rows,
+    "ddae": parity_ddae.rows,
 }
 
 

@@ -88,6 +88,7 @@ class Experiment:
             always={name: config.flow[name] for name in block.term_names},
             names=[term.name for term in terms],
         )
+        _check_fields(objective, tuple(config.data.fields))
         sampler = sampler_of(config.sample)
         sampler.scales(model.pyramid)
         notes_of(config.flow.objective, sampler)
@@ -162,6 +163,19 @@ def sampler_of(sample: Mapping[str, Any] | ConfigDict) -> SamplerConfig:
       InputError: unknown solver, or a value out of range.
     """
     return SamplerConfig(sample["solver"], sample["steps"], cfg=tuple(sample["cfg"]))
+
+
+def _check_fields(objective: FlowObjective, fields: tuple[str, ...]) -> None:
+    """
+    Raises:
+      InputError: a term reads a field that is not read from the data.
+    """
+    for each in objective.terms:
+        if missing := [name for name in each.fields if name not in fields]:
+            raise InputError(
+                f"config.flow.terms: {each.name} reads the field {missing[0]}, config.data.fields "
+                f"has {', '.join(fields) or 'none'}: add it there"
+            )
 
 
 def _check(config: ConfigDict) -> None:

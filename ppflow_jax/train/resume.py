@@ -37,6 +37,7 @@ BEFORE = {
     "flow.terms": [],
     "flow.objective": "flow",
     "train.teacher": "",
+    "data.fields": [],
     "train.phases": [],
 }
 _DATA = "trained_on."
