@@ -18,10 +18,11 @@ import jax
 import numpy as np
 
 from tests.acceptance.comparison import Row, report
-from tests.systems import parity_moe, parity_switch
+from tests.systems import parity_harmonica, parity_moe, parity_switch
 
 SYSTEMS: dict[str, Callable[[Reference], Iterator[Row]]] = {
     "dit_moe": parity_moe.rows,
+    "harmonica": parity_harmonica.rows,
     "switch_dit": parity_switch.rows,
 }
 
@@ -32,8 +33,12 @@ class Reference:
     def __init__(self, file: Path):
         self.name = file.stem
         self.arrays = dict(np.load(file))
-        self.config = json.loads(str(self.arrays["config"]))
+        settings = "config" if "config" in self.arrays else "args"
+        self.config = json.loads(str(self.arrays[settings]))
         self.deviation = json.loads(str(self.arrays.get("float32_deviation", "{}")))
+        for name, deviation in self.below("float32_deviation").items():
+            if name in self:
+                self.deviation[name] = float(deviation), float(np.max(np.abs(self[name])))
 
     def __contains__(self, name: str) -> bool:
         return name in self.arrays
