@@ -111,11 +111,11 @@ class Ddpm:
         args = self.args
         return teacher, learned(router, i, student, teacher, weight, args["l1"], args["lr"])
 
-    def ddim(self, x: np.ndarray, output: jax.Array, i: int) -> np.ndarray:
+    def ddim(self, x: jax.Array, output: jax.Array, i: int) -> jax.Array:
         now, before = self.signal[:, i]
         noise = np.float64(output[..., : x.shape[-1]])
         clean = (np.float64(x) - np.sqrt(1 - now) * noise) / np.sqrt(now)
-        return np.float32(np.sqrt(before) * clean + np.sqrt(1 - before) * noise)
+        return jnp.float32(np.sqrt(before) * clean + np.sqrt(1 - before) * noise)
 
     def step(self, y, i, x, memory, scores):
         """For `step_weights`."""
