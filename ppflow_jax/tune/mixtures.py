@@ -1,0 +1,128 @@
+"""A model's velocity with mixed branches, and the updates of a router, compiled once a stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ppflow_jax.api.model import Model
+from ppflow_jax.flow.evaluate import Evaluator
+from ppflow_jax.flow.fitted import Fitted
+from ppflow_jax.flow.tables import Facts, Networks
+from ppflow_jax.systems.harmonica import Learned, Mixed, Router, learned
+from ppflow_jax.systems.routed import Kept
+from ppflow_jax.tune.calibrate import Trajectories
+from ppflow_jax.tune.calibrated_steps import at, groups, parts
+from ppflow_jax.tune.features import PART, At
+from ppflow_jax.tune.fit import Field
+
+
+class Mixtures(Field):
+    """Steps of a plan of Euler's method with mixed branches.
+
+    Args:
+      rate: of the updates of a router.
+    """
+
+    def __init__(self, model: Model, channels: int, plan: Fitted, rate: float):
+        super().__init__(model, channels)
+        self.plan, self.rate, self.method = plan, rate, Mixed()
+        self.fixed = [group[0] for group in groups(plan)]
+        options = dict(static_argnames="where", donate_argnames="memory")
+        self._mixed, self._learned = (jax.jit(f, **options) for f in (self._mix, self._learn))
+
+    def step(
+        self,
+        i: int,
+        x: Float[Array, "n h w c"],
+        y: Int[Array, " n"],
+        memory: Kept | None,
+        scores: Float[Array, "depth 2"] | None,
+    ) -> tuple[Float[Array, "n h w c"], Kept | None]:
+        """The state after step i, and the memory; without scores the plain network's."""
+        t, scale, where = self._at(i)
+        if scores is None:
+            stage, guided = where
+            v = self._compiled(self.model.params, x, t, y, scale, stage=stage, guided=guided)
+            return x + self._length(i) * v, None
+        if memory is None:
+            memory = self._memory(x, y, at(self.plan, i))
+        v, memory = self._mixed(self.model.params, x, y, (t, scale), memory, scores, where=where)
+        return x + self._length(i) * v, memory
+
+    def update(
+        self,
+        router: Router,
+        i: int,
+        x: Float[Array, "n h w c"],
+        y: Int[Array, " n"],
+        memory: Kept,
+        weight: float,
+        price: Float[np.ndarray, "depth 2"],
+    ) -> tuple[Float[Array, "n h w c"], Learned]:
+        """The state after step i by mixed branches, and what was learned from it."""
+        t, scale, where = self._at(i)
+        router_at = router, np.int32(i)
+        terms = np.float32(weight), np.float32(price)
+        given = self.model.params, x, y, (t, scale), memory, router_at, terms
+        now = self._learned(*given, where=where)
+        return x + self._length(i) * now.output, now
+
+    def ends(
+        self, masks: Float[np.ndarray, "steps depth 2"], given: Trajectories
+    ) -> Float[np.ndarray, "n h w c"]:
+        """Where a plan leads from the noises of trajectories, scores being masks of 0 and 1."""
+        ends = []
+        for part in parts(len(given.labels), PART):
+            x, y = jnp.asarray(given.states[0, part]), jnp.asarray(given.labels[part])
+            memory = None
+            for i, scores in enumerate(np.float32(masks)):
+                x, memory = self.step(i, x, y, None if i in self.fixed else memory, scores)
+            ends.append(np.asarray(x))
+        return np.concatenate(ends)
+
+    def _at(self, i: int) -> tuple[np.float32, np.float32, tuple[int, bool]]:
+        """Time and guidance scale of a step, and what its programs are compiled for."""
+        now = at(self.plan, i)
+        return np.float32(now.t), np.float32(now.scale), (now.stage, now.scale != 1)
+
+    def _length(self, i: int) -> np.float32:
+        return np.float32(self.plan.times[i + 1] - self.plan.times[i])
+
+    def _memory(self, x: Array, y: Array, now: At) -> Kept:
+        """Zeros; scores of 1 do not see it."""
+        where = now.stage, now.scale != 1
+
+        def shapes(x, y):
+            step = self._evaluations(self.model.params, y, jnp.float32(1), {}, None, where)
+            step.velocity(x, jnp.float32(0), 0)
+            return step.memories[0]["model"]
+
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(shapes, x, y))
+
+    def _evaluations(self, params, y, scale, memories, scores, where) -> Any:
+        stage, guided = where
+        facts = Facts("ode", (stage,), (guided,), self.method)
+        given = self.guidance, Networks(params, None, y), facts
+        of = Evaluator(self.model.network, None, self.model.card.flow, *given)
+        return of.step(jnp.asarray(scale)[None], (memories,), {"scores": scores})
+
+    def _mix(self, params, x, y, numbers, memory, scores, where):
+        t, scale = numbers
+        with jax.default_matmul_precision(self.precision):
+            step = self._evaluations(params, y, scale, {"model": memory}, scores, where)
+            return step.velocity(x, t, 0), step.memories[0]["model"]
+
+    def _learn(self, params, x, y, numbers, memory, router_at, terms, where):
+        (t, scale), (router, i), (weight, price) = numbers, router_at, terms
+        stage, guided = where
+        teacher = self._velocity(params, x, t, y, scale, stage=stage, guided=guided)
+
+        def student(scores):
+            return self._mix(params, x, y, numbers, memory, scores, where)
+
+        return learned(router, i, student, teacher, weight, price, self.rate)

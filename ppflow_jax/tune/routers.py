@@ -1,0 +1,252 @@
+"""Learned caching fitted to a model (HarmoniCa, arXiv 2410.01723): a router, then static masks.
+
+The router is trained on the rollouts of its own steps, for a plan of Euler's method whose memory
+begins anew in every stage. What the paper sets by hand, the price of computing a branch, is found
+from the budget: the worth of a unit of cost at which the budget is spent (`masks.price_of`). The
+loss is divided by it, which AdamW does not see.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from ppflow_jax.api.model import Model
+from ppflow_jax.console import progress, table
+from ppflow_jax.errors import InputError, RunError
+from ppflow_jax.files.disk import atomic
+from ppflow_jax.generate.plan_file import PlanFile
+from ppflow_jax.systems.harmonica import Router, router_of, step_weights
+from ppflow_jax.systems.routed import RoutedTables, branch_flops
+from ppflow_jax.tune.asked import Asked
+from ppflow_jax.tune.calibrate import Trajectories
+from ppflow_jax.tune.calibrated_steps import groups
+from ppflow_jax.tune.fit import distance
+from ppflow_jax.tune.forecasts import euler, evenly
+from ppflow_jax.tune.masks import Costs, price_of, static_masks
+from ppflow_jax.tune.mixtures import Mixtures
+
+EPOCHS = 150  # rollouts
+BATCH = 16  # trajectories of a rollout
+RATE = 0.03  # of AdamW
+RENEWED = 500  # updates after which the weights of the steps are measured again
+MOST = 4  # masks of a stage, beside the full one: each is compiled
+
+
+class Training(NamedTuple):
+    """Where training stands.
+
+    Attributes:
+      epoch: rollouts that are done.
+      weights: of the error of every step, lambda over the price.
+      worth: of every branch, in lambda times the error, when the weights were measured.
+    """
+
+    epoch: int
+    router: Router
+    weights: Float[np.ndarray, " steps"]
+    worth: Float[np.ndarray, "steps depth 2"]
+
+
+def tune_router(model: Model, asked: Asked) -> str:
+    """Writes the plan; returns a table of its error beside those of other plans.
+
+    Raises:
+      InputError: flags that do not go together, or numbers out of range.
+      RunError: trajectories or states that are not finite, or branches that add nothing.
+    """
+    steps, share = asked.check_router(len(model.config.pyramid))
+    cfg = asked.scales(model)
+    plan = euler(model, cfg, steps)
+    mixtures = Mixtures(model, asked.cfg_channels, plan, RATE)
+    costs = Costs(_branch_costs(mixtures), groups(plan), share)
+    out = asked.target()
+    fit, held_out = asked.trajectories(model, cfg, out)
+    file = _file_of(model, asked, out)
+    training = trained(mixtures, costs, fit, asked.seed, file)
+    logits = np.asarray(training.router.logits)
+    computed = static_masks(costs, logits, training.worth, MOST)
+    errors = {"plan": error(mixtures, computed, held_out)}
+    count = _as_many(mixtures, costs)
+    for n in (count, steps):
+        grid = Mixtures(model, asked.cfg_channels, euler(model, cfg, n), RATE)
+        whole = np.ones((n, *logits.shape[1:]), bool)
+        errors[f"euler, {n} steps"] = error(grid, whole, held_out)
+    reused = costs.fixed | evenly(plan, count)[:, None, None]
+    errors[f"{count} full steps, reused"] = error(mixtures, reused, held_out)
+    made = asked.made(
+        model,
+        errors,
+        budget={"steps": steps, "share": share},
+        computed=costs.spent(computed),
+        patterns=[len({mask.tobytes() for mask in computed[list(g)]}) for g in costs.groups],
+        epochs=EPOCHS,
+    )
+    tables = RoutedTables(model.config.depth, computed)
+    pyramid, flow = model.config.pyramid, model.card.flow
+    PlanFile(plan, pyramid, flow, cfg, asked.cfg_channels, made, tables).write(out)
+    return _said(costs, computed, reused, errors, out)
+
+
+def error(
+    mixtures: Mixtures, masks: Bool[np.ndarray, "steps depth 2"], given: Trajectories
+) -> float:
+    """Distance of the end states from the fine ones, as a share of these (root mean squares).
+
+    Raises:
+      RunError: states that are not finite.
+    """
+    ends = mixtures.ends(np.float32(masks), given)
+    if not np.isfinite(ends).all():
+        raise RunError("states of a plan are not finite: try --dtype=float32 or a lower --cfg")
+    return distance(ends, given)
+
+
+def trained(
+    mixtures: Mixtures, costs: Costs, given: Trajectories, seed: int, file: Path
+) -> Training:
+    """A router after `EPOCHS` rollouts; a killed call continues from what `file` keeps.
+
+    Raises:
+      InputError: a damaged file.
+      RunError: branches that add nothing.
+    """
+    logits = jax.random.normal(jax.random.key(np.uint32(seed)), costs.of.shape)
+    steps = np.zeros(len(costs.of), np.float32)
+    now = Training(0, router_of(logits, RATE), steps, np.zeros(costs.of.shape, np.float32))
+    if file.exists():
+        now = _read(file, now)
+    every = max(1, RENEWED // len(costs.of))
+    with progress(EPOCHS, now.epoch, "rollout", "router") as bar:
+        while now.epoch < EPOCHS:
+            x, y = _batch(given, now.epoch)
+            if now.epoch % every == 0:
+                _write(file, now)
+                now = renewed(mixtures, costs, now, x, y)
+            router, _ = _rollout(mixtures, costs, now, x, y)
+            now = now._replace(epoch=now.epoch + 1, router=router)
+            bar.update(1)
+    _write(file, now)
+    return now
+
+
+def renewed(
+    mixtures: Mixtures, costs: Costs, now: Training, x: Float[Array, "n h w c"], y: Int[Array, " n"]
+) -> Training:
+    """With the weights of the steps and the worths of the branches as the router is now."""
+    step = lambda i, x, memory, scores: mixtures.step(i, x, y, memory, scores)
+    scores = jax.nn.sigmoid(now.router.logits)
+    found, _ = step_weights(step, range(len(costs.of)), mixtures.fixed, x, scores)
+    weights = np.array([float(found.get(i, 0)) for i in range(len(costs.of))])
+    largest = weights.max()
+    if not np.isfinite(largest) or largest <= 0:
+        raise RunError(
+            "a rollout with mixed branches does not differ from one without, or is not finite: "
+            "train the model, or try --dtype=float32"
+        )
+    _, worth = _rollout(mixtures, costs, now._replace(weights=weights / largest), x, y)
+    # A unit of price is that of a branch of mean cost
+    price = price_of(costs, worth) * costs.of.mean()
+    if not price > 0:
+        raise RunError("no branch is worth computing: train the model, or give a larger --share")
+    return now._replace(weights=weights / largest / price, worth=worth)
+
+
+def _rollout(
+    mixtures: Mixtures, costs: Costs, now: Training, x: Float[Array, "n h w c"], y: Int[Array, " n"]
+) -> tuple[Router, Float[np.ndarray, "steps depth 2"]]:
+    """The router after a rollout, and the worth of every branch."""
+    router, memory, prices = now.router, None, costs.of / costs.of.mean()
+    ones, worth = np.ones(costs.of.shape[1:], np.float32), np.zeros(costs.of.shape, np.float32)
+    for i in range(len(costs.of)):
+        if i in mixtures.fixed:
+            x, memory = mixtures.step(i, x, y, None, ones)
+            continue
+        x, found = mixtures.update(router, i, x, y, memory, now.weights[i], prices[i])
+        router, memory, worth[i] = found.router, found.memory, found.worth
+    return router, worth
+
+
+def _batch(given: Trajectories, epoch: int) -> tuple[Float[Array, "n h w c"], Int[Array, " n"]]:
+    """Noises and labels of a rollout: all trajectories in turn."""
+    count = min(BATCH, len(given.labels))
+    rows = (epoch * count + np.arange(count)) % len(given.labels)
+    return jnp.asarray(given.states[0, rows]), jnp.asarray(given.labels[rows])
+
+
+def _branch_costs(mixtures: Mixtures) -> Float[np.ndarray, "steps depth 2"]:
+    """FLOPs of every branch for one image under its guidance."""
+    plan, model = mixtures.plan, mixtures.model.config
+    pairs = [
+        np.float64(branch_flops(model, stage)) * (2 if scale != 1 else 1)
+        for stage, scale in zip(plan.stages, plan.scales)
+    ]
+    return np.repeat(np.stack(pairs)[:, None], model.depth, axis=1)
+
+
+def _as_many(mixtures: Mixtures, costs: Costs) -> int:
+    """How many full steps, spread evenly, cost no more than the share; at least one a stage."""
+    count = len(costs.groups)
+    for n in range(count, len(costs.of) + 1):
+        masks = costs.fixed | evenly(mixtures.plan, n)[:, None, None]
+        count = n if costs.spent(masks) <= costs.share else count
+    return count
+
+
+def _file_of(model: Model, asked: Asked, out: Path) -> Path:
+    """Where the training is kept: beside the calibration, under all that decides it."""
+    known = {**asdict(asked), "out": "", "calibration": "", "model": asked.made(model, {})}
+    known |= dict(epochs=EPOCHS, batch=BATCH, rate=RATE, renewed=RENEWED)
+    name = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
+    return Path(asked.calibration or out.parent).absolute() / f"router-{name}.npz"
+
+
+def _write(file: Path, now: Training) -> None:
+    leaves = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(now))}
+    with atomic(file) as temporary, temporary.open("wb") as handle:
+        np.savez(handle, **leaves)
+
+
+def _read(file: Path, like: Training) -> Training:
+    leaves, tree = jax.tree.flatten(like)
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            found = [arrays[str(i)] for i in range(len(leaves))]
+        for a, b in zip(found, leaves):
+            if a.shape != np.shape(b) or not np.isfinite(a).all():
+                raise ValueError(f"an array of {a.shape}, not {np.shape(b)}")
+    except (OSError, ValueError, KeyError, EOFError) as e:
+        raise InputError(f"{file} is damaged ({e}): remove it, and it is made again") from e
+    now = tree.unflatten(found)
+    return now._replace(epoch=int(now.epoch), router=jax.tree.map(jnp.asarray, now.router))
+
+
+def _said(
+    costs: Costs,
+    computed: Bool[np.ndarray, "steps depth 2"],
+    reused: Bool[np.ndarray, "steps depth 2"],
+    errors: dict[str, float],
+    out: Path,
+) -> str:
+    """A row for every plan: steps, the share of the branches that it computes, error."""
+    rows, steps = [["", "steps", "computed", "error"]], len(computed)
+    for name, value in errors.items():
+        n = int(name.split()[1]) if name.startswith("euler") else steps
+        masks = {"plan": computed}.get(name, reused)
+        spent = n / steps if name.startswith("euler") else costs.spent(masks)
+        rows.append([name, str(n), f"{spent:.1%}", f"{value:.4f}"])
+    best = min(
+        value for name, value in errors.items() if name not in ("plan", f"euler, {steps} steps")
+    )
+    return (
+        f"{table(rows)}\n{errors['plan'] / best:.2f} of the error of the best plan of whole steps, "
+        f"on held-out noise; the plan is {out}"
+    )
