@@ -26,8 +26,8 @@ from ppflow_jax.systems.forecast import alike
 from ppflow_jax.systems.forecast_blocks import depth_of
 
 PLACE = "router"  # of such tables in a file
-# Kept attention and MLP branches before their gates, with a leading axis of depth
-Kept = tuple[Float[Array, "depth b n d"], Float[Array, "depth b n d"]]
+# Kept attention and MLP branches before their gates: depth, rows of the batch, tokens, width
+Kept = tuple[Float[Array, "_ _ _ _"], Float[Array, "_ _ _ _"]]
 # Whether attention and MLP of every block are computed
 Pattern = tuple[tuple[bool, bool], ...]
 

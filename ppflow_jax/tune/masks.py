@@ -78,7 +78,7 @@ def static_masks(
     worth: Float[np.ndarray, "steps depth 2"],
     most: int,
 ) -> Bool[np.ndarray, "steps depth 2"]:
-    """The branches of the highest scores that the budget pays for.
+    """The branches of the highest scores: one after another, if the budget still pays for it.
 
     In every group at most `most` masks are different, beside that of its first step. Where scores
     ask for more, steps are put together: the two nearest sets of steps of one group, by Ward's
@@ -124,9 +124,10 @@ def _within_budget(
         np.stack(found)
         for found in zip(*((logits[s].mean(0), worth[s].mean(0), costs.of[s].sum(0)) for s in sets))
     )
-    order = np.lexsort((-values.ravel() / prices.ravel(), -scores.ravel()))
-    chosen = np.zeros(scores.size, bool)
-    chosen[order] = np.cumsum(prices.ravel()[order]) <= costs.budget
+    left, chosen = costs.budget, np.zeros(scores.size, bool)
+    for i in np.lexsort((-values.ravel() / prices.ravel(), -scores.ravel())):
+        chosen[i] = prices.flat[i] <= left
+        left -= prices.flat[i] * chosen[i]
     masks = costs.fixed
     for one, mask in zip(sets, chosen.reshape(scores.shape)):
         masks[one] = mask

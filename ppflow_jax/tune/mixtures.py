@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ppflow_jax.api.model import Model
 from ppflow_jax.flow.evaluate import Evaluator
@@ -26,14 +27,25 @@ class Mixtures(Field):
 
     Args:
       rate: of the updates of a router.
+
+    Attributes:
+      fixed: steps at which a memory begins.
     """
 
     def __init__(self, model: Model, channels: int, plan: Fitted, rate: float):
         super().__init__(model, channels)
-        self.plan, self.rate, self.method = plan, rate, Mixed()
-        self.fixed = [group[0] for group in groups(plan)]
+        self.rate, self.method = rate, Mixed()
+        self._on(plan)
         options = dict(static_argnames="where", donate_argnames="memory")
         self._mixed, self._learned = (jax.jit(f, **options) for f in (self._mix, self._learn))
+
+    def _on(self, plan: Fitted) -> Mixtures:
+        self.plan, self.fixed = plan, [group[0] for group in groups(plan)]
+        return self
+
+    def on(self, plan: Fitted) -> Mixtures:
+        """The same programs for the steps of another plan."""
+        return copy.copy(self)._on(plan)
 
     def step(
         self,
@@ -73,14 +85,14 @@ class Mixtures(Field):
         return x + self._length(i) * now.output, now
 
     def ends(
-        self, masks: Float[np.ndarray, "steps depth 2"], given: Trajectories
+        self, masks: Bool[np.ndarray, "steps depth 2"], given: Trajectories
     ) -> Float[np.ndarray, "n h w c"]:
-        """Where a plan leads from the noises of trajectories, scores being masks of 0 and 1."""
+        """Where a plan leads from the noises of trajectories, with masks as scores of 0 and 1."""
         ends = []
         for part in parts(len(given.labels), PART):
             x, y = jnp.asarray(given.states[0, part]), jnp.asarray(given.labels[part])
             memory = None
-            for i, scores in enumerate(np.float32(masks)):
+            for i, scores in enumerate(jnp.asarray(masks, jnp.float32)):
                 x, memory = self.step(i, x, y, None if i in self.fixed else memory, scores)
             ends.append(np.asarray(x))
         return np.concatenate(ends)

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
@@ -74,14 +76,11 @@ def tune_router(model: Model, asked: Asked) -> str:
     training = trained(mixtures, costs, fit, asked.seed, file)
     logits = np.asarray(training.router.logits)
     computed = static_masks(costs, logits, training.worth, MOST)
-    errors = {"plan": error(mixtures, computed, held_out)}
-    count = _as_many(mixtures, costs)
-    for n in (count, steps):
-        grid = Mixtures(model, asked.cfg_channels, euler(model, cfg, n), RATE)
-        whole = np.ones((n, *logits.shape[1:]), bool)
-        errors[f"euler, {n} steps"] = error(grid, whole, held_out)
-    reused = costs.fixed | evenly(plan, count)[:, None, None]
-    errors[f"{count} full steps, reused"] = error(mixtures, reused, held_out)
+    rows = {"plan": (steps, costs.spent(computed), error(mixtures, computed, held_out))}
+    for name, other, masks in _rivals(mixtures, costs, cfg):
+        spent = float(_branch_costs(other).sum(where=masks) / costs.of.sum())
+        rows[name] = len(masks), spent, error(other, masks, held_out)
+    errors = {name: row[-1] for name, row in rows.items()}
     made = asked.made(
         model,
         errors,
@@ -93,7 +92,7 @@ def tune_router(model: Model, asked: Asked) -> str:
     tables = RoutedTables(model.config.depth, computed)
     pyramid, flow = model.config.pyramid, model.card.flow
     PlanFile(plan, pyramid, flow, cfg, asked.cfg_channels, made, tables).write(out)
-    return _said(costs, computed, reused, errors, out)
+    return _said(rows, out)
 
 
 def error(
@@ -104,7 +103,7 @@ def error(
     Raises:
       RunError: states that are not finite.
     """
-    ends = mixtures.ends(np.float32(masks), given)
+    ends = mixtures.ends(masks, given)
     if not np.isfinite(ends).all():
         raise RunError("states of a plan are not finite: try --dtype=float32 or a lower --cfg")
     return distance(ends, given)
@@ -165,7 +164,7 @@ def _rollout(
 ) -> tuple[Router, Float[np.ndarray, "steps depth 2"]]:
     """The router after a rollout, and the worth of every branch."""
     router, memory, prices = now.router, None, costs.of / costs.of.mean()
-    ones, worth = np.ones(costs.of.shape[1:], np.float32), np.zeros(costs.of.shape, np.float32)
+    ones, worth = jnp.ones(costs.of.shape[1:]), np.zeros(costs.of.shape, np.float32)
     for i in range(len(costs.of)):
         if i in mixtures.fixed:
             x, memory = mixtures.step(i, x, y, None, ones)
@@ -192,13 +191,24 @@ def _branch_costs(mixtures: Mixtures) -> Float[np.ndarray, "steps depth 2"]:
     return np.repeat(np.stack(pairs)[:, None], model.depth, axis=1)
 
 
-def _as_many(mixtures: Mixtures, costs: Costs) -> int:
-    """How many full steps, spread evenly, cost no more than the share; at least one a stage."""
-    count = len(costs.groups)
-    for n in range(count, len(costs.of) + 1):
-        masks = costs.fixed | evenly(mixtures.plan, n)[:, None, None]
-        count = n if costs.spent(masks) <= costs.share else count
-    return count
+def _rivals(
+    mixtures: Mixtures, costs: Costs, cfg: tuple[float, ...]
+) -> Iterator[tuple[str, Mixtures, Bool[np.ndarray, "steps depth 2"]]]:
+    """Plans of whole steps with at most the same cost, where there are any, and Euler's of all.
+
+    Name, what walks it, and its masks: Euler's method with fewer steps, and full steps spread
+    evenly whose branches the others use again.
+    """
+    steps, limit = len(costs.of), costs.share * costs.of.sum()
+    fewer = [mixtures.on(euler(mixtures.model, cfg, n)) for n in range(len(cfg), steps)]
+    cheap = [other for other in fewer if _branch_costs(other).sum() <= limit]
+    for other in (*cheap[-1:], mixtures):
+        whole = np.ones(_branch_costs(other).shape, bool)
+        yield f"euler, {len(whole)} steps", other, whole
+    full = [evenly(mixtures.plan, n) for n in range(len(costs.groups), steps)]
+    masks = [costs.fixed | chosen[:, None, None] for chosen in full]
+    for mask in [mask for mask in masks if costs.spent(mask) <= costs.share][-1:]:
+        yield f"{mask.all(axis=(1, 2)).sum()} full steps, reused", mixtures, mask
 
 
 def _file_of(model: Model, asked: Asked, out: Path) -> Path:
@@ -223,30 +233,19 @@ def _read(file: Path, like: Training) -> Training:
         for a, b in zip(found, leaves):
             if a.shape != np.shape(b) or not np.isfinite(a).all():
                 raise ValueError(f"an array of {a.shape}, not {np.shape(b)}")
-    except (OSError, ValueError, KeyError, EOFError) as e:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as e:
         raise InputError(f"{file} is damaged ({e}): remove it, and it is made again") from e
     now = tree.unflatten(found)
     return now._replace(epoch=int(now.epoch), router=jax.tree.map(jnp.asarray, now.router))
 
 
-def _said(
-    costs: Costs,
-    computed: Bool[np.ndarray, "steps depth 2"],
-    reused: Bool[np.ndarray, "steps depth 2"],
-    errors: dict[str, float],
-    out: Path,
-) -> str:
-    """A row for every plan: steps, the share of the branches that it computes, error."""
-    rows, steps = [["", "steps", "computed", "error"]], len(computed)
-    for name, value in errors.items():
-        n = int(name.split()[1]) if name.startswith("euler") else steps
-        masks = {"plan": computed}.get(name, reused)
-        spent = n / steps if name.startswith("euler") else costs.spent(masks)
-        rows.append([name, str(n), f"{spent:.1%}", f"{value:.4f}"])
-    best = min(
-        value for name, value in errors.items() if name not in ("plan", f"euler, {steps} steps")
-    )
-    return (
-        f"{table(rows)}\n{errors['plan'] / best:.2f} of the error of the best plan of whole steps, "
-        f"on held-out noise; the plan is {out}"
-    )
+def _said(rows: dict[str, tuple[int, float, float]], out: Path) -> str:
+    """A row for every plan: steps, the share of the branches that is computed, error."""
+    lines = [["", "steps", "computed", "error"]]
+    lines += [[name, str(n), f"{spent:.1%}", f"{e:.4f}"] for name, (n, spent, e) in rows.items()]
+    others = [e for name, (n, spent, e) in rows.items() if name != "plan" and spent < 1]
+    text = f"{table(lines)}\nerrors on held-out noise"
+    if others:
+        share = rows["plan"][-1] / min(others)
+        text += f": {share:.2f} of that of the best plan of whole steps at this cost"
+    return f"{text}; the plan is {out}"
