@@ -20,7 +20,7 @@ from ppflow_jax.devices.host_memory import keep_scratch
 from ppflow_jax.devices.programs import for_training
 from ppflow_jax.devices.sharding import batch_sharding, make_mesh, replicated
 from ppflow_jax.flow.cost import training_flops
-from ppflow_jax.flow.loss import Objective
+from ppflow_jax.flow.loss import FlowObjective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.flops import forward_flops
@@ -56,8 +56,10 @@ class Work:
         return self.batch * forward_flops(self.model, self.stage)
 
     @property
-    def objective(self) -> Objective:
-        return Objective(self.model.pyramid, Flow(), self.model.null_label, label_drop=LABEL_DROP)
+    def objective(self) -> FlowObjective:
+        return FlowObjective(
+            self.model.pyramid, Flow(), self.model.null_label, label_drop=LABEL_DROP
+        )
 
     def params(self) -> Params:
         """Normal weights, so that every part of the network shows in the output."""

@@ -50,6 +50,7 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.flow.label_drop = 0.1
     c.flow.balance = 0.01  # weight of the balance term of a mixture of experts
     c.flow.prior = 1.0  # weight of the prior of experts by time
+    c.flow.terms = ()  # of the loss, e.g. ("repa:layer=4,dim=768",); their weights: train.phases
     c.flow.stage_share = ()  # samples of each stage, e.g. (2, 1, 1); empty: by duration
     c.flow.stage_times = ()  # times each stage is trained on, e.g. ((0, 1), (0, 1)); empty: its own
 
@@ -82,6 +83,7 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.train.steps = 400_000
     c.train.ema = 0.9999
     c.train.ema_warmup = True  # decay min(ema, (1 + step) / (10 + step)), for short runs
+    c.train.phases = ()  # weights of terms over time: ((until_step, {"repa": 0.5}), (until, {}))
     c.train.accumulate = 1  # microbatches of one step
     c.train.log_every = 100
     c.train.save_every = 10_000

@@ -201,7 +201,7 @@ def _train_step(experiment, program: Program, mesh: Mesh, state, batch) -> Compi
     key = _placed(jax.eval_shape(lambda: jax.random.key(0)), replicated(mesh))
     return _compile(
         "training step",
-        [program.step.lower(state, batch, key)],
+        [program.steps[0].run.lower(state, batch, key, {})],
         training_flops(model, pattern, size),
         traffic,
     )

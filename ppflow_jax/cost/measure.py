@@ -17,7 +17,7 @@ from ppflow_jax import console
 from ppflow_jax.checkpoints.card import Card
 from ppflow_jax.devices.programs import for_passes, for_training
 from ppflow_jax.flow.cost import sampling_flops, training_flops
-from ppflow_jax.flow.loss import Objective
+from ppflow_jax.flow.loss import FlowObjective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig, evaluations
 from ppflow_jax.generate.plan import make_plan
@@ -206,7 +206,7 @@ def training_row(name: str, size: str, model: ModelConfig, batch: int, settings:
     programs = for_training(attention, dtype, remat=remat, head=model.head_width)
     apply = make_apply(model, dtype=dtype, remat=remat, programs=programs)
     tx = make_optimizer(OptimConfig(), 1)
-    objective = Objective(model.pyramid, Flow(), model.null_label)
+    objective = FlowObjective(model.pyramid, Flow(), model.null_label)
     objective.check_batch(batch, 1)
     step = compiled(make_train_step(objective, apply, tx, ema=0.9999), programs)
     begin = jax.jit(lambda params: state_from(params, tx))

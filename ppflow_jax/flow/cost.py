@@ -38,6 +38,6 @@ def sampling_flops(
 def training_flops(model: ModelConfig, pattern: tuple[int, ...], batch_size: int) -> int:
     """FLOPs of one training step: forward, and backward twice that, without rematerialisation.
 
-    `pattern` is the stage of every sample of one period of the batch (`Objective.pattern`).
+    `pattern` is the stage of every sample of one period of the batch (`FlowObjective.pattern`).
     """
     return 3 * batch_size * sum(forward_flops(model, stage) for stage in pattern) // len(pattern)

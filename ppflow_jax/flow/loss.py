@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +15,33 @@ from jaxtyping import Array, Float, Int, Key
 
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.path import WEIGHTINGS, Flow, interpolate, residual
+from ppflow_jax.flow.terms import (
+    OWN,
+    Batch,
+    Metrics,
+    Term,
+    View,
+    Weights,
+    network_leaves,
+    own_leaves,
+)
+from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Apply, Output, Params
+from ppflow_jax.models.stack import Taps
 from ppflow_jax.pyramid import Pyramid
 
 
+class Draws(NamedTuple):
+    """Everything random in one step."""
+
+    noise: Float[Array, "b h w c"]
+    t: Float[Array, " b"]
+    labels: Int[Array, " b"]
+
+
 @dataclass(frozen=True)
-class Objective:
-    """What is minimised.
+class FlowObjective:
+    """Flow matching, and terms beside it.
 
     Attributes:
       pyramid, flow: stages; path and prediction.
@@ -31,6 +54,7 @@ class Objective:
       stage_times: times (low, high) on which each stage is trained. Empty: its own interval, the
         only times at which the sampler uses it. ((0, 1), (0, 1)) trains every patch size on all
         times (FlexiDiT, arXiv 2502.20126).
+      terms: what else may be minimised, besides what the parts of the blocks give.
 
     Raises:
       InputError: unknown weighting, weighting of a velocity, shares or times that do not fit the
@@ -44,7 +68,7 @@ class Objective:
     label_drop: float = 0.1
     stage_share: tuple[int, ...] = ()
     stage_times: tuple[tuple[float, float], ...] = ()
-    terms: tuple[tuple[str, float], ...] = ()
+    terms: tuple[Term, ...] = ()
 
     def __post_init__(self):
         if self.weighting not in WEIGHTINGS:
@@ -58,8 +82,6 @@ class Objective:
             )
         if not 0 <= self.label_drop <= 1:
             raise InputError(f"label_drop must be in [0, 1], got {self.label_drop}")
-        if wrong := [f"{name} {weight}" for name, weight in self.terms if not weight >= 0]:
-            raise InputError(f"weights of terms must be at least 0, got {', '.join(wrong)}")
         share = self.stage_share
         if share and (len(share) != len(self.pyramid) or min(share) < 1):
             raise InputError(
@@ -103,13 +125,103 @@ class Objective:
                 f"choose a multiple of {unit}, e.g. {below}"
             )
 
+    def init(self, model: ModelConfig, key: Key[Array, ""]) -> Params:
+        """The leaves of the terms."""
+        return own_leaves(self.terms, model, key)
 
-class Draws(NamedTuple):
-    """Everything random in one step."""
+    def fields(self, weights: Weights) -> tuple[str, ...]:
+        """What the terms with a weight need of a batch."""
+        needed = (name for term in self.terms if weights.get(term.name) for name in term.fields)
+        return tuple(dict.fromkeys(needed))
 
-    noise: Float[Array, "b h w c"]
-    t: Float[Array, " b"]
-    labels: Int[Array, " b"]
+    def draw(self, key: Key[Array, ""], batch: Batch) -> Draws:
+        """Noise, stratified times and dropped labels of one step."""
+        x1, labels = batch["x"], batch["label"]
+        k_noise, k_time, k_drop = jax.random.split(key, 3)
+        size = x1.shape[0]
+        lo, hi = np.asarray(self.time_ranges, np.float32)[list(self.pattern)].T
+        repeats = size // len(self.pattern)
+        u = jax.random.uniform(k_time, (size,))
+        t = jnp.tile(lo, repeats) + jnp.tile(hi - lo, repeats) * u
+        dropped = jax.random.uniform(k_drop, (size,)) < self.label_drop
+        return Draws(
+            noise=jax.random.normal(k_noise, x1.shape),
+            t=t,
+            labels=jnp.where(dropped, self.null_label, labels),
+        )
+
+    def loss(
+        self,
+        apply: Apply,
+        params: Params,
+        frozen: Mapping[str, Any],
+        batch: Batch,
+        draws: Draws,
+        weights: Weights,
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """What is minimised; besides, `loss`, `loss/stage{i}` and the terms, without weights.
+
+        `loss` is the mean over time, in which each stage counts by its duration. That equals the
+        mean over the batch when the batch is shared by duration. Terms, which are added to it with
+        their weights, are over stages what it is.
+        """
+        terms = [term for term in self.terms if weights.get(term.name)]
+        taps = functools.reduce(operator.or_, (term.taps for term in terms), Taps())
+        views, outputs = self.predicted(apply, params, frozen, batch, draws, taps)
+        losses = [self.errors(view, output) for view, output in zip(views, outputs)]
+        durations = [b - a for a, b in self.pyramid.intervals]
+        means = [jnp.mean(x) for x in losses]
+        loss = sum(d * m for d, m in zip(durations, means))
+        metrics = {f"loss/stage{i}": m for i, m in enumerate(means)} if len(means) > 1 else {}
+        total, own = loss, params.get(OWN, {})
+        for name in outputs[0].aux:
+            if weight := weights.get(name):
+                term = sum(d * output.aux[name] for d, output in zip(durations, outputs))
+                total, metrics[name] = total + weight * term, term
+        for term in terms:
+            leaves = own.get(term.name, {})
+            given = (jnp.mean(term(leaves, out, view)) for out, view in zip(outputs, views))
+            value = sum(d * v for d, v in zip(durations, given))
+            total, metrics[term.name] = total + weights[term.name] * value, value
+        return total, metrics | {"loss": loss}
+
+    def predicted(
+        self,
+        apply: Apply,
+        params: Params,
+        frozen: Mapping[str, Any],
+        batch: Batch,
+        draws: Draws,
+        taps: Taps = Taps(),
+    ) -> tuple[list[View], tuple[Output, ...]]:
+        """What the network sees and gives, by stage; arguments as of `loss`."""
+        stages = tuple(range(len(self.pyramid)))
+        x1 = batch["x"]
+        parts = [[strided(a, self.pattern, i) for i in stages] for a in (x1, *draws)]
+        data, noise, t, y = (tuple(part) for part in parts)
+        path = self.flow.interpolant
+        xt, velocity = zip(*(interpolate(path, *each) for each in zip(noise, data, t)))
+        tapped = {"taps": taps} if taps else {}
+        outputs = apply(network_leaves(params), xt, t, y, stages, **tapped)
+        further = {name: value for name, value in batch.items() if name not in ("x", "label")}
+        views = [
+            View(
+                *(data[i], noise[i], xt[i], t[i], y[i], velocity[i]),
+                batch={name: strided(value, self.pattern, i) for name, value in further.items()},
+                frozen=frozen,
+                stage=i,
+                grid=self.pyramid.grid(i, x1.shape[1]),
+            )
+            for i in stages
+        ]
+        return views, outputs
+
+    def errors(self, view: View, output: Output) -> Float[Array, " b"]:
+        """Mean squared residual over a sample's elements."""
+        error = residual(
+            *(self.flow, self.weighting, view.noise, view.velocity, output.prediction, view.t)
+        )
+        return jnp.mean(jnp.square(error), axis=(1, 2, 3))
 
 
 def strided(x: Array, pattern: tuple[int, ...], stage: int) -> Array:
@@ -118,75 +230,3 @@ def strided(x: Array, pattern: tuple[int, ...], stage: int) -> Array:
     first, count = int(where[0]), len(where)
     rows = x.reshape(x.shape[0] // len(pattern), len(pattern), *x.shape[1:])
     return rows[:, first : first + count].reshape(-1, *x.shape[1:])
-
-
-def draw(
-    objective: Objective,
-    key: Key[Array, ""],
-    x1: Float[Array, "b h w c"],
-    labels: Int[Array, " b"],
-) -> Draws:
-    """Noise, stratified times and dropped labels of one step."""
-    k_noise, k_time, k_drop = jax.random.split(key, 3)
-    batch = x1.shape[0]
-    lo, hi = np.asarray(objective.time_ranges, np.float32)[list(objective.pattern)].T
-    repeats = batch // len(objective.pattern)
-    u = jax.random.uniform(k_time, (batch,))
-    t = jnp.tile(lo, repeats) + jnp.tile(hi - lo, repeats) * u
-    dropped = jax.random.uniform(k_drop, (batch,)) < objective.label_drop
-    return Draws(
-        noise=jax.random.normal(k_noise, x1.shape),
-        t=t,
-        labels=jnp.where(dropped, objective.null_label, labels),
-    )
-
-
-def stage_losses(
-    objective: Objective,
-    apply: Apply,
-    params: Params,
-    x1: Float[Array, "b h w c"],
-    draws: Draws,
-) -> tuple[Float[Array, " n"], ...]:
-    """Loss of every sample, by stage: mean squared residual over a sample's elements."""
-    return _stages(objective, apply, params, x1, draws)[0]
-
-
-def _stages(objective, apply, params, x1, draws) -> tuple[tuple[Array, ...], tuple[Output, ...]]:
-    """Loss of every sample and output of the network, by stage."""
-    stages = tuple(range(len(objective.pyramid)))
-    parts = [[strided(a, objective.pattern, i) for i in stages] for a in (x1, *draws)]
-    data, noise, t, y = (tuple(part) for part in parts)
-    path = objective.flow.interpolant
-    xt, velocity = zip(*(interpolate(path, *each) for each in zip(noise, data, t)))
-    outputs = apply(params, xt, t, y, stages)
-    losses = []
-    for u, v, output, s in zip(noise, velocity, outputs, t):
-        error = residual(objective.flow, objective.weighting, u, v, output.prediction, s)
-        losses.append(jnp.mean(jnp.square(error), axis=(1, 2, 3)))
-    return tuple(losses), outputs
-
-
-def loss_fn(
-    objective: Objective,
-    apply: Apply,
-    params: Params,
-    x1: Float[Array, "b h w c"],
-    draws: Draws,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """What is minimised; besides, `loss`, `loss/stage{i}` and the terms by name, without weights.
-
-    `loss` is the mean over time, in which each stage counts by its duration. That equals the mean
-    over the batch when the batch is shared by duration. Terms, which are added to it with their
-    weights, are over stages what it is.
-    """
-    losses, outputs = _stages(objective, apply, params, x1, draws)
-    durations = [b - a for a, b in objective.pyramid.intervals]
-    means = [jnp.mean(x) for x in losses]
-    loss = sum(d * m for d, m in zip(durations, means))
-    metrics = {f"loss/stage{i}": m for i, m in enumerate(means)} if len(means) > 1 else {}
-    total = loss
-    for name, weight in objective.terms:
-        term = sum(d * output.aux[name] for d, output in zip(durations, outputs))
-        total, metrics[name] = total + weight * term, term
-    return total, metrics | {"loss": loss}

@@ -100,6 +100,13 @@ class Attention(nnx.Module):
         self, x: Float[Array, "b n d"], members: Float[Array, "b n"] | None = None
     ) -> Float[Array, "b n d"]:
         """With `members`, each token counts as often in every softmax (proportional attention)."""
+        q, k, v = self.project(x)
+        weight = None if members is None else jnp.log(members)[:, None, None]
+        out = attend(self.programs.attention, q, k, v, weight, self.per_device)
+        return self.per_token(self.out, out.reshape(x.shape))
+
+    def project(self, x: Float[Array, "b n d"]) -> tuple[Float[Array, "b n h e"], ...]:
+        """Queries, keys and values."""
         kernel, bias = (p[...].astype(self.dtype) for p in (self.qkv_kernel, self.qkv_bias))
 
         def project(x):
@@ -108,10 +115,13 @@ class Attention(nnx.Module):
             )
 
         qkv = self.per_token(project, x.astype(self.dtype))
-        q, k, v = (qkv[:, :, i] for i in range(3))
-        weight = None if members is None else jnp.log(members)[:, None, None]
-        out = attend(self.programs.attention, q, k, v, weight, self.per_device)
-        return self.per_token(self.out, out.reshape(x.shape))
+        return tuple(qkv[:, :, i] for i in range(3))
+
+    def logits(self, x: Float[Array, "b n d"]) -> Float[Array, "b h n n"]:
+        """What enters the softmax: queries times keys over the root of the head's width."""
+        q, k, _ = self.project(x)
+        q = q * q.shape[-1] ** -0.5
+        return jnp.einsum("bqhe,bkhe->bhqk", q, k, preferred_element_type=jnp.float32)
 
     def per_token(self, f: Callable[[Array], Array], x: Float[Array, "b n d"]) -> Array:
         """f of every token."""
@@ -174,6 +184,13 @@ class Block(nnx.Module):
         if self.spec.wrap is not None:
             x = x + (outer - inner)
         return x, (attention, mlp), aux
+
+    def logits(self, x: Float[Array, "b n d"], c: Float[Array, "b d"]) -> Float[Array, "b h n n"]:
+        """What enters the softmax of its attention, see `Attention.logits`."""
+        shift, scale, *_ = self.modulation(c)
+        if self.spec.wrap is not None:
+            x = self.spec.wrap(self, x)
+        return self.attention.logits(modulate(x, shift, scale))
 
     def branches(
         self, x: Float[Array, "b n d"], c: Float[Array, "b d"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +24,7 @@ from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.layers import Block, TimestepEmbedder, _normal, _zeros, linear, modulate
 from ppflow_jax.models.parts import Aux, Execution
 from ppflow_jax.models.patch import patchify, positions, unpatchify
-from ppflow_jax.models.stack import REMAT_POLICIES, Params, Stack, unstacked
+from ppflow_jax.models.stack import REMAT_POLICIES, Params, Stack, Taps, unstacked
 
 # (params, x, t, y, stage) -> prediction with the shape of x, or Outputs of stages: see make_apply
 Apply = Callable[..., Any]
@@ -39,10 +39,12 @@ class Output(NamedTuple):
     Attributes:
       prediction: velocity, score or noise, whatever it was trained for.
       aux: what training may add to the loss, by name; empty for the blocks of DiT.
+      taps: what was asked for of its inside, see `models.stack.Taps`.
     """
 
     prediction: Float[Array, "b h w c"]
     aux: Aux
+    taps: Mapping[str, Array] = {}
 
 
 class PPFlow(nnx.Module):
@@ -136,7 +138,13 @@ class PPFlow(nnx.Module):
         return self.prediction(h, c, stage), extra
 
     def by_stage(
-        self, xs, ts, ys, stages: tuple[int, ...], layers: tuple[Params, ...] = ()
+        self,
+        xs,
+        ts,
+        ys,
+        stages: tuple[int, ...],
+        layers: tuple[Params, ...] = (),
+        taps: Taps = Taps(),
     ) -> tuple[Output, ...]:
         """Of several stages, each predicted as by `__call__`, in one pass over the blocks.
 
@@ -146,10 +154,10 @@ class PPFlow(nnx.Module):
         hs = tuple(self.tokens(*each) for each in zip(xs, stages))
         stack = Stack(self.blocks, layers, self.run, self.remat)
         signals, given = zip(*(self.signals(stack, t) for t in ts))
-        hs, auxes = stack(hs, cs, signals)
+        hs, auxes, found = stack(hs, cs, signals, taps)
         predictions = (self.prediction(*each) for each in zip(hs, cs, stages))
         terms = (self.config.block.terms(aux | more) for aux, more in zip(auxes, given))
-        return tuple(map(Output, predictions, terms))
+        return tuple(map(Output, predictions, terms, found))
 
     def signals(self, stack: Stack, t: Float[Array, " b"]) -> tuple[Any, Aux]:
         """What the wrap of the blocks has for them at these times, see `models.parts.Wrap`."""
@@ -198,19 +206,20 @@ def make_apply(
     layout: Layout = Layout(),
     one_time: bool = False,
 ) -> Apply:
-    """The network as a pure function `apply(params, x, t, y, stage, trunk=None)`.
+    """The network as a pure function `apply(params, x, t, y, stage, trunk=None, taps=Taps())`.
 
     x float32 [b, h, w, c] latent; t float32 [b] in [0, 1]; y int32 [b], null label allowed;
     stage a Python int. Returns float32 [b, h, w, c]: the velocity, score or noise it was
     trained to predict. With a tuple for each of x, t, y and stage: an `Output` of each, in one pass
-    over the blocks. `params` may be `unstacked`. `dtype` is that of the matrix products,
-    `programs` how it is computed (None: as suits passes on the default device), `layout` that of
-    the mesh. With `one_time` all images of a call have one time, as in sampling.
-    `trunk` (see `Trunk`) replaces the scan over the blocks, whose weights are then all gathered at
-    once; the result is (prediction, what the trunk returned besides).
+    over the blocks; with `taps` an `Output` of one stage too. `params` may be `unstacked`. `dtype`
+    is that of the matrix products, `programs` how it is computed (None: as suits passes on the
+    default device), `layout` that of the mesh. With `one_time` all images of a call have one time,
+    as in sampling. `trunk` (see `Trunk`) replaces the scan over the blocks, whose weights are then
+    all gathered at once; the result is (prediction, what the trunk returned besides).
 
     Raises:
-      InputError: unknown remat policy, or a policy for unrolled blocks.
+      InputError: unknown remat policy, or a policy for unrolled blocks; in `apply`, taps of blocks
+        that there are not.
     """
     programs = programs or for_passes(dtype=dtype, head=config.head_width)
     if remat not in REMAT_POLICIES:
@@ -222,7 +231,8 @@ def make_apply(
         nnx.eval_shape(lambda: _module(config, jax.random.key(0), dtype, remat, **options))
     )
 
-    def apply(params, x, t, y, stage, trunk=None):
+    def apply(params, x, t, y, stage, trunk=None, taps=Taps()):
+        taps.check(config.depth)
         if programs.unrolled and trunk is None:
             params = unstacked(params)
         here = {name: part for name, part in params.items() if trunk or name != "blocks"}
@@ -232,7 +242,8 @@ def make_apply(
         if trunk is not None:
             return network(x, t, y, stage, trunk)
         if isinstance(stage, tuple):
-            return network.by_stage(x, t, y, stage, layers)
-        return network.by_stage((x,), (t,), (y,), (stage,), layers)[0].prediction
+            return network.by_stage(x, t, y, stage, layers, taps)
+        output = network.by_stage((x,), (t,), (y,), (stage,), layers, taps)[0]
+        return output if taps else output.prediction
 
     return apply

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ppflow_jax.devices.layout import is_gather
+from ppflow_jax.errors import InputError
 from ppflow_jax.models.layers import Block
 from ppflow_jax.models.parts import Aux, Execution
 
@@ -23,6 +26,41 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+@dataclass(frozen=True)
+class Taps:
+    """What a pass gives of its inside, beside the prediction.
+
+    In `Output.taps`, by name:
+      `h/8`: float32 [b, n, d], the tokens after the first 8 blocks.
+      `logits/4`: float32 [b, heads, n, n], what enters the softmax of the block with index 4,
+        which is the fifth: queries times keys over the root of the head's width.
+
+    Attributes:
+      h: numbers of blocks, from 1 to the depth.
+      logits: indices of blocks, from 0 to the depth - 1.
+    """
+
+    h: tuple[int, ...] = ()
+    logits: tuple[int, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.h or self.logits)
+
+    def __or__(self, other: Taps) -> Taps:
+        h, logits = ({*a, *b} for a, b in ((self.h, other.h), (self.logits, other.logits)))
+        return Taps(tuple(sorted(h)), tuple(sorted(logits)))
+
+    def check(self, depth: int) -> None:
+        """
+        Raises:
+          InputError: a block that there is not.
+        """
+        if wrong := [i for i in self.h if not 1 <= i <= depth]:
+            raise InputError(f"tokens after {wrong} blocks: the model has 1 to {depth}")
+        if wrong := [i for i in self.logits if not 0 <= i < depth]:
+            raise InputError(f"logits of blocks {wrong}: the model has 0 to {depth - 1}")
 
 
 @dataclass(frozen=True)
@@ -50,35 +88,91 @@ class Stack:
         hs: tuple[Float[Array, "_ _ d"], ...],
         cs: tuple[Float[Array, "_ d"], ...],
         signals: tuple[Any, ...],
-    ) -> tuple[tuple[Float[Array, "_ _ d"], ...], tuple[Aux, ...]]:
-        """Tokens of every stage, and what the parts give, with a leading axis of depth.
+        taps: Taps = Taps(),
+    ) -> tuple[tuple[Float[Array, "_ _ d"], ...], tuple[Aux, ...], tuple[dict[str, Array], ...]]:
+        """Tokens of every stage, what the parts give, with a leading axis of depth, and the taps.
 
         Several stages pass a block side by side, each with its own token count, so that its
         weights are gathered, and their gradients summed over a mesh, once for all of them. Each of
         `cs` is already SiLU(c), each of `signals` what the blocks' wrap has for it, or None.
         """
 
-        def body(hs, layer):
+        def body(hs, layer, logits=False):
             block, signals = layer
             # Weights cross the mesh in the dtype of the matrix products, which is all they enter.
             block = jax.tree.map(lambda p: p.astype(self.run.dtype), block)
             block = self.run.layout.weights(block, "blocks/")
-            outputs = (block.given(s).outputs(h, c) for h, c, s in zip(hs, cs, signals))
+            blocks = [block.given(s) for s in signals]
+            seen = tuple(b.logits(h, c) for b, h, c in zip(blocks, hs, cs)) if logits else ()
+            outputs = (b.outputs(h, c) for b, h, c in zip(blocks, hs, cs))
             hs, auxes = zip(*((self.run.layout.batch(h), aux) for h, _, aux in outputs))
-            return hs, auxes
+            return hs, (auxes, seen)
 
+        found: tuple[dict[str, Array], ...] = tuple({} for _ in hs)
+        given, runs = [], list(cuts(self.depth, taps))
+        for (first, last), layers in zip(runs, self._split(signals, runs)):
+            logits = first in taps.logits
+            here = functools.partial(body, logits=True) if logits else body
+            hs, (auxes, seen) = self._run(here, hs, layers)
+            given.append(auxes)
+            for i, h in enumerate(hs):
+                if last in taps.h:
+                    found[i][f"h/{last}"] = h.astype(jnp.float32)
+                if logits:
+                    found[i].update((f"logits/{k}", seen[i][k - first]) for k in range(first, last))
+        if len(given) == 1:
+            return hs, given[0], found
+        return hs, jax.tree.map(lambda *parts: jnp.concatenate(parts), *given), found
+
+    @property
+    def depth(self) -> int:
+        return len(self.layers) or self.blocks.adaln.kernel.shape[0]
+
+    def _split(self, signals: tuple[Any, ...], runs: list[tuple[int, int]]) -> list[Any]:
+        """The blocks of every run, and their signals."""
+        if self.layers:
+            graph = nnx.split(self.blocks)[0]
+            blocks = [
+                (nnx.merge(graph, layer), jax.tree.map(lambda s, i=i: s[i], signals))
+                for i, layer in enumerate(self.layers)
+            ]
+            return [blocks[first:last] for first, last in runs]
+        stacked = self.blocks, signals
+        if len(runs) == 1:
+            return [stacked]
+        leaves, tree = jax.tree.flatten(stacked)
+        # As in `unstacked`: the gradient of a split is one concatenation.
+        sizes = [last - first for first, last in runs]
+        return [
+            tree.unflatten(run) for run in zip(*(jax.lax.split(leaf, sizes) for leaf in leaves))
+        ]
+
+    def _run(self, body, hs, layers):
+        """Through blocks one after another."""
         if not self.layers:
-            policy = REMAT_POLICIES[self.remat]
-            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-            return jax.lax.scan(body, hs, (self.blocks, signals))
-        block, found = nnx.split(self.blocks)[0], []
-        for i, layer in enumerate(self.layers):
-            here = jax.tree.map(lambda s, i=i: s[i], signals)
-            hs, aux = body(hs, (nnx.merge(block, layer), here))
+            body = jax.checkpoint(body, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
+            return jax.lax.scan(body, hs, layers)
+        found = []
+        for layer in layers:
+            hs, given = body(hs, layer)
             # Without the barrier the compiler sums up all blocks again where it needs the last.
             hs = jax.lax.optimization_barrier(hs)
-            found.append(aux)
+            found.append(given)
         return hs, jax.tree.map(lambda *each: jnp.stack(each), *found)
+
+
+def cuts(depth: int, taps: Taps) -> Iterator[tuple[int, int]]:
+    """Runs of blocks (first, last + 1) that the taps leave whole.
+
+    After a block whose tokens are taken the stack is cut, and so it is around each run of blocks
+    whose logits are.
+    """
+    edges = {0, depth, *taps.h}
+    for i in range(1, depth):
+        if (i in taps.logits) != (i - 1 in taps.logits):
+            edges.add(i)
+    ends = sorted(edges)
+    return zip(ends, ends[1:])
 
 
 def unstacked(params: Params) -> Params:

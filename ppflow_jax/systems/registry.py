@@ -7,13 +7,15 @@ from dataclasses import fields, replace
 from typing import Any
 
 from ppflow_jax.errors import InputError
+from ppflow_jax.flow.terms import Term
 from ppflow_jax.models.parts import BlockSpec, Ffn, Mlp, Part, Wrap
 from ppflow_jax.systems.moe import MoE
 from ppflow_jax.systems.switch import Switch
 
 FFNS: dict[str, type[Ffn]] = {part.kind: part for part in (Mlp, MoE)}
 WRAPS: dict[str, type[Wrap]] = {part.kind: part for part in (Switch,)}
-KINDS = {"ffn": FFNS, "wrap": WRAPS}  # by the field of `BlockSpec`
+KINDS: dict[str, dict[str, Any]] = {"ffn": FFNS, "wrap": WRAPS}  # by the field of `BlockSpec`
+TERMS: dict[str, Any] = {}  # of the loss
 NONE = "none"  # of a part that there need not be
 
 _READERS = {
@@ -30,10 +32,23 @@ def part(text: str, field: str) -> Part:
     Raises:
       InputError: an unknown kind or key, a value that cannot be read or is out of its range.
     """
+    return _made(text, field, KINDS[field])
+
+
+def term(text: str) -> Term:
+    """The term of the loss that `kind:key=value,...` names.
+
+    Raises:
+      InputError: see `part`.
+    """
+    return _made(text, "term", TERMS)
+
+
+def _made(text: str, field: str, kinds: Mapping[str, Any]) -> Any:
     kind, _, settings = text.partition(":")
-    kinds = KINDS[field]
     if kind not in kinds:
-        raise InputError(f"unknown {field} {kind!r}: one of {', '.join(kinds)}")
+        known = ", ".join(kinds)
+        raise InputError(f"unknown {field} {kind!r}: one of {known}")
     types, values = {f.name: f.type for f in fields(kinds[kind])}, {}
     for pair in filter(None, settings.split(",")):
         key, _, value = pair.partition("=")

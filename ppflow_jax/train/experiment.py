@@ -11,12 +11,13 @@ from ml_collections import ConfigDict
 
 from ppflow_jax.checkpoints.card import Card
 from ppflow_jax.errors import InputError
-from ppflow_jax.flow.loss import Objective
+from ppflow_jax.flow.loss import FlowObjective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
+from ppflow_jax.flow.terms import Phase, parse_phases
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.pyramid import Pyramid
-from ppflow_jax.systems.registry import take_block
+from ppflow_jax.systems.registry import take_block, term
 from ppflow_jax.train.optimizer import OptimConfig
 
 
@@ -32,7 +33,8 @@ class Experiment:
     """
 
     card: Card
-    objective: Objective
+    objective: FlowObjective
+    phases: tuple[Phase, ...]
     optim: OptimConfig
     sampler: SamplerConfig
     config: ConfigDict
@@ -44,7 +46,8 @@ class Experiment:
         block = take_block(settings)
         model = ModelConfig(pyramid=Pyramid.parse(c.pyramid), block=block, **settings)
         flow = Flow(config.flow.path, config.flow.prediction)
-        objective = Objective(
+        terms = tuple(map(term, config.flow.terms))
+        objective = FlowObjective(
             pyramid=model.pyramid,
             flow=flow,
             null_label=model.null_label,
@@ -52,7 +55,13 @@ class Experiment:
             label_drop=config.flow.label_drop,
             stage_share=tuple(config.flow.stage_share),
             stage_times=tuple(tuple(map(float, pair)) for pair in config.flow.stage_times),
-            terms=tuple((k, config.flow[k]) for k in block.term_names if config.flow[k]),
+            terms=terms,
+        )
+        phases = parse_phases(
+            config.train.phases,
+            config.train.steps,
+            always={name: config.flow[name] for name in block.term_names},
+            names=[term.name for term in terms],
         )
         sampler = sampler_of(config.sample)
         sampler.scales(model.pyramid)
@@ -61,7 +70,7 @@ class Experiment:
         values.pop("resume_changed", None)
         values["model"] |= block.to_json()  # as checkpoints have it
         card = Card(model, flow, config.data.space, values)
-        return cls(card, objective, OptimConfig(**config.optim), sampler, config)
+        return cls(card, objective, phases, OptimConfig(**config.optim), sampler, config)
 
 
 def sampler_of(sample: Mapping[str, Any] | ConfigDict) -> SamplerConfig:

@@ -38,6 +38,7 @@ from ppflow_jax.errors import RunError, Stopped, stream_seed
 from ppflow_jax.files.disk import locked, writable_directory
 from ppflow_jax.files.store import FOLDER
 from ppflow_jax.flow.sampler import image_noise
+from ppflow_jax.flow.terms import Metrics
 from ppflow_jax.generate.plan import make_plan
 from ppflow_jax.train.ema import reminder
 from ppflow_jax.train.experiment import Experiment
@@ -47,8 +48,7 @@ from ppflow_jax.train.metrics_log import MetricWriter, read_metrics, save_loss_p
 from ppflow_jax.train.optimizer import learning_rate
 from ppflow_jax.train.program import Program, make_program
 from ppflow_jax.train.resume import going_on, record
-from ppflow_jax.train.state import TrainState, state_from
-from ppflow_jax.train.step import Metrics
+from ppflow_jax.train.state import TrainState, state_from, with_terms
 from ppflow_jax.train.validate import make_judge
 
 
@@ -124,7 +124,7 @@ def _run(
     ):
         while step < steps and not stopped:
             step += 1
-            state, metrics = program.step(state, next(inputs), key)
+            state, metrics = program.step(step - 1)(state, next(inputs), key, {})
             stopped = stop.reached(step) and step < steps
             # Read the step before while this one runs; wait only where it must be known.
             log, save = step % every.log_every == 0, step % every.save_every == 0
@@ -208,7 +208,10 @@ def _first_state(
     if config.init_from:
         params, start = open_start(config.init_from, experiment.card, mesh)
         begin = jax.jit(
-            lambda params, key: state_from(start(params, key), program.optimizer),
+            lambda params, key: state_from(
+                with_terms(start(params, key), experiment.objective, experiment.card.model, key),
+                program.optimizer,
+            ),
             out_shardings=shardings,
         )
         return begin(params, jax.random.key(config.seed))

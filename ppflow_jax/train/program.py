@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,31 @@ from ppflow_jax.devices.sharding import (
     replicated,
     tree_shardings,
 )
+from ppflow_jax.flow.terms import Batch, Metrics, Phase
 from ppflow_jax.models.network import Apply, make_apply
 from ppflow_jax.train.experiment import Experiment
 from ppflow_jax.train.optimizer import make_optimizer
 from ppflow_jax.train.state import TrainState, init_state
-from ppflow_jax.train.step import Metrics, compiled, make_train_step
+from ppflow_jax.train.step import compiled, make_train_step
+
+
+class PhaseStep(NamedTuple):
+    """The compiled training step of a phase.
+
+    Attributes:
+      until: the number of steps after which the phase is over; of the last one without meaning.
+      fields: what it needs of a batch besides `x` and `label`.
+      run: `(state, batch, key, frozen) -> (state, metrics)`.
+    """
+
+    until: int
+    fields: tuple[str, ...]
+    run: Callable[..., tuple[TrainState, Metrics]]
+
+    def __call__(self, state: TrainState, batch: Batch, key: jax.Array, frozen: Any):
+        """A step, which is given no more of the batch than it needs."""
+        seen = {name: batch[name] for name in ("x", "label", *self.fields)}
+        return self.run(state, seen, key, frozen)
 
 
 class Program(NamedTuple):
@@ -34,19 +54,24 @@ class Program(NamedTuple):
     init: Callable[[jax.Array], TrainState]
     abstract: TrainState
     shardings: TrainState
-    step: Callable[..., tuple[TrainState, Metrics]]
+    steps: tuple[PhaseStep, ...]
+
+    def step(self, done: int) -> PhaseStep:
+        """That after `done` steps."""
+        return next((s for s in self.steps if done < s.until), self.steps[-1])
 
 
 def make_program(experiment: Experiment, mesh: Mesh) -> Program:
-    """Network, optimizer and jitted training step of `experiment` on `mesh`; allocates nothing.
+    """Network, optimizer and jitted training steps of `experiment` on `mesh`; allocates nothing.
 
     Raises:
       InputError: the batch cannot be divided among the devices, or these do not have the
         attention that was chosen.
     """
     config, model = experiment.config, experiment.card.model
+    objective = experiment.objective
     shards = data_shards(mesh) * config.train.accumulate
-    experiment.objective.check_batch(config.data.batch_size, shards)
+    objective.check_batch(config.data.batch_size, shards)
     dtype, remat = jnp.dtype(config.model.dtype), config.model.remat
     attention, head = config.model.attention, model.head_width
     programs = for_training(attention, dtype, remat=remat, head=head, mesh=mesh)
@@ -54,20 +79,24 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
     place = layout(mesh, rules)
     apply = make_apply(model, dtype=dtype, remat=remat, programs=programs, layout=place)
     optimizer = make_optimizer(experiment.optim, config.train.steps)
-    init = functools.partial(init_state, model, optimizer)
+    init = functools.partial(init_state, model, optimizer, objective=objective)
     abstract = jax.eval_shape(init, jax.random.key(0))
     shardings = tree_shardings(abstract, mesh, rules)
-    step = compiled(
-        make_train_step(
-            experiment.objective,
+
+    def step(phase: Phase) -> PhaseStep:
+        run = make_train_step(
+            objective,
             apply,
             optimizer,
             ema=config.train.ema,
             ema_warmup=config.train.ema_warmup,
             accumulate=config.train.accumulate,
-        ),
-        programs,
-        in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
-        out_shardings=(shardings, replicated(mesh)),
-    )
-    return Program(apply, optimizer, init, abstract, shardings, step)
+            weights=phase.active,
+        )
+        everywhere = replicated(mesh)
+        given = (shardings, batch_sharding(mesh), everywhere, everywhere)
+        run = compiled(run, programs, in_shardings=given, out_shardings=(shardings, everywhere))
+        return PhaseStep(phase.until, objective.fields(phase.active), run)
+
+    steps = tuple(map(step, experiment.phases))
+    return Program(apply, optimizer, init, abstract, shardings, steps)

@@ -30,6 +30,8 @@ BEFORE = {
     "model.wrap": "none",
     "flow.balance": 0.01,
     "flow.prior": 1.0,
+    "flow.terms": [],
+    "train.phases": [],
 }
 _DATA = "trained_on."
 _LABELS = "trained_on.labels."  # follow from the rest of the data's identity

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import optax
 
 from ppflow_jax.devices.programs import Programs
-from ppflow_jax.flow.loss import Draws, Objective, draw, loss_fn
+from ppflow_jax.devices.sharding import leaf_path
+from ppflow_jax.flow.terms import OWN, Metrics, Objective, network_leaves
 from ppflow_jax.models.network import Apply
 from ppflow_jax.train.ema import rate
 from ppflow_jax.train.state import TrainState
-
-Metrics = dict[str, jax.Array]
 
 
 def make_train_step(
@@ -26,18 +25,19 @@ def make_train_step(
     ema: float,
     ema_warmup: bool = False,
     accumulate: int = 1,
-) -> Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, Metrics]]:
-    """`step(state, {"x", "label"}, key) -> (state, metrics)`.
+    weights: Mapping[str, float] = {},
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """`step(state, {"x", "label", fields}, key, frozen={}) -> (state, metrics)`.
 
     Randomness is `fold_in(key, state["step"])` over the whole batch, so accumulating over
-    `accumulate` microbatches changes only the rounding. The EMA's decay is `ema`, with
-    `ema_warmup` less in the first steps (see `ema.rate`). Metrics, float32 scalars: those of
-    `loss_fn` and `grad_norm`.
+    `accumulate` microbatches changes only the rounding. The EMA, of the network alone, has decay
+    `ema`, with `ema_warmup` less at first (see `ema.rate`). Terms without one of the `weights` stay
+    as they are. Metrics, float32 scalars: those of the objective and `grad_norm`.
     """
 
-    def gradient(params, x, draws):
+    def gradient(params, frozen, batch, draws):
         def loss(params):
-            return loss_fn(objective, apply, params, x, draws)
+            return objective.loss(apply, params, frozen, batch, draws, weights)
 
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return grads, metrics
@@ -47,31 +47,48 @@ def make_train_step(
         rows = leaf.reshape(-1, accumulate, period, *leaf.shape[1:])
         return rows.swapaxes(0, 1).reshape(accumulate, -1, *leaf.shape[1:])
 
-    def accumulated(params, x, draws: Draws):
+    def accumulated(params, frozen, *examples):
         def body(total, micro):
-            part = gradient(params, *micro)
+            part = gradient(params, frozen, *micro)
             return jax.tree.map(lambda a, b: a + b / accumulate, total, part), None
 
-        micro = jax.tree.map(microbatches, (x, draws))
-        shapes = jax.eval_shape(gradient, params, *jax.tree.map(lambda leaf: leaf[0], micro))
+        micro = jax.tree.map(microbatches, examples)
+        first = jax.tree.map(lambda leaf: leaf[0], micro)
+        shapes = jax.eval_shape(gradient, params, frozen, *first)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return jax.lax.scan(body, zeros, micro)[0]
 
-    def step(state: TrainState, batch: dict[str, Any], key: jax.Array):
-        draws = draw(objective, jax.random.fold_in(key, state["step"]), batch["x"], batch["label"])
-        compute = gradient if accumulate == 1 else accumulated
-        grads, metrics = compute(state["params"], batch["x"], draws)
-        updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
+    def step(
+        state: TrainState, batch: dict[str, Any], key: jax.Array, frozen: Mapping[str, Any] = {}
+    ):
+        draws = objective.draw(jax.random.fold_in(key, state["step"]), batch)
+        seen = {name: value for name, value in batch.items() if name != "label"}
+        compute, before = gradient if accumulate == 1 else accumulated, state["params"]
+        grads, metrics = compute(before, frozen, seen, draws)
+        updates, opt_state = tx.update(grads, state["opt_state"], before)
+        params = optax.apply_updates(before, updates)
         average = rate(ema, ema_warmup, state["step"])
+        idle = [name for name in before.get(OWN, {}) if not weights.get(name)]
         return {
             "step": state["step"] + 1,
-            "params": params,
-            "ema": optax.incremental_update(params, state["ema"], average),
-            "opt_state": opt_state,
+            "params": _keep(before, params, idle),
+            "ema": optax.incremental_update(network_leaves(params), state["ema"], average),
+            "opt_state": _keep(state["opt_state"], opt_state, idle),
         }, metrics | {"grad_norm": optax.tree.norm(grads)}
 
     return step
+
+
+def _keep(old: Any, new: Any, idle: list[str]) -> Any:
+    """`new`, but the leaves of idle terms, also of their moments, as they were."""
+    if not idle:
+        return new
+    still = tuple(f"{OWN}/{name}/" for name in idle)
+
+    def one(path, old, new):
+        return old if any(s in f"{leaf_path(path)}/" for s in still) else new
+
+    return jax.tree_util.tree_map_with_path(one, old, new)
 
 
 def compiled(

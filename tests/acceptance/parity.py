@@ -29,7 +29,7 @@ from ppflow_jax.data.transforms import center_crop
 from ppflow_jax.flow import path as paths
 from ppflow_jax.flow.guidance import Cfg
 from ppflow_jax.flow.likelihood import log_likelihood
-from ppflow_jax.flow.loss import Draws, Objective, loss_fn, stage_losses
+from ppflow_jax.flow.loss import Draws, FlowObjective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig, plan
 from ppflow_jax.flow.sampler import Sampler
@@ -217,7 +217,7 @@ def intermediates(case: Case, ref: dict) -> Iterator[Row]:
             yield Row(f"stage {stage} {name}", max_abs(value, ref[f"s{stage}_{name}"]), 2e-5)
 
 
-def _interleave(case: Case, objective: Objective, batch: int) -> np.ndarray:
+def _interleave(case: Case, objective: FlowObjective, batch: int) -> np.ndarray:
     """Order that turns their contiguous stages into our strided pattern."""
     pattern = np.tile(objective.pattern, batch // len(objective.pattern))
     order = np.empty(batch, int)
@@ -227,7 +227,7 @@ def _interleave(case: Case, objective: Objective, batch: int) -> np.ndarray:
 
 def train(case: Case, ref: dict) -> Iterator[Row]:
     flow = Flow()
-    objective = Objective(case.pyramid, flow, case.config.null_label)
+    objective = FlowObjective(case.pyramid, flow, case.config.null_label)
     order = _interleave(case, objective, len(ref["x1"]))
     x1, x0 = nhwc(ref["x1"])[order], nhwc(ref["x0"])[order]
     draws = Draws(x0, ref["t"][order], ref["y_used"][order])
@@ -261,7 +261,7 @@ def train(case: Case, ref: dict) -> Iterator[Row]:
 
 
 def train_steps(case: Case, ref: dict) -> Iterator[Row]:
-    objective = Objective(case.pyramid, Flow(), case.config.null_label)
+    objective = FlowObjective(case.pyramid, Flow(), case.config.null_label)
     tx = optax.adamw(
         float(ref["lr"]), *map(float, ref["betas"]), eps=float(ref["eps"]), weight_decay=0.0
     )
@@ -270,9 +270,9 @@ def train_steps(case: Case, ref: dict) -> Iterator[Row]:
 
     @jax.jit
     def step(params, opt_state, x1, draws):
-        loss, grads = jax.value_and_grad(lambda p: loss_fn(objective, case.apply, p, x1, draws)[0])(
-            params
-        )
+        loss, grads = jax.value_and_grad(
+            lambda p: objective.loss(case.apply, p, {}, {"x": x1}, draws, {})[0]
+        )(params)
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, loss
 
@@ -303,21 +303,27 @@ def sit_train(case: Case, ref: dict) -> Iterator[Row]:
         _, path, prediction, weighting = key.split("_")
         flow = Flow(path.lower(), prediction)
         weighting = weighting.replace("None", "none")
-        objective = Objective(case.pyramid, flow, case.config.null_label, weighting)
+        objective = FlowObjective(case.pyramid, flow, case.config.null_label, weighting)
         (lo, hi) = objective.time_ranges[0]
         draws = Draws(x0, ref["u"] * np.float32(hi - lo) + np.float32(lo), y)
         (losses,) = jax.jit(lambda p, o=objective, d=draws: stage_losses(o, case.apply, p, x1, d))(
             case.params
         )
         yield Row(key, relative(losses, theirs), 2e-6, "max rel")
-    objective = Objective(case.pyramid, Flow(), case.config.null_label)
+    objective = FlowObjective(case.pyramid, Flow(), case.config.null_label)
     draws = Draws(x0, ref["u"], y)
     yield from gradient_rows(gradients(case, objective, x1, draws), ref, "grad:")
 
 
-def gradients(case: Case, objective: Objective, x1, draws: Draws) -> dict[str, np.ndarray]:
+def stage_losses(objective, apply, params, x1, draws):
+    """Loss of every sample, by stage."""
+    each = objective.predicted(apply, params, {}, {"x": x1}, draws)
+    return tuple(map(objective.errors, *each))
+
+
+def gradients(case: Case, objective: FlowObjective, x1, draws: Draws) -> dict[str, np.ndarray]:
     """Gradient of the mean loss under the PyTorch names and layouts."""
-    loss = lambda p: loss_fn(objective, case.apply, p, x1, draws)[0]
+    loss = lambda p: objective.loss(case.apply, p, {}, {"x": x1}, draws, {})[0]
     return to_torch(case.config, jax.jit(jax.grad(loss))(case.params))
 
 

@@ -155,7 +155,7 @@ def test_one_device_and_eight_agree():
         devices = jax.devices()[: int(np.prod(sizes))]
         program = make_program(experiment, make_mesh(*sizes, devices=devices))
         start = jax.tree.map(jnp.zeros_like, program.init(key)) | {"params": random_params(model)}
-        state, metrics = program.step(jax.device_put(start, program.shardings), batch, key)
+        state, metrics = program.step(0)(jax.device_put(start, program.shardings), batch, key, {})
         gradients = optax.tree.get(state["opt_state"], "mu")  # a tenth of them
         found.append(({k: float(v) for k, v in metrics.items()}, jax.device_get(gradients)))
     (one, gradients), (eight, others) = found

@@ -104,7 +104,7 @@ def trained(found, monkeypatch, steps=2):
     x = jax.random.normal(jax.random.key(1), (8, 8, 8, 1))
     for _ in range(steps):
         batch = {"x": x, "label": jnp.arange(8)}
-        state, metrics = made.step(state, batch, jax.random.key(2))
+        state, metrics = made.step(0)(state, batch, jax.random.key(2), {})
         rows.append([metrics["loss"], metrics["grad_norm"]])
     text = str(
         jax.make_jaxpr(lambda p: made.apply(p, x, jnp.full(8, 0.1), jnp.arange(8), 0))(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ppflow_jax.errors import InputError
-from ppflow_jax.flow.loss import Draws, Objective, draw, loss_fn, strided
+from ppflow_jax.flow.loss import Draws, FlowObjective, strided
 from ppflow_jax.flow.path import (
     PATHS,
     PREDICTIONS,
@@ -21,7 +21,7 @@ from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT, Pyramid
 
 
 def test_strided_split_keeps_every_sample_once():
-    objective = Objective(PPFLOW3, Flow(), 10)
+    objective = FlowObjective(PPFLOW3, Flow(), 10)
     assert objective.pattern == (0, 0, 1, 2)
     x = jnp.arange(12)
     parts = [strided(x, objective.pattern, s).tolist() for s in range(3)]
@@ -31,7 +31,7 @@ def test_strided_split_keeps_every_sample_once():
 def test_split_needs_no_communication_on_a_sharded_batch():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.sharding.NamedSharding(mesh, jax.P("data"))
-    pattern = Objective(PPFLOW3, Flow(), 10).pattern
+    pattern = FlowObjective(PPFLOW3, Flow(), 10).pattern
 
     def means(x):
         return [jnp.sin(strided(x, pattern, stage)) for stage in range(3)]
@@ -42,9 +42,9 @@ def test_split_needs_no_communication_on_a_sharded_batch():
 
 
 def test_times_lie_in_their_stage_and_labels_are_dropped_at_the_rate(key):
-    objective = Objective(PPFLOW3, Flow(), 10, label_drop=0.25)
+    objective = FlowObjective(PPFLOW3, Flow(), 10, label_drop=0.25)
     x1 = jnp.zeros((4096, 2, 2, 1))
-    draws = draw(objective, key, x1, jnp.arange(4096) % 10)
+    draws = objective.draw(key, {"x": x1, "label": jnp.arange(4096) % 10})
     stages = np.array([PPFLOW3.stage_at(t) for t in np.asarray(draws.t)])
     wanted = np.tile(objective.pattern, 1024)
     # a draw of exactly the lower end is the boundary itself
@@ -59,8 +59,10 @@ def test_times_lie_in_their_stage_and_labels_are_dropped_at_the_rate(key):
 
 
 def test_stages_may_be_trained_on_all_times(key):
-    objective = Objective(PPFLOW2, Flow(), 10, stage_times=((0.0, 1.0), (0.25, 1.0)))
-    t = np.asarray(draw(objective, key, jnp.zeros((4096, 2, 2, 1)), jnp.zeros(4096, int)).t)
+    objective = FlowObjective(PPFLOW2, Flow(), 10, stage_times=((0.0, 1.0), (0.25, 1.0)))
+    t = np.asarray(
+        objective.draw(key, {"x": jnp.zeros((4096, 2, 2, 1)), "label": jnp.zeros(4096, int)}).t
+    )
     for times, (low, high) in zip((t[0::2], t[1::2]), objective.stage_times):
         assert low <= times.min() < low + 0.01 and high - 0.01 < times.max() <= high
         assert times.mean() == pytest.approx((low + high) / 2, abs=0.02)
@@ -95,14 +97,14 @@ def test_the_exact_prediction_has_no_loss_on_any_path_and_pyramid(path, predicti
     x1, labels = jax.random.normal(key, (8, 2, 2, 1)), jnp.zeros(8, jnp.int32)
     weightings = WEIGHTINGS if prediction != "velocity" else ("none",)
     for weighting in weightings:
-        objective = Objective(pyramid, flow, 10, weighting)
-        draws = draw(objective, key, x1, labels)
+        objective = FlowObjective(pyramid, flow, 10, weighting)
+        draws = objective.draw(key, {"x": x1, "label": labels})
         parts = [
             [strided(a, objective.pattern, s) for s in range(len(pyramid))]
             for a in (draws.noise, x1)
         ]
-        right, _ = loss_fn(objective, oracle(flow, *parts), {"off": 0.0}, x1, draws)
-        wrong, _ = loss_fn(objective, oracle(flow, *parts), {"off": 0.1}, x1, draws)
+        right, _ = objective.loss(oracle(flow, *parts), {"off": 0.0}, {}, {"x": x1}, draws, {})
+        wrong, _ = objective.loss(oracle(flow, *parts), {"off": 0.1}, {}, {"x": x1}, draws, {})
         assert right < 1e-5 * wrong
 
 
@@ -134,9 +136,9 @@ def test_a_stage_weighs_its_duration_whatever_its_share(key):
 
     x1 = jnp.zeros((16, 2, 2, 1))
     for share in ((), (1, 2, 5)):
-        objective = Objective(PPFLOW3, Flow(), 10, stage_share=share)
+        objective = FlowObjective(PPFLOW3, Flow(), 10, stage_share=share)
         draws = Draws(jnp.zeros_like(x1), jnp.full(16, 0.5), jnp.zeros(16, jnp.int32))
-        loss, by_stage = loss_fn(objective, for_each(apply), {}, x1, draws)
+        loss, by_stage = objective.loss(for_each(apply), {}, {}, {"x": x1}, draws, {})
         assert float(loss) == pytest.approx(0.25 * 1 + 0.25 * 4)
         assert [float(by_stage[f"loss/stage{i}"]) for i in range(3)] == [0, 1, 4]
 
@@ -144,17 +146,17 @@ def test_a_stage_weighs_its_duration_whatever_its_share(key):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Objective(SIT, Flow(), 10, "velocity"), "score and noise"),
-        (lambda: Objective(SIT, Flow(), 10, "snr"), "unknown weighting"),
-        (lambda: Objective(PPFLOW2, Flow(), 10, stage_share=(1,)), "stage_share"),
-        (lambda: Objective(PPFLOW2, Flow(), 10, stage_times=((0.0, 1.0),)), "stage_times"),
-        (lambda: Objective(SIT, Flow(), 10, stage_times=((0.5, 0.5),)), "stage_times"),
-        (lambda: Objective(SIT, Flow(), 10, label_drop=2.0), "label_drop"),
+        (lambda: FlowObjective(SIT, Flow(), 10, "velocity"), "score and noise"),
+        (lambda: FlowObjective(SIT, Flow(), 10, "snr"), "unknown weighting"),
+        (lambda: FlowObjective(PPFLOW2, Flow(), 10, stage_share=(1,)), "stage_share"),
+        (lambda: FlowObjective(PPFLOW2, Flow(), 10, stage_times=((0.0, 1.0),)), "stage_times"),
+        (lambda: FlowObjective(SIT, Flow(), 10, stage_times=((0.5, 0.5),)), "stage_times"),
+        (lambda: FlowObjective(SIT, Flow(), 10, label_drop=2.0), "label_drop"),
         (lambda: Flow("cosine"), "unknown path"),
         (lambda: Flow(prediction="x0"), "unknown prediction"),
-        (lambda: Objective(PPFLOW3, Flow(), 10).check_batch(10, 1), "multiple of 4"),
-        (lambda: Objective(PPFLOW3, Flow(), 10).check_batch(16, 8), "multiple of 32"),
-        (lambda: Objective(Pyramid.parse("2x2@0.3,1x1@1"), Flow(), 1).check_batch(8, 1), "3:7"),
+        (lambda: FlowObjective(PPFLOW3, Flow(), 10).check_batch(10, 1), "multiple of 4"),
+        (lambda: FlowObjective(PPFLOW3, Flow(), 10).check_batch(16, 8), "multiple of 32"),
+        (lambda: FlowObjective(Pyramid.parse("2x2@0.3,1x1@1"), Flow(), 1).check_batch(8, 1), "3:7"),
     ],
 )
 def test_bad_settings_are_refused(make, words):

@@ -16,7 +16,7 @@ from ppflow_jax.convert.keys import to_torch
 from ppflow_jax.convert.load import from_torch
 from ppflow_jax.devices.programs import Programs
 from ppflow_jax.flow.guidance import Cfg
-from ppflow_jax.flow.loss import Draws, Objective, loss_fn
+from ppflow_jax.flow.loss import Draws, FlowObjective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.sampler import Sampler
@@ -216,9 +216,12 @@ def training(ref: Reference, model: Model) -> Iterator[Row]:
 
     x1, x0 = nhwc(ref["run/x"]), nhwc(ref["train/noise"])
     draws = Draws(x0, 1 - jnp.asarray(ref["train/t"]), jnp.asarray(ref["run/y"], jnp.int32))
-    objective = Objective(SIT, Flow(), model.config.null_label, terms=(("balance", BALANCE),))
+    objective = FlowObjective(SIT, Flow(), model.config.null_label)
     run = jax.jit(
-        jax.value_and_grad(lambda p: loss_fn(objective, apply, p, x1, draws), has_aux=True)
+        jax.value_and_grad(
+            lambda p: objective.loss(apply, p, {}, {"x": x1}, draws, {"balance": BALANCE}),
+            has_aux=True,
+        )
     )
     (total, metrics), grads = run(model.params)
     yield from ref.row("train/loss", metrics["loss"])

@@ -10,7 +10,7 @@ import pytest
 
 from ppflow_jax.devices.programs import Programs
 from ppflow_jax.errors import InputError
-from ppflow_jax.flow.loss import Draws, Objective, loss_fn
+from ppflow_jax.flow.loss import Draws, FlowObjective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.models.config import SIZES, ModelConfig
 from ppflow_jax.models.network import Output, abstract_params, make_apply
@@ -167,7 +167,7 @@ def test_parameter_counts_are_the_published_ones(size, experts, total):
 
 
 def test_the_term_is_added_to_what_is_minimised_and_not_to_the_loss():
-    objective = Objective(PPFLOW2, Flow(), 5, terms=(("balance", 0.5),))
+    objective = FlowObjective(PPFLOW2, Flow(), 5)
 
     def apply(params, xs, ts, ys, stages):
         return tuple(Output(0 * x, {"balance": jnp.float32(1 + s)}) for x, s in zip(xs, stages))
@@ -176,7 +176,7 @@ def test_the_term_is_added_to_what_is_minimised_and_not_to_the_loss():
         jnp.ones((4, 2, 2, 1)),
         Draws(jnp.zeros((4, 2, 2, 1)), jnp.full(4, 0.5), jnp.arange(4)),
     )
-    total, metrics = loss_fn(objective, apply, {}, x1, draws)
+    total, metrics = objective.loss(apply, {}, {}, {"x": x1}, draws, {"balance": 0.5})
     assert float(metrics["loss"]) == 1 and float(metrics["balance"]) == 1.5
     assert float(total) == 1.75
     with pytest.raises(InputError, match="at least 0, got balance -1"):

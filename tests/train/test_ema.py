@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from ppflow_jax.flow.loss import Objective, draw, loss_fn
+from ppflow_jax.flow.loss import FlowObjective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import make_apply
@@ -20,7 +20,7 @@ from ppflow_jax.train.step import make_train_step
 from tests.commands import run, train, weights
 
 MODEL = ModelConfig(PPFLOW2, latent_size=8, channels=1, width=16, depth=1, heads=2, num_classes=10)
-OBJECTIVE = Objective(PPFLOW2, Flow(), 10)
+OBJECTIVE = FlowObjective(PPFLOW2, Flow(), 10)
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.5, 0.99, 0.9999])
@@ -51,10 +51,12 @@ def test_without_warmup_the_program_is_the_one_of_a_constant_decay():
     tx, apply, args = parts()
 
     def constant(state, batch, key):
-        draws = draw(OBJECTIVE, jax.random.fold_in(key, state["step"]), batch["x"], batch["label"])
+        draws = OBJECTIVE.draw(
+            jax.random.fold_in(key, state["step"]), {"x": batch["x"], "label": batch["label"]}
+        )
 
         def loss(params):
-            return loss_fn(OBJECTIVE, apply, params, batch["x"], draws)
+            return OBJECTIVE.loss(apply, params, {}, {"x": batch["x"]}, draws, {})
 
         (total, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state["params"])
         metrics = metrics | {"loss": total}

@@ -20,7 +20,7 @@ from ppflow_jax.devices.sharding import (
     replicated,
     tree_shardings,
 )
-from ppflow_jax.flow.loss import Objective
+from ppflow_jax.flow.loss import FlowObjective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import make_apply
@@ -34,7 +34,7 @@ from ppflow_jax.train.step import make_train_step
 from tests.commands import ROOT, SMALL, train, weights
 
 MODEL = ModelConfig(PPFLOW2, latent_size=8, channels=1, width=32, depth=2, heads=4, num_classes=10)
-OBJECTIVE = Objective(PPFLOW2, Flow(), 10)
+OBJECTIVE = FlowObjective(PPFLOW2, Flow(), 10)
 HOLDER = """
 import fcntl, sys, time
 file = open(sys.argv[1], "w")

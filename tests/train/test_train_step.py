@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ppflow_jax.devices.programs import Programs
-from ppflow_jax.flow.loss import Objective
+from ppflow_jax.flow.loss import FlowObjective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import make_apply
@@ -22,7 +22,7 @@ def _most_operands(depth: int) -> int:
     tx = make_optimizer(OptimConfig(), 1)
     programs = Programs("deferred", rows=True, unrolled=True)
     apply = make_apply(model, programs=programs)
-    step = make_train_step(Objective(SIT, Flow(), model.null_label), apply, tx, ema=0.9)
+    step = make_train_step(FlowObjective(SIT, Flow(), model.null_label), apply, tx, ema=0.9)
     state = jax.eval_shape(lambda key: init_state(model, tx, key), jax.random.key(0))
     x = jax.ShapeDtypeStruct((2, *model.shape), jnp.float32)
     batch = {"x": x, "label": jax.ShapeDtypeStruct((2,), jnp.int32)}

@@ -1,0 +1,198 @@
+"""What is in this folder and where it comes from: the rows of docs/systems.md.
+
+python -m ppflow_jax.systems > docs/systems.md
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PAPER = "https://arxiv.org/abs/"
+
+
+@dataclass(frozen=True)
+class System:
+    """A method of a paper.
+
+    Attributes:
+      name: as its paper has it.
+      papers: arXiv numbers.
+      original: repository and commit that was looked at or run, and its licence.
+      file: in ppflow_jax/.
+      use: a setting or a command that switches it on.
+      page: of the documentation.
+      exact: what is as in the paper or the original, and how that is known.
+      differs: what is not, and why.
+      test: that pins it.
+      effect: what it gained or lost here, and the command that shows it.
+    """
+
+    name: str
+    papers: tuple[str, ...]
+    original: str
+    file: str
+    use: str
+    page: str
+    exact: str
+    differs: str
+    test: str
+    effect: str
+
+
+NOT_MEASURED = "not measured here"
+
+SYSTEMS = (
+    System(
+        "TaylorSeer",
+        ("2503.06923",),
+        "Shenyi-Z/TaylorSeer, GPL-3",
+        "systems/forecast.py",
+        "--accelerate=forecast.interval=3,forecast.order=1",
+        "accelerate.md",
+        "schedules, differences and forecasts, against arrays of the original",
+        "the schedule is static and starts again in every stage; Heun's two evaluations have "
+        "memories of their own",
+        "tests/systems/test_forecast.py",
+        "digits: a lower error than fewer Euler steps at equal time, a higher one than AB2 "
+        "(`python -m benchmarks.fast_sampling`)",
+    ),
+    System(
+        "HiCache",
+        ("2508.16984",),
+        "none looked at",
+        "systems/forecast.py",
+        "--accelerate=forecast=hermite,forecast.interval=3",
+        "accelerate.md",
+        "scaled Hermite polynomials in place of powers, from the paper's formulas",
+        "as of TaylorSeer",
+        "tests/systems/test_forecast.py",
+        "digits: error 0.0501 with 9 full of 24 steps of a SiT, TaylorSeer's 0.0313 "
+        "(`python -m benchmarks.fast_sampling`)",
+    ),
+    System(
+        "FORA",
+        ("2407.01425",),
+        "prathebaselva/FORA acde628, no licence file",
+        "systems/forecast.py",
+        "--accelerate=forecast.order=0,forecast.schedule=fora,forecast.interval=2",
+        "accelerate.md",
+        "the schedule and reuse of the original",
+        "as of TaylorSeer",
+        "tests/systems/test_schedule.py",
+        "digits: worse than fewer Euler steps at equal time (`python -m benchmarks.fast_sampling`)",
+    ),
+    System(
+        "DeepCache and Delta-DiT",
+        ("2312.00858", "2406.01125"),
+        "horseee/DeepCache 1691a3a (its schedule); no code of Delta-DiT",
+        "systems/forecast_blocks.py",
+        "--accelerate=forecast.place=blocks,forecast.blocks=2-4,forecast.interval=2,"
+        "forecast.order=0",
+        "accelerate.md",
+        "the dense schedule, index by index",
+        "a range of blocks of a transformer stands for the levels of a U-Net",
+        "tests/systems/test_schedule.py",
+        "digits: worse than fewer Euler steps at equal time (`python -m benchmarks.fast_sampling`)",
+    ),
+    System(
+        "TeaCache and MagCache",
+        ("2411.19108", "2506.09045"),
+        "ali-vilab/TeaCache 7c10efc, Zehong-Ma/MagCache df81cb1, both Apache-2",
+        "systems/forecast_calibrated.py",
+        "ppflow tune --forecast=branch --schedule=magcache",
+        "tune.md",
+        "which steps are full, against arrays of the originals",
+        "thresholds are found for a number of full steps instead of being given",
+        "tests/systems/test_calibrated.py",
+        "digits, 20 steps of which 8 full: error 0.0197 and 0.0228, by dynamic programming 0.0195; "
+        "eight fitted steps have 0.0123 and cost less ([Tune](tune.md))",
+    ),
+    System(
+        "SDTM",
+        ("2505.11707",),
+        "ICTMCG/SDTM dfaf461, no licence file",
+        "systems/sdtm.py",
+        "--accelerate=merge=sdtm",
+        "accelerate.md",
+        "grouping, merging and ratios, against arrays of the original",
+        "no prompt reweighting (a class condition has no text tokens); token counts are static and "
+        "at most three a stage",
+        "tests/systems/test_merge.py",
+        "digits: does not pay on 16 tokens (`python -m benchmarks.fast_sampling`)",
+    ),
+    System(
+        "ToMe",
+        ("2303.17604",),
+        "none looked at",
+        "systems/tome.py",
+        "--accelerate=merge=tome",
+        "accelerate.md",
+        "bipartite soft matching from the paper",
+        "as of SDTM",
+        "tests/systems/test_match.py",
+        "digits: does not pay on 16 tokens (`python -m benchmarks.fast_sampling`)",
+    ),
+    System(
+        "DiT-MoE",
+        ("2407.11633",),
+        "feizc/DiT-MoE bd34bbb, no licence file",
+        "systems/moe.py",
+        "--config.model.ffn=moe:experts=8",
+        "moe.md",
+        "routing, experts, balance term and their gradients, against arrays of the original",
+        "the balance is a term of the loss and not only of its gradient, the same updates; "
+        "upcycling is exact with `renormalise=true`",
+        "tests/systems/test_moe.py",
+        NOT_MEASURED,
+    ),
+    System(
+        "Switch-DiT",
+        ("2403.09176",),
+        "byeongjun-park/Switch-DiT 12fa9a5, MIT",
+        "systems/switch.py",
+        "--config.model.wrap=switch:experts=3",
+        "switch.md",
+        "gates, experts, prior and their gradients, against arrays of the original",
+        "experts fold into one matrix of a block and image; the second routing, by fixed masks "
+        "(DTR), is not here",
+        "tests/systems/test_switch.py",
+        NOT_MEASURED,
+    ),
+)
+
+
+def page() -> str:
+    """docs/systems.md."""
+    names = [system.name for system in SYSTEMS]
+    lines = [
+        "# Systems",
+        "",
+        "The other methods of this field that live on PPFlow's backbone, each in one file, with "
+        "what is exact and what it did here. Written by `python -m ppflow_jax.systems`.",
+        "",
+        "Nothing was copied from the originals: they were run to get numbers to agree with, or "
+        "only read about. Their licences are named so that you know under which terms *they* are.",
+        "",
+        ", ".join(f"[{name}](#{_anchor(name)})" for name in names),
+    ]
+    for system in SYSTEMS:
+        papers = ", ".join(f"[{number}]({PAPER}{number})" for number in system.papers)
+        lines += [
+            "",
+            f"## {system.name}",
+            "",
+            "| | |",
+            "|---|---|",
+            f"| paper | {papers} |",
+            f"| original | {system.original} |",
+            f"| use | `{system.use}`, see [{system.page}]({system.page}) |",
+            f"| code | `ppflow_jax/{system.file}`, tested in `{system.test}` |",
+            f"| exact | {system.exact} |",
+            f"| differs | {system.differs} |",
+            f"| here | {system.effect} |",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _anchor(name: str) -> str:
+    return name.lower().replace(" ", "-")
