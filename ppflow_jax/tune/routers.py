@@ -1,9 +1,9 @@
 """Learned caching fitted to a model (HarmoniCa, arXiv 2410.01723): a router, then static masks.
 
 The router is trained on the rollouts of its own steps, for a plan of Euler's method whose memory
-begins anew in every stage. What the paper sets by hand, the price of computing a branch, is found
-from the budget: the worth of a unit of cost at which the budget is spent (`masks.price_of`). The
-loss is divided by it, which AdamW does not see.
+begins anew in every stage. What the paper sets by hand, the price of computing a branch, is moved
+until the branches above the threshold cost what the budget allows. The loss is divided by it, which
+AdamW does not see.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ppflow_jax.console import progress, table
 from ppflow_jax.errors import InputError, RunError
 from ppflow_jax.files.disk import atomic
 from ppflow_jax.generate.plan_file import PlanFile
-from ppflow_jax.systems.harmonica import Router, router_of, step_weights
+from ppflow_jax.systems.harmonica import THRESHOLD, Router, router_of, step_weights
 from ppflow_jax.systems.routed import RoutedTables, branch_flops
 from ppflow_jax.tune.asked import Asked
 from ppflow_jax.tune.calibrate import Trajectories
@@ -38,7 +38,8 @@ from ppflow_jax.tune.mixtures import Mixtures
 
 EPOCHS = 150  # rollouts
 BATCH = 16  # trajectories of a rollout
-RATE = 0.03  # of AdamW
+RATE = 0.1  # of AdamW; with ten times the paper's, a tenth of the rollouts
+GAIN = 0.05  # the price is multiplied by (computed share / asked share)^GAIN after every rollout
 RENEWED = 500  # updates after which the weights of the steps are measured again
 MOST = 4  # masks of a stage, beside the full one: each is compiled
 
@@ -48,12 +49,14 @@ class Training(NamedTuple):
 
     Attributes:
       epoch: rollouts that are done.
-      weights: of the error of every step, lambda over the price.
-      worth: of every branch, in lambda times the error, when the weights were measured.
+      price: of a branch of mean cost, in the unit of the weights.
+      weights: of the error of every step: lambda, whose mean is 1.
+      worth: of every branch, in these weights times the error, when they were measured.
     """
 
     epoch: int
     router: Router
+    price: float
     weights: Float[np.ndarray, " steps"]
     worth: Float[np.ndarray, "steps depth 2"]
 
@@ -120,7 +123,7 @@ def trained(
     """
     logits = jax.random.normal(jax.random.key(np.uint32(seed)), costs.of.shape)
     steps = np.zeros(len(costs.of), np.float32)
-    now = Training(0, router_of(logits, RATE), steps, np.zeros(costs.of.shape, np.float32))
+    now = Training(0, router_of(logits, RATE), 0.0, steps, np.zeros(costs.of.shape, np.float32))
     if file.exists():
         now = _read(file, now)
     every = max(1, RENEWED // len(costs.of))
@@ -131,7 +134,9 @@ def trained(
                 _write(file, now)
                 now = renewed(mixtures, costs, now, x, y)
             router, _ = _rollout(mixtures, costs, now, x, y)
-            now = now._replace(epoch=now.epoch + 1, router=router)
+            above = np.asarray(jax.nn.sigmoid(router.logits)) > THRESHOLD
+            price = now.price * (costs.spent(costs.fixed | above) / costs.share) ** GAIN
+            now = now._replace(epoch=now.epoch + 1, router=router, price=price)
             bar.update(1)
     _write(file, now)
     return now
@@ -145,18 +150,18 @@ def renewed(
     scores = jax.nn.sigmoid(now.router.logits)
     found, _ = step_weights(step, range(len(costs.of)), mixtures.fixed, x, scores)
     weights = np.array([float(found.get(i, 0)) for i in range(len(costs.of))])
-    largest = weights.max()
-    if not np.isfinite(largest) or largest <= 0:
+    mean = weights.sum() / len(found)
+    if not 0 < mean < np.inf:
         raise RunError(
             "a rollout with mixed branches does not differ from one without, or is not finite: "
             "train the model, or try --dtype=float32"
         )
-    _, worth = _rollout(mixtures, costs, now._replace(weights=weights / largest), x, y)
-    # A unit of price is that of a branch of mean cost
-    price = price_of(costs, worth) * costs.of.mean()
+    weights = np.float32(weights / mean)
+    _, worth = _rollout(mixtures, costs, now._replace(weights=weights, price=1.0), x, y)
+    price = now.price or price_of(costs, worth) * float(costs.of.mean())
     if not price > 0:
         raise RunError("no branch is worth computing: train the model, or give a larger --share")
-    return now._replace(weights=weights / largest / price, worth=worth)
+    return now._replace(weights=weights, worth=worth, price=price)
 
 
 def _rollout(
@@ -169,7 +174,8 @@ def _rollout(
         if i in mixtures.fixed:
             x, memory = mixtures.step(i, x, y, None, ones)
             continue
-        x, found = mixtures.update(router, i, x, y, memory, now.weights[i], prices[i])
+        weight = now.weights[i] / now.price
+        x, found = mixtures.update(router, i, x, y, memory, weight, prices[i])
         router, memory, worth[i] = found.router, found.memory, found.worth
     return router, worth
 
@@ -214,7 +220,7 @@ def _rivals(
 def _file_of(model: Model, asked: Asked, out: Path) -> Path:
     """Where the training is kept: beside the calibration, under all that decides it."""
     known = {**asdict(asked), "out": "", "calibration": "", "model": asked.made(model, {})}
-    known |= dict(epochs=EPOCHS, batch=BATCH, rate=RATE, renewed=RENEWED)
+    known |= dict(epochs=EPOCHS, batch=BATCH, rate=RATE, gain=GAIN, renewed=RENEWED)
     name = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
     return Path(asked.calibration or out.parent).absolute() / f"router-{name}.npz"
 
@@ -236,7 +242,8 @@ def _read(file: Path, like: Training) -> Training:
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as e:
         raise InputError(f"{file} is damaged ({e}): remove it, and it is made again") from e
     now = tree.unflatten(found)
-    return now._replace(epoch=int(now.epoch), router=jax.tree.map(jnp.asarray, now.router))
+    router = jax.tree.map(jnp.asarray, now.router)
+    return now._replace(epoch=int(now.epoch), router=router, price=float(now.price))
 
 
 def _said(rows: dict[str, tuple[int, float, float]], out: Path) -> str:
