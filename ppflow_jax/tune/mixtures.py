@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from ppflow_jax.systems.harmonica import Learned, Mixed, Router, learned
 from ppflow_jax.systems.routed import Kept
 from ppflow_jax.tune.calibrate import Trajectories
 from ppflow_jax.tune.calibrated_steps import at, groups, parts
-from ppflow_jax.tune.features import PART, At
+from ppflow_jax.tune.features import PART
 from ppflow_jax.tune.fit import Field
 
 
@@ -37,6 +38,7 @@ class Mixtures(Field):
         self.rate, self.method = rate, Mixed()
         self._on(plan)
         options = dict(static_argnames="where", donate_argnames="memory")
+        self._shapes = functools.cache(self._shapes_of)
         self._mixed, self._learned = (jax.jit(f, **options) for f in (self._mix, self._learn))
 
     def _on(self, plan: Fitted) -> Mixtures:
@@ -62,7 +64,7 @@ class Mixtures(Field):
             v = self._compiled(self.model.params, x, t, y, scale, stage=stage, guided=guided)
             return x + self._length(i) * v, None
         if memory is None:
-            memory = self._memory(x, y, at(self.plan, i))
+            memory = self._memory(len(y), where)
         v, memory = self._mixed(self.model.params, x, y, (t, scale), memory, scores, where=where)
         return x + self._length(i) * v, memory
 
@@ -105,16 +107,22 @@ class Mixtures(Field):
     def _length(self, i: int) -> np.float32:
         return np.float32(self.plan.times[i + 1] - self.plan.times[i])
 
-    def _memory(self, x: Array, y: Array, now: At) -> Kept:
-        """Zeros; scores of 1 do not see it."""
-        where = now.stage, now.scale != 1
+    def _memory(self, n: int, where: tuple[int, bool]) -> Kept:
+        """Zeros for n trajectories; scores of 1 do not see them."""
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), self._shapes(n, *where))
 
-        def shapes(x, y):
-            step = self._evaluations(self.model.params, y, jnp.float32(1), {}, None, where)
+    def _shapes_of(self, n: int, stage: int, guided: bool) -> Any:
+        """Of a memory."""
+
+        def memory(x, y):
+            step = self._evaluations(
+                self.model.params, y, jnp.float32(1), {}, None, (stage, guided)
+            )
             step.velocity(x, jnp.float32(0), 0)
             return step.memories[0]["model"]
 
-        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(shapes, x, y))
+        given = np.zeros((n, *self.model.config.shape), np.float32), np.zeros(n, np.int32)
+        return jax.eval_shape(memory, *given)
 
     def _evaluations(self, params, y, scale, memories, scores, where) -> Any:
         stage, guided = where

@@ -174,7 +174,7 @@ def _rollout(
         if i in mixtures.fixed:
             x, memory = mixtures.step(i, x, y, None, ones)
             continue
-        weight = now.weights[i] / now.price
+        weight = float(now.weights[i]) / now.price
         x, found = mixtures.update(router, i, x, y, memory, weight, prices[i])
         router, memory, worth[i] = found.router, found.memory, found.worth
     return router, worth
