@@ -14,6 +14,7 @@ from flax import nnx
 from ppflow_jax.convert.infer import find_config
 from ppflow_jax.convert.load import from_torch
 from ppflow_jax.flow.method import Evaluation
+from ppflow_jax.models.conditions import split
 from ppflow_jax.models.layers import FREQUENCIES, Block
 from ppflow_jax.models.network import PPFlow
 from ppflow_jax.systems.harmonica import Mixed, learned, router_of, step_weights
@@ -90,7 +91,7 @@ class Ddpm:
 
         def call(trunk=plain):
             both = jnp.concatenate([x[: len(x) // 2]] * 2)  # they see the first half alone
-            h, memory = trunk(net.blocks, net.tokens(both, 0), c)
+            h, memory = trunk(net.blocks, net.tokens(both, 0, split((), y)), c)
             side = self.config.latent_size // 2
             out = net.final(h, c, 0).reshape(len(x), side, side, 2, 2, -1)
             out = out.transpose(0, 1, 3, 2, 4, 5).reshape(len(x), 2 * side, 2 * side, -1)
