@@ -126,7 +126,7 @@ def test_a_phase_takes_no_more_of_a_batch_than_it_needs(monkeypatch):
     config = digits.get_config()
     config.model.update(dict(width=16, depth=2, heads=2))
     config.data.batch_size, config.flow.terms = 8, ("reads:layer=2",)
-    config.train.phases = ((3, {"reads": 0.5}), (6, {}))
+    config.train.phases, config.data.fields = ((3, {"reads": 0.5}), (6, {})), ("wanted",)
     program = make_program(Experiment.from_config(config), make_mesh(devices=jax.devices()[:1]))
     first, second = program.steps
     assert [program.step(n) for n in (0, 2, 3, 5, 9)] == [first, first, second, second, second]
