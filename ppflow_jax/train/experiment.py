@@ -80,7 +80,7 @@ class Experiment:
             terms=terms,
             conditions=model.asked,
         )
-        _check_given(base, task)
+        _check_given(base, task, tuple(config.data.fields))
         objective = objective_of(config.flow.objective, base, model)
         phases = parse_phases(
             config.train.phases,
@@ -122,16 +122,17 @@ def _told(model: ModelConfig, task: Task, space: str) -> ModelConfig:
     return model
 
 
-def _check_given(objective: FlowObjective, task: Task | None) -> None:
+def _check_given(objective: FlowObjective, task: Task | None, fields: tuple[str, ...]) -> None:
     """
     Raises:
       InputError: nothing gives values to one of the conditions.
     """
-    given = () if task is None else (task.condition,)
+    given = (*fields, *(() if task is None else (task.condition,)))
     if lacking := [c.name for c in objective.conditions if c.name not in given]:
         raise InputError(
             f"config.model.conditions has {', '.join(lacking)}, and nothing gives values for it in "
-            "training: leave it out, or set config.data.task to what does"
+            "training: leave it out, set config.data.task to what does, or name a field of the "
+            "data in config.data.fields"
         )
 
 

@@ -31,6 +31,7 @@ from ppflow_jax.devices.sharding import (
 )
 from ppflow_jax.errors import InputError, stream_seed
 from ppflow_jax.models.conditions import LABEL, Cond
+from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.systems.registry import task as task_of
 from ppflow_jax.systems.tasks import Task
 
@@ -87,11 +88,27 @@ def open_inputs(data: ConfigDict, card: Card) -> tuple[Source, Encoder | None, C
     elif pictures:
         check_shape(data.path, (size, size, 3), model.shape)
     source.check_fits(model.shape, model.num_classes)
+    _check_told(source, model, tuple(data.fields))
     if classes := source.classes():
         identity |= {"labels": classes.to_json()}
     identity = json.loads(json.dumps(identity))  # as checkpoints give it back
     experiment = (card.experiment or {}) | {"trained_on": identity}
     return source, encoder, replace(card, experiment=experiment, latent_scale=scale)
+
+
+def _check_told(source: Source, model: ModelConfig, fields: tuple[str, ...]) -> None:
+    """
+    Raises:
+      InputError: a field that is a condition of the model has another shape than that.
+    """
+    shapes = {c.name: c.shape(model) for c in model.asked if c.name in fields}
+    one = source.read(np.arange(1), np.zeros(1, bool)) if shapes else {}
+    for name, shape in shapes.items():
+        if one[name].shape[1:] != shape:
+            raise InputError(
+                f"{source.name}: field {name} has shape {one[name].shape[1:]}, the model's "
+                f"condition of that name has {shape}"
+            )
 
 
 def _source(data: ConfigDict, fields: tuple[str, ...], size: int = 0) -> Source:

@@ -21,7 +21,7 @@ from ppflow_jax.pyramid import PPFLOW2
 from ppflow_jax.systems.registry import TASKS, task
 from ppflow_jax.systems.tasks import Colourisation, Edges, Inpainting, SuperResolution
 from ppflow_jax.train.experiment import Experiment
-from ppflow_jax.train.inputs import make_inputs, open_inputs
+from ppflow_jax.train.inputs import make_inputs, open_inputs, shown_to
 from tests.systems.checks import within
 from tests.systems_parity import SYSTEMS, Reference
 
@@ -144,6 +144,20 @@ def test_a_task_brings_its_condition():
         Experiment.from_config(config(**{"model.conditions": ("channels:name=low,channels=2",)}))
     off = Experiment.from_config(config("none"))
     assert off.task is None and off.card.model.conditions == ()
+
+
+def test_fields_of_the_data_are_conditions_too(tmp_path):
+    x, low = np.asarray(images(20, 8, 8, 1)), np.asarray(images(20, 8, 8, 2))
+    for name, array in {"latents": x, "labels": np.arange(20) % 10, "low": low}.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    c = config("none", **{"model.conditions": ("channels:name=low,channels=2",)})
+    c.data.update(dict(source="arrays", path=str(tmp_path), fields=("low",)))
+    source, _, card = open_inputs(c.data, Experiment.from_config(c).card)
+    told = shown_to(card, source, make_inputs(None, make_mesh(), 0), make_mesh(), 5)
+    np.testing.assert_array_equal(told["low"], low[:5])
+    c.model.conditions = ("channels:name=low,channels=3",)
+    with pytest.raises(InputError, match=r"field low has shape \(8, 8, 2\), the model's cond"):
+        open_inputs(c.data, Experiment.from_config(c).card)
 
 
 def test_latents_without_pictures_have_no_edges(tmp_path):
