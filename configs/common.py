@@ -39,6 +39,8 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.model.level_embedding = True  # of several stages
     c.model.ffn = "mlp"  # or moe:experts=8,top_k=2,...: see docs/moe.md
     c.model.wrap = "none"  # or switch:experts=3,top_k=2: see docs/switch.md
+    # beside that of data.task, e.g. ("channels:name=low,channels=4",): see docs/conditions.md
+    c.model.conditions = ()
     c.model.adapters = "none"  # or lora:rank=8,on=blocks/.*;scale:on=...: see docs/adapters.md
     c.model.dtype = "bfloat16"  # of matrix products; parameters, norms and the last one float32
     c.model.attention = "auto"  # or xla, deferred, cudnn, splash: see models/attention.py
@@ -47,6 +49,7 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.flow = ConfigDict()
     c.flow.path = "linear"  # linear, gvp, vp
     c.flow.prediction = "velocity"  # velocity, score, noise
+    c.flow.objective = "flow"  # or meanflow:..., guided:..., halved:...: see docs
     c.flow.weighting = "none"  # none, velocity, likelihood; for score and noise
     c.flow.label_drop = 0.1
     c.flow.balance = 0.01  # weight of the balance term of a mixture of experts
@@ -69,6 +72,8 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.data.image_feature = "image"
     c.data.label_feature = "label"
     c.data.batch_size = 256
+    # super_resolution:factor=2, inpainting, colourisation or edges: see docs/conditions.md
+    c.data.task = "none"
 
     c.optim = ConfigDict()
     c.optim.lr = 1e-4
@@ -82,6 +87,7 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
 
     c.train = ConfigDict()
     c.train.steps = 400_000
+    c.train.teacher = ""  # checkpoint that a student is distilled from: see guided_distillation.md
     c.train.ema = 0.9999
     c.train.ema_warmup = True  # decay min(ema, (1 + step) / (10 + step)), for short runs
     # Patterns of the leaves that are trained; the others stay as init_from has them, and are not

@@ -19,13 +19,21 @@ _LABELS = flags.DEFINE_string(
     "balanced (the trained classes in turn), uniform (by seed), or numbers or names of classes as "
     "1,2,3.",
 )
-_NUM = flags.DEFINE_integer("num", None, "Images; default: as many as --labels or --noise.")
+_NUM = flags.DEFINE_integer(
+    "num", None, "Images; default: as many as --labels, --noise or --conditions."
+)
 _NOISE = flags.DEFINE_string("noise", None, "float32 NHWC .npy of initial noise instead of --seed.")
 _SEED = flags.DEFINE_integer("seed", 0, "Image k is a function of (seed, k).")
 _REQUESTS = flags.DEFINE_string(
     "requests",
     None,
     'File with a line such as {"label": 3, "seed": 7, "guidance": 2} for every picture.',
+)
+_CONDITIONS = flags.DEFINE_string(
+    "conditions",
+    None,
+    "Of a model that takes them, values by image number: FILE.npz with an array of each name, or a "
+    "folder with NAME.npy or a folder NAME of pictures.",
 )
 _BATCH = flags.DEFINE_integer("batch", 64, "Images in flight, over all devices; changes no image.")
 _MICROBATCH = flags.DEFINE_integer(
@@ -92,6 +100,7 @@ def main() -> None:
     from ppflow_jax.console import say
     from ppflow_jax.devices import processes
     from ppflow_jax.devices.host_memory import keep_scratch
+    from ppflow_jax.generate.conditions import load_conditions
     from ppflow_jax.generate.noise import load_noise
 
     processes.initialize()
@@ -115,6 +124,9 @@ def main() -> None:
             labels=_LABELS.value,
             seed=_SEED.value,
             noise=load_noise(Path(_NOISE.value), model.config.shape) if _NOISE.value else None,
+            conditions=load_conditions(Path(_CONDITIONS.value), model.config)
+            if _CONDITIONS.value
+            else None,
             lines=read_lines(_REQUESTS.value, model) if _REQUESTS.value else None,
             decode=_DECODE.value,
             microbatch=_MICROBATCH.value,

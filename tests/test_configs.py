@@ -12,6 +12,8 @@ CONFIGS = sorted(p for p in Path(__file__).parents[1].joinpath("configs").glob("
 NAMES = [p.name for p in CONFIGS if p.stem not in ("common", "imagenet256", "__init__")] + [
     "digits.py:sit",
     "digits.py:levels3",
+    "digits_tasks.py:inpainting",
+    "digits_tasks.py:edges",
     "digits.py:difffit",
     "imagenette.py:sit",
     "imagenette.py:levels3",
@@ -29,7 +31,7 @@ def load(name):
 
 
 def test_all_sizes_and_levels_are_there():
-    assert len(NAMES) == 12 + 7
+    assert len(NAMES) == 12 + 11
     assert config_flags is not None
 
 
@@ -38,6 +40,13 @@ def test_the_table_has_every_name_and_no_other():
     assert table == load("ppflow_b2.py")[0] and "ppflow_xl3" in doc
     with pytest.raises(ValueError, match=r"one of sit_s, .*ppflow_xl3"):
         load("imagenet256.py:ppflow_m2")
+
+
+def test_grey_digits_are_not_coloured():
+    with pytest.raises(InputError, match=r"task colourisation: pictures of 1 channel\(s\) have no"):
+        Experiment.from_config(load("digits_tasks.py:colourisation")[0])
+    with pytest.raises(ValueError, match="one of super_resolution, inpainting"):
+        load("digits_tasks.py:sharpening")
 
 
 @pytest.mark.parametrize("name", NAMES)

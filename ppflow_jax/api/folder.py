@@ -17,17 +17,19 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from ppflow_jax.api.inputs import count_of, labels_of, seed_of, whole
+from ppflow_jax.api.inputs import Asked, Values, asked, whole
 from ppflow_jax.api.model import Model
 from ppflow_jax.api.requests import Lines
 from ppflow_jax.console import progress
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.disk import check_room, locked
 from ppflow_jax.files.store import digest
+from ppflow_jax.generate.conditions import digest_of
 from ppflow_jax.generate.folder import SHARD, SampleFolder, begun
 from ppflow_jax.generate.images import MICROBATCH, Images
 from ppflow_jax.generate.plan import Plan, guided_by
 from ppflow_jax.generate.provenance import ROUNDING, decoded_by, made_from, origin
+from ppflow_jax.models.conditions import Cond
 from ppflow_jax.train.ema import reminder_of
 
 Plans = dict[tuple[float, ...] | None, Plan]
@@ -38,7 +40,7 @@ class Request:
     """What images, and what is kept of them.
 
     Attributes:
-      num, labels, seed, noise, decode, microbatch: as of `Model.sample`.
+      num, labels, seed, noise, conditions, decode, microbatch: as of `Model.sample`.
       lines: instead of the first four, a label, seed and guidance of every picture.
       batch: images in flight, over all devices; changes no image.
       save_latents: also write latents.npy and labels.npy.
@@ -49,6 +51,7 @@ class Request:
     labels: str = "balanced"
     seed: int = 0
     noise: Float[np.ndarray, "n h w c"] | None = None
+    conditions: Values = None
     lines: Lines | None = None
     decode: str = "none"
     microbatch: int = MICROBATCH
@@ -65,11 +68,10 @@ def sample_into(out: str | Path, model: Model, plan: Plan, request: Request) -> 
       RunError: images that are not finite, or a full disk.
     """
     lines = request.lines
-    count = len(lines.lines) if lines else count_of(request.num, request.labels, request.noise)
+    given = _given(model, request)
+    count, told = given.num, given.told
     size = math.prod(shape_of_a_picture(model, request.decode))
     check_room(out, count * size, f"{count:,} pictures")
-    seed = seed_of(request.seed)
-    labels = lines.labels if lines else labels_of(request.labels, count, seed, model.card)
     plans = _plans(lines, model, plan)
     whole("batch", request.batch)
     microbatch = _microbatch(Path(out), request, count)
@@ -89,12 +91,12 @@ def sample_into(out: str | Path, model: Model, plan: Plan, request: Request) -> 
     with locked(folder.path) if first else contextlib.nullcontext():
         results = {
             "nfe": nfe,
-            **_fill(folder, partial(_made, model, plans, request, labels, microbatch)),
+            **_fill(folder, partial(_made, model, plans, request, told, microbatch)),
             **origin(model.weights.path, model.card),
             "decode": request.decode,
         }
         if first:
-            folder.finish(labels, settings["pngs"], results)
+            folder.finish(given.labels, settings["pngs"], results)
     folder.wait_until_complete()
     seconds, new = results["seconds"], results["images_in_these_seconds"]
     part = "" if new == count else f" for the last {new}"
@@ -102,6 +104,20 @@ def sample_into(out: str | Path, model: Model, plan: Plan, request: Request) -> 
         f"{count} images, {nfe} NFE each, {seconds:.1f} s with compilation{part}, in {folder.path}"
     )
     return [reminder, done] if reminder else [done]
+
+
+def _given(model: Model, request: Request) -> Asked:
+    """How many pictures, and what the model is told about them."""
+    num, labels, lines = request.num, request.labels, request.lines
+    if lines:
+        num, labels = len(lines.lines), ",".join(map(str, lines.labels.tolist()))
+    conditions = request.conditions
+    if model.config.asked and conditions is None:
+        names = ", ".join(c.name for c in model.config.asked)
+        raise InputError(
+            f"the model's conditions are {names}: give --conditions=FILE.npz or FOLDER"
+        )
+    return asked(model.card, num, labels, request.seed, request.noise, conditions)
 
 
 def _microbatch(out: Path, request: Request, count: int) -> int:
@@ -124,7 +140,7 @@ def _settings(
     model: Model, plan: Plan, request: Request, count: int, microbatch: int
 ) -> dict[str, Any]:
     """Everything that the images depend on; a folder of others is not continued."""
-    noise = request.noise
+    noise, conditions = request.noise, request.conditions
     return {
         **made_from(model.weights, plan),
         "weak_sha256": digest(plan.weak.path) if plan.weak else None,
@@ -135,6 +151,7 @@ def _settings(
         "seed": request.seed,
         "noise_sha256": None if noise is None else hashlib.sha256(noise.tobytes()).hexdigest(),
         "labels": request.labels,
+        **({"conditions_sha256": digest_of(conditions)} if conditions else {}),
         "requests_sha256": request.lines.sha256 if request.lines else None,
         "num": count,
         "microbatch": microbatch,
@@ -162,7 +179,7 @@ def _made(
     model: Model,
     plans: Plans,
     request: Request,
-    labels: Int[np.ndarray, " n"],
+    told: Cond,
     microbatch: int,
     ids: Int[np.ndarray, " k"],
 ) -> Iterator[Images]:
@@ -171,7 +188,8 @@ def _made(
     make = partial(model.images, decode=request.decode, microbatch=microbatch, batch=request.batch)
     if lines is None:
         noise = None if request.noise is None else request.noise[ids]
-        yield from make(ids, labels[ids], noise, plan=plans[None], seed=request.seed)
+        here = jax.tree.map(lambda x: x[ids], told)
+        yield from make(ids, here, noise, plan=plans[None], seed=request.seed)
         return
     for shard in range(0, len(ids), SHARD):
         groups = defaultdict(list)
@@ -180,8 +198,8 @@ def _made(
         for guidance, group in groups.items():
             rows, done = np.array(group, np.int32), 0
             first = np.zeros_like(rows)  # image 0 of its seed
-            seeds = lines.seeds[rows]
-            for part in make(first, labels[rows], plan=plans[guidance], seed=seeds):
+            here, seeds = jax.tree.map(lambda x, rows=rows: x[rows], told), lines.seeds[rows]
+            for part in make(first, here, plan=plans[guidance], seed=seeds):
                 yield part._replace(ids=rows[done : (done := done + len(part.ids))])
 
 

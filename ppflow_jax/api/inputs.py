@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -13,9 +13,13 @@ from ppflow_jax.checkpoints.card import Card
 from ppflow_jax.errors import InputError, check_seed
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.generate.images import choose_labels
+from ppflow_jax.models.conditions import LABEL, Cond
+from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.pyramid import Pyramid
 
 Labels = str | int | Sequence[int | str] | Int[np.ndarray, " _"]
+# Values of the model's conditions by name: of every image, or of one for all
+Values = Mapping[str, Any] | None
 DTYPES = ("float32", "bfloat16")
 
 
@@ -65,6 +69,107 @@ def count_of(num: int | None, labels: Labels, noise: np.ndarray | None) -> int:
     if isinstance(labels, str):
         return 16 if labels in ("balanced", "uniform") else labels.count(",") + 1
     return len(np.atleast_1d(labels))
+
+
+def conditions_of(conditions: Values, model: ModelConfig) -> dict[str, np.ndarray]:
+    """Values of the model's conditions, float32, with a leading axis of images.
+
+    Raises:
+      InputError: other names than the model's, or values of other shapes, or not finite.
+    """
+    given, known = dict(conditions or {}), {c.name: c for c in model.asked}
+    if given.keys() != known.keys():
+        raise InputError(
+            f"the model's conditions are {', '.join(known) or 'none'}, given are "
+            f"{', '.join(map(str, given)) or 'none'}: {_said(known)}"
+        )
+    found = {}
+    for name, condition in known.items():
+        shape = condition.shape(model)
+        try:
+            array = np.asarray(given[name], np.float32)
+        except (TypeError, ValueError) as e:
+            raise InputError(f"condition {name} must be numbers: {e}") from e
+        array = array[None] if array.shape == shape else array
+        if array.shape[1:] != shape or array.ndim != len(shape) + 1 or not len(array):
+            said = ", ".join(map(str, ("n", *shape)))
+            raise InputError(f"condition {name} has shape {array.shape}, the model takes ({said})")
+        if not np.isfinite(array).all():
+            raise InputError(f"condition {name} has values that are NaN or infinite")
+        found[name] = array
+    return found
+
+
+def _said(known: Mapping[str, Any]) -> str:
+    if not known:
+        return "leave them out"
+    return f"give conditions={{{', '.join(f'{name!r}: array' for name in known)}}}"
+
+
+def check_unconditional(model: ModelConfig, what: str) -> None:
+    """
+    Raises:
+      InputError: the model has conditions, which `what` has no values for.
+    """
+    if model.asked:
+        names = ", ".join(condition.name for condition in model.asked)
+        raise InputError(
+            f"the model's conditions are {names}, and {what} has no values for them: use "
+            "python -m ppflow_jax.sample --conditions=FILE, or model.sample(conditions=...)"
+        )
+
+
+class Asked(NamedTuple):
+    """Images that are asked for: how many, what the model is told about them, their noise."""
+
+    num: int
+    told: Cond
+    noise: Float[np.ndarray, "n h w c"] | None
+
+    @property
+    def labels(self) -> Int[np.ndarray, " n"]:
+        return np.asarray(self.told[LABEL] if isinstance(self.told, dict) else self.told)
+
+
+def asked(
+    card: Card,
+    num: int | None,
+    labels: Labels,
+    seed: int = 0,
+    noise: Any = None,
+    conditions: Values = None,
+) -> Asked:
+    """
+    Raises:
+      InputError: an argument that does not fit the model, or numbers of images that differ.
+    """
+    start = None if noise is None else latents_of(noise, card.model.shape)
+    values = conditions_of(conditions, card.model)
+    rows = {name: len(value) for name, value in values.items() if len(value) > 1}
+    if num is None and start is None and rows:
+        num = max(rows.values())
+    count = count_of(num, labels, start)
+    return Asked(count, told_of(labels, values, count, seed, card), start)
+
+
+def told_of(
+    labels: Labels, values: Mapping[str, np.ndarray], count: int, seed: int, card: Card
+) -> Cond:
+    """What the model is told about `count` images: labels, or these and values by name.
+
+    Raises:
+      InputError: see `labels_of`; values of another number of images than `count` or one.
+    """
+    y = labels_of(labels, count, seed_of(seed), card)
+    if not values:
+        return y
+    for name, value in values.items():
+        if len(value) not in (1, count):
+            raise InputError(
+                f"condition {name} has values of {len(value)} images, asked for are {count}: give "
+                "one of each, or one for all"
+            )
+    return {LABEL: y} | {k: np.broadcast_to(v, (count, *v.shape[1:])) for k, v in values.items()}
 
 
 def labels_of(labels: Labels, count: int, seed: int, card: Card) -> Int[np.ndarray, " n"]:

@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int, UInt32
 from ppflow_jax.api.inputs import (
     Labels,
     Samples,
-    count_of,
-    labels_of,
+    Values,
+    asked,
     latents_of,
     seed_of,
     stage_of,
@@ -34,6 +34,7 @@ from ppflow_jax.flow.tables import scales_of
 from ppflow_jax.generate.images import MICROBATCH, Generator, Images
 from ppflow_jax.generate.plan import Plan
 from ppflow_jax.generate.plan_file import PlanFile
+from ppflow_jax.models.conditions import Cond
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Apply, Params, make_apply
 
@@ -74,11 +75,7 @@ class Model:
         return self._once(("network", one_time), make)
 
     def __call__(
-        self,
-        x: Any,
-        t: Any,
-        labels: Labels,
-        stage: int | None = None,
+        self, x: Any, t: Any, labels: Labels, stage: int | None = None, conditions: Values = None
     ) -> Float[Array, "b h w c"]:
         """What the network predicts (velocity, score or noise), unguided.
 
@@ -87,6 +84,7 @@ class Model:
           t: time in [0, 1], 0 is noise; one, or one of every latent.
           labels: classes; `config.null_label` is none.
           stage: whose patches are used; None: that of t, which must then be one number.
+          conditions: of a model that has some, values by name: one of every latent, or one.
 
         Raises:
           InputError: shapes, times, labels or a stage that the model does not have.
@@ -94,18 +92,21 @@ class Model:
         x = latents_of(x, self.config.shape)
         ts = np.broadcast_to(np.float32(t), len(x))
         stage = stage_of(stage, ts, self.config.pyramid)
-        y = labels_of(labels, len(ts), 0, self.card)
+        y = asked(self.card, len(ts), labels, conditions=conditions).told
         program = self._once("call", lambda: jax.jit(self.network, static_argnums=4))
         return self._exact(program, self.params, x, ts, y, stage)
 
-    def velocity(self, x: Any, t: Any, labels: Labels) -> Float[Array, "b h w c"]:
+    def velocity(
+        self, x: Any, t: Any, labels: Labels, conditions: Values = None
+    ) -> Float[Array, "b h w c"]:
         """dx/dt at (x, t), whatever the network predicts; arguments as in `__call__`.
 
         Raises:
           InputError: see `__call__`.
         """
         ts = np.broadcast_to(np.float32(t), np.shape(x)[:1])
-        return velocity_from(self.card.flow, self(x, t, labels), jnp.asarray(x), jnp.asarray(ts))
+        prediction = self(x, t, labels, conditions=conditions)
+        return velocity_from(self.card.flow, prediction, jnp.asarray(x), jnp.asarray(ts))
 
     def plan(
         self,
@@ -146,17 +147,19 @@ class Model:
         labels: Labels = "balanced",
         seed: int = 0,
         noise: Any = None,
+        conditions: Values = None,
         decode: str = "none",
         microbatch: int = MICROBATCH,
     ) -> Samples:
         """Images; number k is a function of seed, k and its label, as for the command `sample`.
 
         Args:
-          num: how many; None: as many as labels or noise, or 16.
+          num: how many; None: as many as labels, noise or conditions, or 16.
           plan: None is `self.plan()`.
           labels: `balanced`, `uniform`, a class or its name, or several, repeated in order.
           seed: 0 to 2^32 - 1.
           noise: initial N(0, 1) latents, float32 NHWC, instead of the seed's.
+          conditions: of a model that has some, values by name: one of every image, or one.
           decode: `none`, `vae:DIR` or `taesd:DIR`.
           microbatch: images that a device computes at once (at most `num`); changes last bits.
 
@@ -164,18 +167,17 @@ class Model:
           InputError: an argument that does not fit the model.
           RunError: images that are not finite.
         """
-        count, y, start = self._given(num, labels, seed, noise)
-        microbatch = min(whole("microbatch", microbatch), count)
-        parts = self.images(
-            np.arange(count), y, start, plan=plan, seed=seed, decode=decode, microbatch=microbatch
-        )
+        given = asked(self.card, num, labels, seed, noise, conditions)
+        ids, size = np.arange(given.num), min(whole("microbatch", microbatch), given.num)
+        rows = ids, given.told, given.noise
+        parts = self.images(*rows, plan=plan, seed=seed, decode=decode, microbatch=size)
         _, latents, pictures = (np.concatenate(arrays) for arrays in zip(*parts))
-        return Samples(pictures, latents, y)
+        return Samples(pictures, latents, given.labels)
 
     def images(
         self,
         ids: Int[np.ndarray, " n"],
-        labels: Int[np.ndarray, " n"],
+        labels: Cond,
         noise: Float[np.ndarray, "n h w c"] | None = None,
         *,
         plan: Plan | None = None,
@@ -187,7 +189,7 @@ class Model:
         """The images of `sample` with the numbers `ids`, in groups as they are done.
 
         Args:
-          labels: of each.
+          labels: of each, or {"label": labels, name: values of a condition}.
           noise: of each; None is that of the seed, which is one or one of each.
           batch: images in flight, over all devices; changes no image.
 
@@ -233,6 +235,7 @@ class Model:
         labels: Labels = "balanced",
         seed: int = 0,
         noise: Any = None,
+        conditions: Values = None,
     ) -> Float[np.ndarray, "points n h w c"]:
         """Latents at all `plan.times`, the initial noise included; arguments as in `sample`.
 
@@ -240,13 +243,13 @@ class Model:
           InputError: see `sample`.
         """
         plan = self._checked(plan)
-        count, y, start = self._given(num, labels, seed, noise)
-        drawn, keys = image_noise(np.uint32(seed), np.arange(count), self.config.shape)
+        given = asked(self.card, num, labels, seed, noise, conditions)
+        drawn, keys = image_noise(np.uint32(seed), np.arange(given.num), self.config.shape)
         states = self._exact(
             self._sampler(plan),
             self.params,
-            drawn if start is None else jnp.asarray(start),
-            jnp.asarray(y),
+            drawn if given.noise is None else jnp.asarray(given.noise),
+            jax.tree.map(jnp.asarray, given.told),
             keys,
             scales=scales_of(plan.segments),
             trajectory=True,
@@ -254,7 +257,7 @@ class Model:
         return np.asarray(states)
 
     def log_likelihood(
-        self, x: Any, labels: Labels, *, steps: int = 50, seed: int = 0
+        self, x: Any, labels: Labels, *, steps: int = 50, seed: int = 0, conditions: Values = None
     ) -> Float[np.ndarray, " b"]:
         """log p(x | label) in nats, by Heun's method and Hutchinson's estimate.
 
@@ -262,10 +265,9 @@ class Model:
           InputError: see `__call__`; steps below the number of stages.
         """
         x = latents_of(x, self.config.shape)
-        y = labels_of(labels, len(x), seed_of(seed), self.card)
+        y = jax.tree.map(jnp.asarray, asked(self.card, len(x), labels, seed, x, conditions).told)
         config = self.plan(steps=steps).config
-        probes = jax.random.key(np.uint32(seed))
-        given = (self.params, jnp.asarray(x), jnp.asarray(y), probes)
+        given = (self.params, jnp.asarray(x), y, jax.random.key(np.uint32(seed)))
         args = (self.network, self.config, self.card.flow, config, *given)
         return np.asarray(self._exact(log_likelihood, *args)[0])
 
@@ -289,11 +291,3 @@ class Model:
         one_time = self.config.block.wrap is not None  # only a wrap makes something of it
         make = lambda: plan.sampler(self._network(one_time), self.dtype)
         return self._once(("sampler", plan.static), make)
-
-    def _given(
-        self, num: int | None, labels: Labels, seed: int, noise: Any
-    ) -> tuple[int, Int[np.ndarray, " n"], Float[np.ndarray, "n h w c"] | None]:
-        """Number of images, their labels, and their noise if it is given."""
-        start = None if noise is None else latents_of(noise, self.config.shape)
-        count = count_of(num, labels, start)
-        return count, labels_of(labels, count, seed_of(seed), self.card), start

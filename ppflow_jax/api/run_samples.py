@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ppflow_jax.api.folder import Request, sample_into, shape_of_a_picture
-from ppflow_jax.api.inputs import labels_of, seed_of
+from ppflow_jax.api.inputs import check_unconditional, labels_of, seed_of
 from ppflow_jax.api.model import Model
 from ppflow_jax.checkpoints.weights import open_weights
 from ppflow_jax.console import progress
@@ -55,6 +55,7 @@ class RunSamples:
         card, run = weights.card, weights.card.experiment
         if card.space == "latents" and decode == "none":
             raise InputError(f"{path} makes latents: give --decode=vae:DIR or taesd:DIR")
+        check_unconditional(card.model, "this command")
         self.name = f"{num} of {weights.path}"
         self.num, self.decode, self.microbatch = num, decode, min(MICROBATCH, num)
         self.seed = seed_of((run["seed"] if run else 0) if seed is None else seed)

@@ -12,7 +12,7 @@ from ppflow_jax.convert.inception_keys import is_inception
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.config import SIZES, ModelConfig
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, Pyramid, Stage
-from ppflow_jax.systems.registry import read_block
+from ppflow_jax.systems.registry import read_block, read_conditions
 
 KINDS = ("sit", "ppflow", "vae", "taesd", "inception")
 HEADS = {size["width"]: size["heads"] for size in SIZES.values()}
@@ -80,9 +80,8 @@ def find_config(
             f"final_layer.linear.weight has {rows} rows; {base[1]}x{base[0]} patches of {channels} "
             f"channels need {area * channels}, or twice as many with learn_sigma"
         )
-    found = Pyramid((Stage(1.0, tuple(base)),))
-    if kind == "ppflow":
-        found = _pyramid(state, channels, tuple(base), pyramid)
+    several = kind == "ppflow" and _pyramid(state, channels, tuple(base), pyramid)
+    found = several or Pyramid((Stage(1.0, tuple(base)),))
     last = "pos_embed" if kind == "sit" else f"pos_embed.{len(found) - 1}"
     blocks = {m[1] for name in state if (m := re.match(r"blocks\.(\d+)\.", name))}
     block, hidden = read_block(state, width, ffn)
@@ -97,6 +96,7 @@ def find_config(
         mlp_ratio=_ratio(hidden, width),
         learn_sigma=rows == 2 * area * channels,
         block=block,
+        conditions=read_conditions(state, found),
     )
 
 

@@ -55,6 +55,8 @@ def key_table(config: ModelConfig) -> tuple[Key, ...]:
     for layer in range(config.depth):
         table += _block(config, layer)
     table += linear_keys("final_layer.adaLN_modulation.1", "final_adaln")
+    for condition in config.conditions:
+        table += condition.keys(config)
     table += _adapters(config, table)
     return tuple(table)
 

@@ -30,7 +30,8 @@ def _known(family: str, names: str, *needed: str, root: str = "") -> Known:
 KNOWN = (
     _known(
         "sit",
-        r"([xty]_embedder|level_embedder|final_layer|(blocks|routers)\.\d+)\..+|pos_embed(\.\d+)?",
+        r"([xty]_embedder|level_embedder|final_layer|conditions|(blocks|routers)\.\d+)\..+"
+        r"|pos_embed(\.\d+)?",
         r"x_embedder\.proj\.weight$",
         r"final_layer\.linear\.weight$",
         r"blocks\.0\.",

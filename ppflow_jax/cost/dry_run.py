@@ -26,6 +26,8 @@ from ppflow_jax.devices.sharding import (
 )
 from ppflow_jax.flow.cost import sampling_flops, training_flops
 from ppflow_jax.generate.plan import make_plan
+from ppflow_jax.models.conditions import LABEL
+from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.flops import block_traffic
 from ppflow_jax.train.experiment import Experiment
 from ppflow_jax.train.program import Program, make_program
@@ -162,10 +164,10 @@ def dry_run(config: ConfigDict, target: Target, *, sampler: bool = True) -> Repo
     model = experiment.card.model
     state = jax.tree.map(_placed, program.abstract, program.shardings)
     size = config.data.batch_size
-    batch = _inputs(size, model.shape, mesh)
+    batch = _inputs(size, model, mesh)
     frozen = jax.tree.map(_placed, program.frozen, program.frozen_shardings)
     more = {"frozen": frozen} if frozen else {}
-    whole = {k: _bytes(v) for k, v in (program.abstract | more).items() if k != "step"}
+    sizes = {k: _bytes(v) for k, v in (program.abstract | more).items() if k != "step"}
     parts = {k: _bytes(v, on_device=True) for k, v in (state | more).items() if k != "step"}
     parts["batch"] = _bytes(batch, on_device=True)
     programs = [_train_step(experiment, program, mesh, (state, batch), frozen)]
@@ -173,19 +175,21 @@ def dry_run(config: ConfigDict, target: Target, *, sampler: bool = True) -> Repo
         programs.append(_sampler(experiment, program, mesh, whole(state["ema"], frozen)))
     gathered = gathered_sizes(program, mesh, model.depth)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.parameters))
-    return Report(target, mesh, count, parts, whole, programs, gathered)
+    return Report(target, mesh, count, parts, sizes, programs, gathered)
 
 
 def _placed(leaf, sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _inputs(size: int, shape: tuple[int, ...], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def _inputs(size: int, model: ModelConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     place = batch_sharding(mesh)
-    return {
-        "x": jax.ShapeDtypeStruct((size, *shape), np.float32, sharding=place),
-        "label": jax.ShapeDtypeStruct((size,), np.int32, sharding=place),
+    shapes = {"x": model.shape} | {c.name: c.shape(model) for c in model.conditions}
+    values = {
+        name: jax.ShapeDtypeStruct((size, *shape), np.float32, sharding=place)
+        for name, shape in shapes.items()
     }
+    return values | {LABEL: jax.ShapeDtypeStruct((size,), np.int32, sharding=place)}
 
 
 def _bytes(tree: Any, *, on_device: bool = False) -> int:
@@ -207,7 +211,7 @@ def _train_step(experiment, program: Program, mesh: Mesh, inputs, frozen) -> Com
     return _compile(
         "training step",
         [program.steps[0].run.lower(state, batch, key, frozen)],
-        training_flops(model, pattern, size),
+        training_flops(model, pattern, size, experiment.objective.evaluated),
         traffic,
     )
 
@@ -216,9 +220,11 @@ def _sampler(experiment, program: Program, mesh: Mesh, ema) -> Compiled:
     config, model = experiment.config, experiment.card.model
     sampler = make_plan(experiment.card, experiment.sampler).sampler(program.apply)
     size = -(-config.sample.count // data_shards(mesh)) * data_shards(mesh)
-    inputs = _inputs(size, model.shape, mesh)
+    told = _inputs(size, model, mesh)
+    noise = told.pop("x")
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
-    lowered = sampler.lower(ema, inputs["x"], inputs["label"], _placed(keys, batch_sharding(mesh)))
+    told = told if model.conditions else told[LABEL]
+    lowered = sampler.lower(ema, noise, told, _placed(keys, batch_sharding(mesh)))
     traffic = sum(
         segment.steps * _traffic(experiment, program, {stage: (1 + guided) * size / mesh.size})
         for segment in sampler.segments

@@ -5,26 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
+
+from ppflow_jax.models.conditions import Cond, Condition, null
 
 # (x, t, y) -> prediction with the shape of x
-Predict = Callable[[Array, Array, Array], Array]
+Predict = Callable[[Array, Array, Cond], Array]
 
 
 @dataclass(frozen=True)
 class Cfg:
     """u + scale (c - u), c with the label and u with the null class, from one doubled batch.
 
+    Conditions that training drops are not given to u either, the others are.
+
     A scale of 1 is c: callers who know it beforehand call the network and save half.
 
     Attributes:
       channels: 0 guides all; n > 0 only the first n, the others keep c (the PyTorch code guides
         3 of 4).
+      conditions: of the model.
     """
 
     null_label: int
     channels: int = 0
+    conditions: tuple[Condition, ...] = ()
 
     def __call__(
         self,
@@ -32,15 +39,17 @@ class Cfg:
         weak: Predict | None,
         x: Float[Array, "b h w c"],
         t: Float[Array, " b"],
-        y: Int[Array, " b"],
+        y: Cond,
         scale: Float[Array, ""] | float,
     ) -> Float[Array, "b h w c"]:
         def pairs(first: Array, second: Array) -> Array:
             # The two halves of an image are neighbours: a batch split over devices stays put.
             return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
 
-        both = predict(pairs(x, x), pairs(t, t), pairs(y, jnp.full_like(y, self.null_label)))
-        return _extrapolate(both[0::2], both[1::2], scale, self.channels)
+        xs, ts = pairs(x, x), pairs(t, t)
+        ys = jax.tree.map(pairs, y, null(self.conditions, self.null_label, y))
+        both = predict(xs, ts, ys)
+        return extrapolate(both[0::2], both[1::2], scale, self.channels)
 
 
 @dataclass(frozen=True)
@@ -55,21 +64,22 @@ class Auto:
         weak: Predict,
         x: Float[Array, "b h w c"],
         t: Float[Array, " b"],
-        y: Int[Array, " b"],
+        y: Cond,
         scale: Float[Array, ""] | float,
     ) -> Float[Array, "b h w c"]:
-        return _extrapolate(predict(x, t, y), weak(x, t, y), scale, self.channels)
+        return extrapolate(predict(x, t, y), weak(x, t, y), scale, self.channels)
 
 
 Guidance = Cfg | Auto
 
 
-def _extrapolate(
+def extrapolate(
     good: Float[Array, "b h w c"],
     bad: Float[Array, "b h w c"],
-    scale: Float[Array, ""] | float,
+    scale: Float[Array, ""] | Float[Array, "b 1 1 1"] | float,
     channels: int,
 ) -> Float[Array, "b h w c"]:
+    """bad + scale (good - bad), of all channels (0) or the first; of the others `good`."""
     out = bad + scale * (good - bad)
     if channels:
         out = jnp.concatenate([out[..., :channels], good[..., channels:]], axis=-1)

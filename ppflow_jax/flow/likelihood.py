@@ -5,11 +5,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
+from ppflow_jax.flow.grids import reference_grid
 from ppflow_jax.flow.path import Flow, velocity_from
-from ppflow_jax.flow.plan import SamplerConfig, plan, reference_grid
+from ppflow_jax.flow.plan import SamplerConfig, plan
 from ppflow_jax.flow.solvers import ODE_SOLVERS, rk_step
+from ppflow_jax.models.conditions import Cond
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Apply, Params
 
@@ -21,7 +23,7 @@ def log_likelihood(
     config: SamplerConfig,
     params: Params,
     x: Float[Array, "b h w c"],
-    labels: Int[Array, " b"],
+    labels: Cond,
     probes: Key[Array, ""] | Float[Array, "e b h w c"],
 ) -> tuple[Float[Array, " b"], Float[Array, "b h w c"]]:
     """Integrate data back to noise, and with it the divergence of the velocity.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from ppflow_jax.flow.terms import (
     network_leaves,
     own_leaves,
 )
+from ppflow_jax.models.conditions import LABEL, Cond, Condition
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Apply, Output, Params
 from ppflow_jax.models.stack import Taps
@@ -32,11 +33,11 @@ from ppflow_jax.pyramid import Pyramid
 
 
 class Draws(NamedTuple):
-    """Everything random in one step."""
+    """Everything random in one step, and with the labels what else the network is told."""
 
     noise: Float[Array, "b h w c"]
     t: Float[Array, " b"]
-    labels: Int[Array, " b"]
+    labels: Cond
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class FlowObjective:
         only times at which the sampler uses it. ((0, 1), (0, 1)) trains every patch size on all
         times (FlexiDiT, arXiv 2502.20126).
       terms: what else may be minimised, besides what the parts of the blocks give.
+      conditions: of the network; a batch has their values as fields.
 
     Raises:
       InputError: unknown weighting, weighting of a velocity, shares or times that do not fit the
@@ -69,6 +71,11 @@ class FlowObjective:
     stage_share: tuple[int, ...] = ()
     stage_times: tuple[tuple[float, float], ...] = ()
     terms: tuple[Term, ...] = ()
+    conditions: tuple[Condition, ...] = ()
+
+    frozen = ()
+    forward_mode = False
+    evaluated = ()
 
     def __post_init__(self):
         if self.weighting not in WEIGHTINGS:
@@ -130,12 +137,16 @@ class FlowObjective:
         return own_leaves(self.terms, model, key)
 
     def fields(self, weights: Weights) -> tuple[str, ...]:
-        """What the terms with a weight need of a batch."""
+        """What the network is told, and what the terms with a weight need."""
         needed = (name for term in self.terms if weights.get(term.name) for name in term.fields)
-        return tuple(dict.fromkeys(needed))
+        return tuple(dict.fromkeys([*(c.name for c in self.conditions), *needed]))
 
     def draw(self, key: Key[Array, ""], batch: Batch) -> Draws:
-        """Noise, stratified times and dropped labels of one step."""
+        """Noise, stratified times and dropped labels of one step.
+
+        One number of an image decides on all that may be dropped: the label below `label_drop`,
+        a condition below its own probability. So what is dropped less is dropped with the rest.
+        """
         x1, labels = batch["x"], batch["label"]
         k_noise, k_time, k_drop = jax.random.split(key, 3)
         size = x1.shape[0]
@@ -143,12 +154,25 @@ class FlowObjective:
         repeats = size // len(self.pattern)
         u = jax.random.uniform(k_time, (size,))
         t = jnp.tile(lo, repeats) + jnp.tile(hi - lo, repeats) * u
-        dropped = jax.random.uniform(k_drop, (size,)) < self.label_drop
+        drop = jax.random.uniform(k_drop, (size,))
+        dropped = drop < self.label_drop
         return Draws(
             noise=jax.random.normal(k_noise, x1.shape),
             t=t,
-            labels=jnp.where(dropped, self.null_label, labels),
+            labels=self.told(jnp.where(dropped, self.null_label, labels), drop, batch),
         )
+
+    def told(self, labels: Int[Array, " b"], drop: Float[Array, " b"], batch: Batch) -> Cond:
+        """Labels, or these and the values of conditions; `drop` decides on what is dropped."""
+        if not self.conditions:
+            return labels
+        values = {}
+        for c in self.conditions:
+            value = values[c.name] = batch[c.name]
+            if c.dropped:
+                rows = jnp.expand_dims(drop < c.dropped, range(1, value.ndim))
+                values[c.name] = jnp.where(rows, c.null(value), value)
+        return {LABEL: labels} | values
 
     def loss(
         self,
@@ -169,21 +193,14 @@ class FlowObjective:
         taps = functools.reduce(operator.or_, (term.taps for term in terms), Taps())
         views, outputs = self.predicted(apply, params, frozen, batch, draws, taps)
         losses = [self.errors(view, output) for view, output in zip(views, outputs)]
-        durations = [b - a for a, b in self.pyramid.intervals]
-        means = [jnp.mean(x) for x in losses]
-        loss = sum(d * m for d, m in zip(durations, means))
-        metrics = {f"loss/stage{i}": m for i, m in enumerate(means)} if len(means) > 1 else {}
-        total, own = loss, params.get(OWN, {})
-        for name in outputs[0].aux:
-            if weight := weights.get(name):
-                term = sum(d * output.aux[name] for d, output in zip(durations, outputs))
-                total, metrics[name] = total + weight * term, term
+        total, metrics = over_time(self.pyramid, losses, outputs, weights)
+        own = params.get(OWN, {})
         for term in terms:
             leaves = own.get(term.name, {})
             given = (jnp.mean(term(leaves, out, view)) for out, view in zip(outputs, views))
-            value = sum(d * v for d, v in zip(durations, given))
+            value = sum(d * v for d, v in zip(self.pyramid.durations, given))
             total, metrics[term.name] = total + weights[term.name] * value, value
-        return total, metrics | {"loss": loss}
+        return total, metrics
 
     def predicted(
         self,
@@ -197,8 +214,13 @@ class FlowObjective:
         """What the network sees and gives, by stage; arguments as of `loss`."""
         stages = tuple(range(len(self.pyramid)))
         x1 = batch["x"]
-        parts = [[strided(a, self.pattern, i) for i in stages] for a in (x1, *draws)]
-        data, noise, t, y = (tuple(part) for part in parts)
+
+        def cut(told: Any) -> tuple[Any, ...]:
+            return tuple(
+                jax.tree.map(lambda a, i=i: strided(a, self.pattern, i), told) for i in stages
+            )
+
+        data, noise, t, y = map(cut, (x1, *draws))
         path = self.flow.interpolant
         xt, velocity = zip(*(interpolate(path, *each) for each in zip(noise, data, t)))
         tapped = {"taps": taps} if taps else {}
@@ -222,6 +244,37 @@ class FlowObjective:
             *(self.flow, self.weighting, view.noise, view.velocity, output.prediction, view.t)
         )
         return jnp.mean(jnp.square(error), axis=(1, 2, 3))
+
+
+def over_time(
+    pyramid: Pyramid,
+    losses: Sequence[Float[Array, " _"]],
+    outputs: Sequence[Output],
+    weights: Weights,
+) -> tuple[Float[Array, ""], Metrics]:
+    """The loss as a mean over time, with what the parts of the blocks add to it, and metrics.
+
+    Args:
+      losses: of every sample, by stage.
+      outputs: of every stage.
+    """
+    means = [jnp.mean(x) for x in losses]
+    loss = sum(d * m for d, m in zip(pyramid.durations, means))
+    metrics = {f"loss/stage{i}": m for i, m in enumerate(means)} if len(means) > 1 else {}
+    total, terms = with_block_terms(loss, pyramid, outputs, weights)
+    return total, metrics | terms | {"loss": loss}
+
+
+def with_block_terms(
+    loss: Float[Array, ""], pyramid: Pyramid, outputs: Sequence[Output], weights: Weights
+) -> tuple[Float[Array, ""], Metrics]:
+    """`loss` and the weighted terms of the parts of the blocks, means over time; these by name."""
+    found = {}
+    for name in outputs[0].aux:
+        if weight := weights.get(name):
+            term = sum(d * output.aux[name] for d, output in zip(pyramid.durations, outputs))
+            loss, found[name] = loss + weight * term, term
+    return loss, found
 
 
 def strided(x: Array, pattern: tuple[int, ...], stage: int) -> Array:

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from ppflow_jax.flow.method import Method
 from ppflow_jax.flow.multistep import Rule
 from ppflow_jax.flow.plan import Segment
+from ppflow_jax.models.conditions import Cond
 from ppflow_jax.models.network import Params
 
 # Of every program of a plan: a row a step, a column an evaluation
@@ -29,7 +30,7 @@ def runs_of(segments: tuple[Segment, ...]) -> list[list[Segment]]:
     runs: list[list[Segment]] = []
     for s in segments:
         facts = (s.kind, s.stages, s.guided, s.method)
-        goes_on = s.kind in ("ode", "multistep", "sde") and (s.method is None or s.keeps)
+        goes_on = s.kind in ("ode", "multistep", "sde", "jump") and (s.method is None or s.keeps)
         last = runs[-1][-1] if runs else None
         if goes_on and last and facts == (last.kind, last.stages, last.guided, last.method):
             runs[-1].append(s)
@@ -64,7 +65,7 @@ class Networks(NamedTuple):
 
     params: Params
     weak: Params | None
-    labels: Int[Array, " b"]
+    labels: Cond
 
 
 class Tables(NamedTuple):
@@ -89,7 +90,11 @@ class Tables(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What a program is compiled for."""
+    """What a program is compiled for.
+
+    Attributes:
+      told: conditions of the network that the sampler knows (see `models.conditions.KNOWN`).
+    """
 
     kind: str
     stages: tuple[int, ...]
@@ -97,3 +102,4 @@ class Facts(NamedTuple):
     method: Method | None = None
     rule: Rule | None = None
     trajectory: bool = False
+    told: tuple[str, ...] = ()

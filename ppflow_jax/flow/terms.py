@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from ppflow_jax.errors import InputError
+from ppflow_jax.models.conditions import Cond
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Apply, Output, Params
 from ppflow_jax.models.stack import Taps
@@ -32,7 +33,7 @@ class View(NamedTuple):
 
     Attributes:
       x1, noise, xt: data, noise and what the network was given, float32 [b, h, w, c].
-      t, y: times [b]; labels [b], some of them dropped.
+      t, y: times [b]; labels [b], some of them dropped, or these and values of conditions.
       velocity: of the path from noise to data, dx_t/dt.
       batch: the term's fields.
       frozen: arrays that are not trained, by name.
@@ -44,7 +45,7 @@ class View(NamedTuple):
     noise: Float[Array, "b h w c"]
     xt: Float[Array, "b h w c"]
     t: Float[Array, " b"]
-    y: Int[Array, " b"]
+    y: Cond
     velocity: Float[Array, "b h w c"]
     batch: Batch
     frozen: Mapping[str, Any]
@@ -90,10 +91,22 @@ class Objective(Protocol):
 
     Attributes:
       pattern: stage of sample i is `pattern[i % len(pattern)]`.
+      frozen: names of what it needs that is not trained, each shaped as the network's parameters.
+      forward_mode: whether it takes derivatives of the network by forward mode.
+      evaluated: stages of what it evaluates without gradient, for the samples of one pattern.
     """
 
     @property
     def pattern(self) -> tuple[int, ...]: ...
+
+    @property
+    def frozen(self) -> tuple[str, ...]: ...
+
+    @property
+    def forward_mode(self) -> bool: ...
+
+    @property
+    def evaluated(self) -> tuple[int, ...]: ...
 
     def check_batch(self, batch_size: int, shards: int) -> None:
         """
@@ -160,9 +173,9 @@ class Phase:
 
 
 def parse_phases(
-    values: Sequence[tuple[int, Mapping[str, float]]],
+    values: Any,
     steps: int,
-    always: Weights,
+    always: Mapping[str, Any],
     names: Sequence[str],
 ) -> tuple[Phase, ...]:
     """The phases of `config.train.phases`, ((until, {term: weight}), ...); the last has no end.
@@ -183,15 +196,15 @@ def parse_phases(
             )
         return (Phase(steps, tuple(always.items())),)
     try:
-        pairs = [(int(until), dict(weights)) for until, weights in values]
-        phases = tuple(
-            Phase(until, tuple((k, float(w)) for k, w in ({**always, **weights}).items()))
-            for until, weights in pairs
-        )
+        pairs = [
+            (int(until), {name: float(w) for name, w in ({**always, **weights}).items()})
+            for until, weights in values
+        ]
     except (TypeError, ValueError) as e:
         raise InputError(
             f"config.train.phases must be ((until_step, {{term: weight}}), ...), got {values}"
         ) from e
+    phases = tuple(Phase(until, tuple(weights.items())) for until, weights in pairs)
     ends = [phase.until for phase in phases]
     if ends != sorted(set(ends)) or ends[0] < 1:
         raise InputError(f"config.train.phases must end one after another, got steps {ends}")

@@ -23,6 +23,7 @@ from ppflow_jax.devices.sharding import batch_sharding, data_shards, fetch, loca
 from ppflow_jax.errors import InputError, RunError
 from ppflow_jax.flow.sampler import Sampler, image_noise
 from ppflow_jax.flow.tables import Scales, scales_of
+from ppflow_jax.models.conditions import Cond
 from ppflow_jax.models.network import Params
 
 MICROBATCH = 16
@@ -40,8 +41,8 @@ class Images(NamedTuple):
 class Generator:
     """Samples a model on the devices of a mesh, a compiled program for all calls.
 
-    Image k is a function of the weights, the sampler, the seed, k and its label; none of them but
-    the sampler, without its guidance scales, is compiled in. On the devices of
+    Image k is a function of the weights, the sampler, the seed, k, and its label and conditions;
+    none of them but the sampler, without its guidance scales, is compiled in. On the devices of
     one process (the default) processes do not talk to each other: each may be given its own
     numbers. On a mesh of several all are given the same, and get the same.
     """
@@ -94,7 +95,7 @@ class Generator:
         self,
         params: Params,
         ids: Int[np.ndarray, " n"],
-        labels: Int[np.ndarray, " n"],
+        labels: Cond,
         noise: Float[np.ndarray, "n h w c"] | None = None,
         *,
         seed: int | UInt32[np.ndarray, " n"] = 0,
@@ -106,7 +107,7 @@ class Generator:
 
         Args:
           params: of the model, on the devices of the mesh.
-          labels: class of each.
+          labels: class of each, or {"label": classes, name: values of a condition}.
           noise: initial noise of each, instead of that of the seed.
           seed: of the noise, one or one of each.
           scales: guidance scales instead of the sampler's, see `flow.tables.scales_of`.
@@ -122,7 +123,7 @@ class Generator:
         seeds = np.broadcast_to(np.asarray(seed, np.uint32), len(ids))
         for first in range(0, len(ids), self.group):
             part = slice(first, first + self.group)
-            rows = seeds[part], ids[part], labels[part], None if noise is None else noise[part]
+            rows = jax.tree.map(lambda x, part=part: x[part], (seeds, ids, labels, noise))
             started = self._start((params, weak, scales or self.scales), *rows)
             waiting.append((ids[part], started))
             if len(waiting) == ahead:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import UInt8
@@ -13,20 +14,21 @@ from ppflow_jax.autoencoders.decode import Decoder
 from ppflow_jax.devices.layout import Layout
 from ppflow_jax.devices.sharding import layout
 from ppflow_jax.flow.plan import SamplerConfig
-from ppflow_jax.generate.images import MICROBATCH, Generator, choose_labels
+from ppflow_jax.generate.images import MICROBATCH, Generator
 from ppflow_jax.generate.plan import make_plan
+from ppflow_jax.models.conditions import Cond
 from ppflow_jax.models.network import Params, make_apply
 
 
 class RunPictures:
-    """Image k of `count` has the noise of (seed, k); the trained classes come in turn.
+    """Image k has the noise of (seed, k), and the label and conditions of row k of `told`.
 
     In float32 at highest precision, however the model is trained. Between meshes of other sizes
     the last bits of the samples differ, and so a few pictures by one grey level.
     """
 
     def __init__(
-        self, decoder: Decoder, config: SamplerConfig, *, count: int, seed: int, mesh: Mesh
+        self, decoder: Decoder, config: SamplerConfig, *, told: Cond, seed: int, mesh: Mesh
     ):
         """
         Args:
@@ -34,14 +36,13 @@ class RunPictures:
           mesh: of the parameters that will be given.
         """
         card = decoder.card
-        self.count, self.seed = count, seed
+        self.count, self.seed, self.told = len(jax.tree.leaves(told)[0]), seed, told
         cut = mesh.size > mesh.shape["data"]
         apply = make_apply(
             card.model, layout=layout(mesh, card.model.block.rules) if cut else Layout()
         )
         sampler = make_plan(card, config).sampler(apply)
-        self.labels = choose_labels("balanced", count, card.model.num_classes, seed, card.classes)
-        microbatch = min(MICROBATCH, count)
+        microbatch = min(MICROBATCH, self.count)
         self._generator = Generator(sampler, decoder, microbatch=microbatch, mesh=mesh)
 
     def __call__(
@@ -56,7 +57,7 @@ class RunPictures:
         """
         parts = []
         ids = np.arange(self.count)
-        for images in self._generator(params, ids, self.labels, seed=self.seed):
+        for images in self._generator(params, ids, self.told, seed=self.seed):
             parts.append(images.pictures)
             done(len(images.ids))
         return np.concatenate(parts)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.adapters import NONE, Adapter, beside, parse, text
+from ppflow_jax.models.conditions import Condition, known
 from ppflow_jax.models.parts import DIT, BlockSpec
 from ppflow_jax.pyramid import Pyramid
 
@@ -34,11 +35,12 @@ class ModelConfig:
         PyTorch weights have them.
       level_embedding: several stages are told apart by a learned embedding (PPFlow, Sec. 3.2).
       block: what the blocks are made of.
+      conditions: what it is told besides time and label.
       adapters: what stands beside the kernels, see `models.adapters`.
 
     Raises:
-      InputError: a patch does not divide the latent, heads do not divide the width, or adapters
-        that are on no kernel.
+      InputError: a patch does not divide the latent, heads do not divide the width, two conditions
+        have one name, or adapters are on no kernel.
     """
 
     pyramid: Pyramid
@@ -52,6 +54,7 @@ class ModelConfig:
     learn_sigma: bool = True
     level_embedding: bool = True
     block: BlockSpec = DIT
+    conditions: tuple[Condition, ...] = ()
     adapters: tuple[Adapter, ...] = ()
 
     def __post_init__(self):
@@ -65,6 +68,9 @@ class ModelConfig:
                 f"width {self.width} must be divisible by heads ({self.heads}) and by 4 "
                 "(sin-cos positions)"
             )
+        names = [condition.name for condition in self.conditions]
+        if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+            raise InputError(f"two conditions are called {twice[0]}: give each its own name")
         beside(self)
 
     @property
@@ -77,6 +83,11 @@ class ModelConfig:
         return self.num_classes
 
     @property
+    def asked(self) -> tuple[Condition, ...]:
+        """Conditions whose values must be given; the others the sampler knows."""
+        return tuple(c for c in self.conditions if c.name not in known(self.conditions))
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """Latent shape (h, w, c)."""
         return (self.latent_size, self.latent_size, self.channels)
@@ -86,22 +97,31 @@ class ModelConfig:
         return self.width // self.heads
 
     def to_json(self) -> dict[str, Any]:
-        """By field, and every part of the blocks that is not DiT's, and adapters, as text."""
-        special = ("block", "adapters")
+        """By field; conditions, adapters and every part that is not DiT's, as text."""
+        special = ("block", "conditions", "adapters")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in special}
-        added = {"adapters": text(self.adapters)} if self.adapters else {}
-        return values | {"pyramid": str(self.pyramid)} | self.block.to_json() | added
+        texts: dict[str, Any] = {"pyramid": str(self.pyramid)} | self.block.to_json()
+        if self.conditions:
+            texts["conditions"] = list(map(str, self.conditions))
+        if self.adapters:
+            texts["adapters"] = text(self.adapters)
+        return values | texts
 
     @classmethod
-    def from_json(cls, values: dict[str, Any], block: BlockSpec = DIT) -> ModelConfig:
-        """The model of `to_json`, whose parts have been made already.
+    def from_json(
+        cls,
+        values: dict[str, Any],
+        block: BlockSpec = DIT,
+        conditions: tuple[Condition, ...] = (),
+    ) -> ModelConfig:
+        """The model of `to_json`, whose parts and conditions have been made already.
 
         Raises:
           InputError: keys that there are not.
         """
-        known = {f.name for f in fields(cls)} - {"block"}
+        known = {f.name for f in fields(cls)} - {"block", "conditions"}
         if unknown := set(values) - known:
             raise InputError(f"model config has unknown keys {sorted(unknown)}: update ppflow_jax")
         pyramid = Pyramid.parse(values["pyramid"])
-        added = parse(values.get("adapters", NONE))
-        return cls(**(values | {"pyramid": pyramid, "block": block, "adapters": added}))
+        made = {"pyramid": pyramid, "block": block, "conditions": conditions}
+        return cls(**(values | made | {"adapters": parse(values.get("adapters", NONE))}))

@@ -26,12 +26,16 @@ def block_flops(
 
 
 def ends_flops(model: ModelConfig, stage: int) -> int:
-    """FLOPs of what is not in the blocks: patch, final and time projections, of one image."""
+    """FLOPs of what is not in the blocks, of one image.
+
+    These are the patch, final and time projections, what conditions count, and adapters of these.
+    """
     d, pixels = model.width, model.latent_size**2 * model.channels
     ends = 2 * d * pixels * (3 if model.learn_sigma else 2) + 4 * d * d
+    told = sum(condition.flops(model) for condition in model.conditions)
     rows, cols = model.pyramid.grid(stage, model.latent_size)
     _, adapters = low_rank_flops(model, stage, rows * cols, rows * cols)
-    return ends + 2 * d * (2 * FREQUENCIES + d) + adapters
+    return ends + 2 * d * (2 * FREQUENCIES + d) + told + adapters
 
 
 def forward_flops(model: ModelConfig, stage: int) -> int:

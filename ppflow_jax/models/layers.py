@@ -50,10 +50,16 @@ def modulate(
 
 
 def linear(
-    d_in: int, d_out: int, rngs: nnx.Rngs, *, dtype: DTypeLike | None = None, init=_xavier
+    d_in: int,
+    d_out: int,
+    rngs: nnx.Rngs,
+    *,
+    dtype: DTypeLike | None = None,
+    init=_xavier,
+    bias: bool = True,
 ) -> Linear:
     """Linear layer with float32 parameters computing in `dtype`."""
-    return Linear(d_in, d_out, rngs=rngs, dtype=dtype, kernel_init=init)
+    return Linear(d_in, d_out, rngs=rngs, dtype=dtype, kernel_init=init, use_bias=bias)
 
 
 class Linear(nnx.Linear):
@@ -95,10 +101,13 @@ class TimestepEmbedder(nnx.Module):
         self.fc1 = linear(2 * FREQUENCIES, width, rngs, dtype=dtype, init=_normal)
         self.fc2 = linear(width, width, rngs, dtype=dtype, init=_normal)
 
-    def __call__(self, t: Float[Array, " b"]) -> Float[Array, "b d"]:
+    def __call__(
+        self, t: Float[Array, " b"], more: Float[Array, "b f"] | None = None
+    ) -> Float[Array, "b d"]:
+        """`more` is added to the features of t (see `models.conditions.Scalar`)."""
+        features = timestep_features(t) if more is None else timestep_features(t) + more
         # Cosines and sines are summed apart: shorter sums round less, and an error made here
         # reaches every block.
-        features = timestep_features(t)
         cos, sin = jnp.split(features, 2, axis=-1)
         kernel = self.fc1.kernel[...]
         hidden = cos @ kernel[:FREQUENCIES] + sin @ kernel[FREQUENCIES:] + self.fc1.bias[...][None]

@@ -21,6 +21,7 @@ from ppflow_jax.devices.layout import Layout
 from ppflow_jax.devices.programs import Programs, for_passes
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.adapters import attach
+from ppflow_jax.models.conditions import Cond, Told, split
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.layers import Block, TimestepEmbedder, _normal, _zeros, linear, modulate
 from ppflow_jax.models.parts import Aux, Execution
@@ -83,19 +84,27 @@ class PPFlow(nnx.Module):
         self.unpatchify = nnx.List(
             [linear(width, a * out_channels, rngs, dtype=jnp.float32, init=_zeros) for a in areas]
         )
+        if config.conditions:  # last, so that the leaves before them start as without them
+            self.conditions = nnx.Dict(
+                {c.name: c.module(config, self.run, rngs) for c in config.conditions}
+            )
         attach(self, config, rngs)
 
-    def tokens(self, x: Float[Array, "b h w c"], stage: int) -> Float[Array, "b n d"]:
-        """Patch projection of one stage plus its positions."""
+    def tokens(self, x: Float[Array, "b h w c"], stage: int, told: Told) -> Float[Array, "b n d"]:
+        """Patch projection of one stage, of the latent and of conditions, plus its positions."""
         patch = self.config.pyramid.stages[stage].patch
         pos = positions(self.config.pyramid, stage, self.config.latent_size, self.config.width)
         tokens = self.patchify[stage](patchify(x, patch)).astype(jnp.float32)
+        for c in self.config.conditions:
+            if c.enters == "input":
+                values = told.values[c.name]
+                tokens += c.tokens(self.conditions[c.name], values, stage, patch)
         return self.layout.batch(tokens + jnp.asarray(pos)[None])
 
-    def conditions(
+    def embeddings(
         self,
         ts: tuple[Float[Array, " _"], ...],
-        ys: tuple[Int[Array, " _"], ...],
+        told: tuple[Told, ...],
         stages: tuple[int, ...],
     ) -> tuple[Float[Array, "_ d"], ...]:
         """Sum of time, label and level embeddings, for every stage.
@@ -105,11 +114,18 @@ class PPFlow(nnx.Module):
         the devices.)
         """
         turns = math.gcd(*map(len, ts))
-        t, y = (
-            jnp.concatenate([part.reshape(turns, -1) for part in parts], axis=1)
-            for parts in (ts, ys)
-        )
-        c = self.time(t.reshape(-1)).astype(jnp.float32) + self.label(y.reshape(-1))
+
+        def joined(parts: tuple[Array, ...]) -> Float[Array, "turns _"] | Int[Array, "turns _"]:
+            return jnp.concatenate([part.reshape(turns, -1) for part in parts], axis=1)
+
+        t, y = joined(ts), joined(tuple(each.labels for each in told))
+        more = None
+        for s in self.config.conditions:
+            if s.enters == "vector":
+                values = joined(tuple(each.values[s.name] for each in told))
+                vector = s.vector(self.conditions[s.name], values.reshape(-1))
+                more = vector if more is None else more + vector
+        c = self.time(t.reshape(-1), more).astype(jnp.float32) + self.label(y.reshape(-1))
         cuts = list(itertools.accumulate(len(part) // turns for part in ts))[:-1]
         own = jnp.split(c.reshape(*t.shape, -1), cuts, axis=1)
         cs = [part.reshape(-1, part.shape[-1]) for part in own]
@@ -128,15 +144,16 @@ class PPFlow(nnx.Module):
         self,
         x: Float[Array, "b h w c"],
         t: Float[Array, " b"],
-        y: Int[Array, " b"],
+        y: Cond,
         stage: int,
         trunk: Trunk | None = None,
     ) -> Float[Array, "b h w c"] | tuple[Float[Array, "b h w c"], Any]:
         if trunk is None:
             return self.by_stage((x,), (t,), (y,), (stage,))[0].prediction
-        c = jax.nn.silu(self.conditions((t,), (y,), (stage,))[0])
+        told = split(self.config.conditions, y)
+        c = jax.nn.silu(self.embeddings((t,), (told,), (stage,))[0])
         signal, _ = self.signals(Stack(self.blocks, (), self.run, self.remat), t)
-        h, extra = trunk(self.blocks.given(signal), self.tokens(x, stage), c)
+        h, extra = trunk(self.blocks.given(signal), self.tokens(x, stage, told), c)
         return self.prediction(h, c, stage), extra
 
     def by_stage(
@@ -152,8 +169,9 @@ class PPFlow(nnx.Module):
 
         With `layers` (see `unstacked`) the blocks have their parameters.
         """
-        cs = tuple(map(jax.nn.silu, self.conditions(ts, ys, stages)))
-        hs = tuple(self.tokens(*each) for each in zip(xs, stages))
+        told = tuple(split(self.config.conditions, y) for y in ys)
+        cs = tuple(map(jax.nn.silu, self.embeddings(ts, told, stages)))
+        hs = tuple(self.tokens(*each) for each in zip(xs, stages, told))
         stack = Stack(self.blocks, layers, self.run, self.remat)
         signals, given = zip(*(self.signals(stack, t) for t in ts))
         hs, auxes, found = stack(hs, cs, signals, taps)
@@ -210,14 +228,15 @@ def make_apply(
 ) -> Apply:
     """The network as a pure function `apply(params, x, t, y, stage, trunk=None, taps=Taps())`.
 
-    x float32 [b, h, w, c] latent; t float32 [b] in [0, 1]; y int32 [b], null label allowed;
-    stage a Python int. Returns float32 [b, h, w, c]: the velocity, score or noise it was
-    trained to predict. With a tuple for each of x, t, y and stage: an `Output` of each, in one pass
-    over the blocks; with `taps` an `Output` of one stage too. `params` may be `unstacked`. `dtype`
-    is that of the matrix products, `programs` how it is computed (None: as suits passes on the
-    default device), `layout` that of the mesh. With `one_time` all images of a call have one time,
-    as in sampling. `trunk` (see `Trunk`) replaces the scan over the blocks, whose weights are then
-    all gathered at once; the result is (prediction, what the trunk returned besides).
+    x float32 [b, h, w, c] latent; t float32 [b] in [0, 1]; y int32 [b], null label allowed, of a
+    model with conditions {"label": y, name: values} (see `models.conditions`); stage a Python int.
+    Returns float32 [b, h, w, c]: the velocity, score or noise it was trained to predict. With a
+    tuple for each of x, t, y and stage: an `Output` of each, in one pass over the blocks; with
+    `taps` an `Output` of one stage too. `params` may be `unstacked`. `dtype` is that of the matrix
+    products, `programs` how it is computed (None: as suits passes on the default device), `layout`
+    that of the mesh. With `one_time` all images of a call have one time, as in sampling. `trunk`
+    (see `Trunk`) replaces the scan over the blocks, whose weights are then all gathered at once;
+    the result is (prediction, what the trunk returned besides).
 
     Raises:
       InputError: unknown remat policy, or a policy for unrolled blocks; in `apply`, taps of blocks

@@ -94,23 +94,31 @@ def linear_keys(torch: str, *path: str | int, index: tuple[int, ...] = ()) -> It
 
 
 @dataclass(frozen=True)
-class Part:
+class Described:
+    """What configurations and checkpoints have as text: `kind:field=value,...`.
+
+    Attributes:
+      kind: its name there.
+    """
+
+    kind: ClassVar[str]
+
+    def __str__(self) -> str:
+        pairs = (f"{f.name}={str(getattr(self, f.name)).lower()}" for f in fields(self))
+        return ":".join(filter(None, (self.kind, ",".join(pairs))))
+
+
+@dataclass(frozen=True)
+class Part(Described):
     """Base of all parts: frozen dataclasses of numbers, texts and booleans.
 
     Attributes:
-      kind: its name in configurations and checkpoints.
       rules: shardings of its leaves, see `devices.sharding`.
       term_names: of `terms`.
     """
 
-    kind: ClassVar[str]
     rules: ClassVar[tuple[Rule, ...]] = ()
     term_names: ClassVar[tuple[str, ...]] = ()
-
-    def __str__(self) -> str:
-        """`kind:field=value,...`, as configurations and checkpoints have it."""
-        pairs = (f"{f.name}={str(getattr(self, f.name)).lower()}" for f in fields(self))
-        return ":".join(filter(None, (self.kind, ",".join(pairs))))
 
     def modules(self, model: ModelConfig, run: Execution, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
         """What is attached to a block, by the names of its leaves."""

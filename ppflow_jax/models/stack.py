@@ -102,10 +102,14 @@ class Stack:
             # Weights cross the mesh in the dtype of the matrix products, which is all they enter.
             block = jax.tree.map(lambda p: p.astype(self.run.dtype), block)
             block = self.run.layout.weights(block, "blocks/")
-            blocks = [block.given(s) for s in signals]
-            seen = tuple(b.logits(h, c) for b, h, c in zip(blocks, hs, cs)) if logits else ()
-            outputs = (b.outputs(h, c) for b, h, c in zip(blocks, hs, cs))
-            hs, auxes = zip(*((self.run.layout.batch(h), aux) for h, _, aux in outputs))
+
+            def through(signal, h, c):
+                here = block.given(signal)
+                seen = here.logits(h, c) if logits else None
+                h, _, aux = here.outputs(h, c)
+                return self.run.layout.batch(h), aux, seen
+
+            hs, auxes, seen = zip(*map(through, signals, hs, cs))
             return hs, (auxes, seen)
 
         found: tuple[dict[str, Array], ...] = tuple({} for _ in hs)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from ppflow_jax.api.inputs import check_unconditional
 from ppflow_jax.api.load import load
 from ppflow_jax.autoencoders.decode import Decoder
 from ppflow_jax.flow.path import Flow, clean_from
@@ -49,6 +50,7 @@ def make_strip(run: Run, decoder: Decoder, *, label: int, seed: int, steps: int)
     card, experiment = run.card, run.card.experiment or {}
     cfg = tuple(experiment.get("sample", {}).get("cfg", (1.0,)))
     model = load(run.checkpoint)
+    check_unconditional(model.config, "the report")
     plan = model.plan(solver="euler", steps=steps, cfg=cfg)
     path = model.trajectory(1, plan=plan, labels=label, seed=seed)[:, 0]
 

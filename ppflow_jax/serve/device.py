@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from ppflow_jax.api.inputs import whole
+from ppflow_jax.api.inputs import check_unconditional, whole
 from ppflow_jax.api.model import Model
 from ppflow_jax.autoencoders.decode import Decoder
 from ppflow_jax.flow.path import clean_from
@@ -79,10 +79,12 @@ class Device:
       compiled: programs so far.
 
     Raises:
-      InputError: an autoencoder that does not fit the model, or no microbatch.
+      InputError: an autoencoder that does not fit the model, no microbatch, or a model that must
+        be told more than requests say.
     """
 
     def __init__(self, model: Model, decode: str, microbatch: int):
+        check_unconditional(model.config, "the service")
         self.model, self.microbatch = model, whole("microbatch", microbatch)
         self.decoder = Decoder.parse(decode, model.card)
         self.size = self.microbatch * jax.local_device_count()

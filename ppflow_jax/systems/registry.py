@@ -1,22 +1,36 @@
-"""The parts that configurations and checkpoints name."""
+"""The parts, conditions and tasks that configurations and checkpoints name."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from ppflow_jax.errors import InputError
-from ppflow_jax.flow.terms import Term
+from ppflow_jax.flow.loss import FlowObjective
+from ppflow_jax.flow.plan import SamplerConfig
+from ppflow_jax.flow.terms import Objective, Term
+from ppflow_jax.models.conditions import Channels, Condition, Scalar
+from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.parts import BlockSpec, Ffn, Mlp, Part, Wrap
+from ppflow_jax.pyramid import Pyramid
+from ppflow_jax.systems.guided_distillation import Guided, Halved
+from ppflow_jax.systems.meanflow import MeanFlow
 from ppflow_jax.systems.moe import MoE
 from ppflow_jax.systems.switch import Switch
+from ppflow_jax.systems.tasks import Colourisation, Edges, Inpainting, SuperResolution, Task
 
 FFNS: dict[str, type[Ffn]] = {part.kind: part for part in (Mlp, MoE)}
 WRAPS: dict[str, type[Wrap]] = {part.kind: part for part in (Switch,)}
 KINDS: dict[str, dict[str, Any]] = {"ffn": FFNS, "wrap": WRAPS}  # by the field of `BlockSpec`
 TERMS: dict[str, Any] = {}  # of the loss
+OBJECTIVES = {kind.kind: kind for kind in (MeanFlow, Guided, Halved)}
+FLOW = "flow"  # the objective without further settings
 NONE = "none"  # of a part that there need not be
+TASKS: dict[str, type[Task]] = {
+    task.kind: task for task in (SuperResolution, Inpainting, Colourisation, Edges)
+}
+CONDITIONS: dict[str, type[Condition]] = {c.kind: c for c in (Channels, Scalar)}
 
 _READERS = {
     "int": int,
@@ -35,6 +49,24 @@ def part(text: str, field: str) -> Part:
     return _made(text, field, KINDS[field])
 
 
+def condition(text: str) -> Condition:
+    """The condition that `kind:name=...,key=value,...` names.
+
+    Raises:
+      InputError: see `part`; no name.
+    """
+    return _made(text, "condition", CONDITIONS)
+
+
+def task(text: str) -> Task | None:
+    """The task that `kind:key=value,...` names; `none` is none.
+
+    Raises:
+      InputError: see `part`.
+    """
+    return None if text == NONE else _made(text, "task", TASKS)
+
+
 def term(text: str) -> Term:
     """The term of the loss that `kind:key=value,...` names.
 
@@ -42,6 +74,24 @@ def term(text: str) -> Term:
       InputError: see `part`.
     """
     return _made(text, "term", TERMS)
+
+
+def objective(text: str, base: FlowObjective, model: ModelConfig) -> Objective:
+    """What is minimised, by `kind:key=value,...`: `flow` is `base`, others are made on it.
+
+    Raises:
+      InputError: see `part`; an objective that does not fit the model.
+    """
+    return base if text == FLOW else _made(text, "objective", OBJECTIVES).on(base, model)
+
+
+def notes_of(text: str, config: SamplerConfig) -> tuple[str, ...]:
+    """What a person should know of sampling so what was trained with the objective `text`.
+
+    Raises:
+      InputError: it cannot be sampled so.
+    """
+    return () if text == FLOW else _made(text, "objective", OBJECTIVES).notes(config)
 
 
 def _made(text: str, field: str, kinds: Mapping[str, Any]) -> Any:
@@ -60,12 +110,31 @@ def _made(text: str, field: str, kinds: Mapping[str, Any]) -> Any:
             values[key] = _READERS[types[key]](value)
         except (ValueError, KeyError) as e:
             raise InputError(f"{field} {text!r}: {key} is {types[key]}, got {value!r}") from e
+    if lacks := [
+        f.name for f in fields(kinds[kind]) if f.default is MISSING and f.name not in values
+    ]:
+        raise InputError(f"{field} {text!r} has no {lacks[0]}: write {kind}:{lacks[0]}=...")
     return kinds[kind](**values)
 
 
 def canonical(text: str, field: str) -> str:
     """The text of a part with all its settings."""
     return text if text == NONE else str(part(text, field))
+
+
+def take_conditions(values: dict[str, Any]) -> tuple[Condition, ...]:
+    """The conditions among the settings of a model, which are taken out of `values`.
+
+    Raises:
+      InputError: see `condition`; no list of texts.
+    """
+    texts = values.pop("conditions", ())
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise InputError(
+            f"config.model.conditions={texts!r}: give a tuple of texts such as "
+            "('channels:name=low,channels=4',)"
+        )
+    return tuple(map(condition, texts))
 
 
 def take_block(values: dict[str, Any]) -> BlockSpec:
@@ -76,6 +145,22 @@ def take_block(values: dict[str, Any]) -> BlockSpec:
     """
     texts = {field: values.pop(field) for field in KINDS if field in values}
     return BlockSpec(**{f: part(text, f) for f, text in texts.items() if text != NONE})
+
+
+def read_conditions(state: Mapping[str, Any], pyramid: Pyramid) -> tuple[Condition, ...]:
+    """The conditions of a PyTorch state dict; what names and shapes do not say is the default.
+
+    Raises:
+      InputError: see `Condition.read`.
+    """
+    names = dict.fromkeys(name.split(".")[1] for name in state if name.startswith("conditions."))
+    found = []
+    for name in names:
+        kinds = (kind.read(state, name, pyramid) for kind in CONDITIONS.values())
+        if (made := next(filter(None, kinds), None)) is None:
+            raise InputError(f"conditions.{name} is no condition that is known: update ppflow_jax")
+        found.append(made)
+    return tuple(found)
 
 
 def read_block(

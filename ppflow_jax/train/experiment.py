@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -15,13 +15,17 @@ from ppflow_jax.errors import InputError
 from ppflow_jax.flow.loss import FlowObjective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
-from ppflow_jax.flow.terms import Phase, parse_phases
+from ppflow_jax.flow.terms import Objective, Phase, parse_phases
 from ppflow_jax.models.adapters import NONE, parse, text
+from ppflow_jax.models.conditions import Channels
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import abstract_params
 from ppflow_jax.models.trees import leaves, split
 from ppflow_jax.pyramid import Pyramid
-from ppflow_jax.systems.registry import take_block, term
+from ppflow_jax.systems.registry import notes_of, take_block, take_conditions, term
+from ppflow_jax.systems.registry import objective as objective_of
+from ppflow_jax.systems.registry import task as task_of
+from ppflow_jax.systems.tasks import Task
 from ppflow_jax.train.optimizer import OptimConfig
 
 
@@ -37,11 +41,17 @@ class Experiment:
     """
 
     card: Card
-    objective: FlowObjective
+    objective: Objective
     phases: tuple[Phase, ...]
     optim: OptimConfig
     sampler: SamplerConfig
     config: ConfigDict
+    task: Task | None = None
+
+    @property
+    def origin(self) -> str:
+        """Checkpoint whose weights a new run starts with: a student's are those of its teacher."""
+        return self.config.init_from or self.config.train.teacher
 
     @property
     def trainable(self) -> tuple[str, ...]:
@@ -52,12 +62,14 @@ class Experiment:
     def from_config(cls, config: ConfigDict) -> Experiment:
         c = config.model
         settings = {k: c[k] for k in c if k not in ("pyramid", "dtype", "remat", "attention")}
-        block = take_block(settings)
-        settings["adapters"] = parse(settings.get("adapters", NONE))
-        model = ModelConfig(pyramid=Pyramid.parse(c.pyramid), block=block, **settings)
+        made = dict(block=(block := take_block(settings)), conditions=take_conditions(settings))
+        made["adapters"] = parse(settings.pop("adapters", NONE))
+        model = ModelConfig(pyramid=Pyramid.parse(c.pyramid), **made, **settings)
+        if task := task_of(config.data.task):
+            model = _told(model, task, config.data.space)
         flow = Flow(config.flow.path, config.flow.prediction)
         terms = tuple(map(term, config.flow.terms))
-        objective = FlowObjective(
+        base = FlowObjective(
             pyramid=model.pyramid,
             flow=flow,
             null_label=model.null_label,
@@ -66,7 +78,10 @@ class Experiment:
             stage_share=tuple(config.flow.stage_share),
             stage_times=tuple(tuple(map(float, pair)) for pair in config.flow.stage_times),
             terms=terms,
+            conditions=model.asked,
         )
+        _check_given(base, task)
+        objective = objective_of(config.flow.objective, base, model)
         phases = parse_phases(
             config.train.phases,
             config.train.steps,
@@ -75,14 +90,48 @@ class Experiment:
         )
         sampler = sampler_of(config.sample)
         sampler.scales(model.pyramid)
+        notes_of(config.flow.objective, sampler)
         _check(config)
         _check_trainable(model, tuple(config.train.trainable))
         values = json.loads(config.to_json_best_effort())
         values.pop("resume_changed", None)
         values["model"] |= block.to_json()  # as checkpoints have it
+        values["model"]["conditions"] = list(map(str, model.conditions))
+        values["data"]["task"] = str(task or "none")
         values["model"]["adapters"] = text(model.adapters)
         card = Card(model, flow, config.data.space, values)
-        return cls(card, objective, phases, OptimConfig(**config.optim), sampler, config)
+        return cls(card, objective, phases, OptimConfig(**config.optim), sampler, config, task)
+
+
+def _told(model: ModelConfig, task: Task, space: str) -> ModelConfig:
+    """The model with the condition of its task, unless it has it.
+
+    Raises:
+      InputError: the task does not fit the model, or the model's condition is another one.
+    """
+    needed = task.for_model(model, space)
+    own = [c for c in model.conditions if c.name == needed.name]
+    if not own:
+        return replace(model, conditions=(*model.conditions, needed))
+    if not isinstance(own[0], Channels) or replace(own[0], drop=needed.drop) != needed:
+        raise InputError(
+            f"config.data.task={task} gives {needed}, config.model.conditions has {own[0]}: leave "
+            "that out"
+        )
+    return model
+
+
+def _check_given(objective: FlowObjective, task: Task | None) -> None:
+    """
+    Raises:
+      InputError: nothing gives values to one of the conditions.
+    """
+    given = () if task is None else (task.condition,)
+    if lacking := [c.name for c in objective.conditions if c.name not in given]:
+        raise InputError(
+            f"config.model.conditions has {', '.join(lacking)}, and nothing gives values for it in "
+            "training: leave it out, or set config.data.task to what does"
+        )
 
 
 def _check_trainable(model: ModelConfig, patterns: tuple[str, ...]) -> None:

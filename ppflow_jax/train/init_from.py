@@ -1,8 +1,8 @@
-"""A run that starts from weights: of their architecture, or with other parts in its blocks."""
+"""A run that starts from weights: of their architecture, with other parts or more conditions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from ppflow_jax.files.store import find_checkpoint
 from ppflow_jax.models.adapters import NONE, adapter_paths, plain, text
 from ppflow_jax.models.network import Params, abstract_params, init_params
 from ppflow_jax.models.trees import join, parted
-from ppflow_jax.systems.registry import KINDS, canonical
+from ppflow_jax.systems.registry import KINDS, canonical, take_conditions
 from ppflow_jax.train.experiment import Experiment
 
 
@@ -45,11 +45,21 @@ def take_architecture(config: ConfigDict, workdir: str | None, told: Collection[
         if name == "adapters" and before not in (None, NONE):
             continue  # those of this run, which must fit the weights too
         before = canonical(before, name) if name in KINDS and before else before
+        if name == "conditions":
+            before, value = _together(before, value)
         if name == "pyramid" or f"config.model.{name}" in told or before in (None, value):
             continue
         config.model[name] = value
         changed.append(f"{name} {value} (not {before})")
     return f"architecture of {config.init_from}: {', '.join(changed)}" if changed else None
+
+
+def _together(own: Sequence[str], theirs: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """Conditions of the configuration, and those of the weights with what these do not have."""
+    mine, found = (take_conditions({"conditions": texts}) for texts in (own, theirs))
+    names = [condition.name for condition in found]
+    more = (condition for condition in mine if condition.name not in names)
+    return tuple(map(str, mine)), tuple(map(str, (*found, *more)))
 
 
 def with_base(experiment: Experiment) -> Experiment:
@@ -68,13 +78,17 @@ def with_base(experiment: Experiment) -> Experiment:
 
 
 def open_start(
-    path: str, card: Card, mesh: Mesh
+    path: str, card: Card, mesh: Mesh, setting: str = "config.init_from"
 ) -> tuple[Params, Callable[[Params, Array], Params]]:
     """The weights in `path`, and a function of them and a key: parameters of the model of `card`.
 
     They are the same but for parts of the blocks that the weights do not have, which start from
-    what they replace (see `models.parts.Part.start`), and for adapters, which change nothing yet.
-    Where a part of the parameters is trained, classes may be others: all start as the null class.
+    what they replace (see `models.parts.Part.start`), conditions, which start at zero, and
+    adapters, which change nothing yet. Where a part of the parameters is trained, classes may be
+    others: all start as the null class.
+
+    Args:
+      setting: that has the path, for what is said of it.
 
     Raises:
       InputError: weights of another model, or without a way to these parts; damaged or unreadable.
@@ -82,36 +96,42 @@ def open_start(
     folder = find_checkpoint(path)
     found, model = read_card(folder), card.model
     source = found.model
-    if source.adapters not in ((), model.adapters) or (
-        source.adapters and source.block != model.block
-    ):
+    moved = source.adapters and source.block != model.block
+    if moved or source.adapters not in ((), model.adapters):
         raise InputError(
-            f"config.init_from={folder} has adapters {text(source.adapters)}: keep them in "
+            f"{setting}={folder} has adapters {text(source.adapters)}: keep them in "
             f"config.model.adapters, or merge them: ppflow convert --merge --source={path} "
             "--target=DIR"
         )
-    other = replace(found, model=plain(replace(source, block=model.block)))
+    grown = set(source.conditions) <= set(model.conditions)
+    conditions = model.conditions if grown else source.conditions
+    other = replace(found, model=plain(replace(source, block=model.block, conditions=conditions)))
     if card.trainable != ALL:
         other = replace(other, model=replace(other.model, num_classes=model.num_classes))
     if difference := other.differences(replace(card, model=plain(model))):
         raise InputError(
-            f"config.init_from={folder} holds another model ({difference}): use a "
+            f"{setting}={folder} holds another model ({difference}): use a "
             "configuration of the same model"
         )
 
     def start(params: Params, key: Array) -> Params:
-        params = params | {"blocks": model.block.start(model, source, params["blocks"], key)}
+        made = {"blocks": model.block.start(model, source, params["blocks"], key)}
+        if model.conditions != source.conditions:
+            shapes = abstract_params(model)["conditions"]
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            made["conditions"] = zeros | params.get("conditions", {})
         if model.num_classes != source.num_classes:
             null = params["label"]["embedding"][-1:]
             table = jnp.broadcast_to(null, (model.num_classes + 1, model.width))
-            params = params | {"label": {"embedding": table}}
+            made["label"] = {"embedding": table}
+        params = params | made
         new = adapter_paths(model) - adapter_paths(source)
         return join(params, parted(init_params(model, key), new.__contains__)[0]) if new else params
 
     try:
         made = jax.eval_shape(start, abstract_params(source), jax.random.key(0))
     except InputError as e:
-        raise InputError(f"config.init_from={folder}: {e}") from e
+        raise InputError(f"{setting}={folder}: {e}") from e
     if jax.tree.map(lambda leaf: leaf.shape, made) != jax.tree.map(
         lambda leaf: leaf.shape, abstract_params(model)
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,8 +21,18 @@ from ppflow_jax.data.cache import CacheSource
 from ppflow_jax.data.checks import check_shape
 from ppflow_jax.data.pipeline import Source
 from ppflow_jax.data.sources import open_source
-from ppflow_jax.devices.sharding import batch_sharding, data_shards, replicated
+from ppflow_jax.devices.sharding import (
+    batch_sharding,
+    data_shards,
+    fetch,
+    local_rows,
+    replicated,
+    to_global,
+)
 from ppflow_jax.errors import InputError, stream_seed
+from ppflow_jax.models.conditions import LABEL, Cond
+from ppflow_jax.systems.registry import task as task_of
+from ppflow_jax.systems.tasks import Task
 
 CHUNK = 16  # pictures that a device encodes at once
 
@@ -53,6 +64,13 @@ def open_inputs(data: ConfigDict, card: Card) -> tuple[Source, Encoder | None, C
             "make a cache with python -m ppflow_jax.prepare (faster), or give "
             "--config.data.vae=vae:DIR to encode in every step"
         )
+    task = task_of(data.task)
+    if task and task.of_pixels and data.space == "latents" and not pictures:
+        raise InputError(
+            f"config.data.task={data.task} is computed from pictures and "
+            f"config.data.source={data.source} has none: use folder or tfds with config.data.vae, "
+            "or config.data.space=pixels"
+        )
     encoder = Encoder.parse(data.vae, "config.data.vae") if data.vae else None
     size = model.latent_size * (encoder.config.downsample if encoder else 1)
     source = open_source(
@@ -83,12 +101,35 @@ def open_inputs(data: ConfigDict, card: Card) -> tuple[Source, Encoder | None, C
     return source, encoder, replace(card, experiment=experiment, latent_scale=scale)
 
 
-def make_inputs(encoder: Encoder | None, mesh: Mesh, seed: int) -> Callable[[Batch, int], Batch]:
+def shown_to(
+    card: Card, source: Source, inputs: Callable[[Batch, int], Batch], mesh: Mesh, count: int
+) -> Cond:
+    """What a model is told for `count` samples that are looked at while it is trained.
+
+    The trained classes in turn; of a model with conditions what is told of the first examples of
+    `source`, without mirroring. Host arrays, the same on every process.
+    """
+    if not card.model.asked:
+        return np.resize(card.classes.trained(card.model.num_classes), count)
+    rows = -(-count // data_shards(mesh)) * data_shards(mesh)
+    place = batch_sharding(mesh)
+    index = np.arange(rows)[local_rows(place, rows)] % len(source)
+    batch = source.read(index, np.zeros(len(index), bool))
+    batch.pop("unreadable", None)
+    seen = inputs(to_global(batch, place, rows), 0)
+    names = (LABEL, *(condition.name for condition in card.model.asked))
+    return {name: fetch(seen[name])[:count] for name in names}
+
+
+def make_inputs(
+    encoder: Encoder | None, mesh: Mesh, seed: int, task: Task | None = None
+) -> Callable[[Batch, int], Batch]:
     """`inputs(batch, step) -> {"x", "label"}`, what the model sees of a global batch.
 
     From {"x"}: as it is. From {"mean", "std"}: mean + std * noise. From {"image"}, uint8: the same
     of its encoding, or pixels in [-1, 1] without an encoder. The noise is a function of (seed,
-    step) over the global batch: new at every visit, and independent of the mesh.
+    step) over the global batch: new at every visit, and independent of the mesh. With a task also
+    its condition, a function of the same.
     """
     shards = data_shards(mesh)
     autoencoder = encoder.autoencoder if encoder else None
@@ -111,16 +152,31 @@ def make_inputs(encoder: Encoder | None, mesh: Mesh, seed: int) -> Callable[[Bat
         noise = jax.random.normal(jax.random.fold_in(key, step), mean.shape, jnp.float32)
         return {"x": mean + std * noise, "label": batch["label"]}
 
+    def told(task: Task, params: Any, batch: Batch, keys: tuple, step: Array) -> Batch:
+        """The batch that the model sees, with what the task tells it."""
+        seen = batch if "x" in batch else examples(params, batch, keys[0], step)
+        key = jax.random.fold_in(keys[1], step)
+        if task.of_pixels and autoencoder is not None:
+            picture = task(to_float(batch["image"]), key).repeat(3, axis=-1)
+            values = encode(params, jnp.round(127.5 * (picture + 1)).astype(jnp.uint8))[0]
+        else:
+            values = task(seen["x"], key)
+        return seen | {task.condition: values}
+
     place, everywhere = batch_sharding(mesh), replicated(mesh)
     jitted = jax.jit(
-        examples,
+        examples if task is None else functools.partial(told, task),
         in_shardings=(everywhere, place, everywhere, everywhere),
         out_shardings=place,
     )
     params = jax.device_put(encoder.params if encoder else {}, everywhere)
-    key = jax.jit(jax.random.key, out_shardings=everywhere)(stream_seed(seed, 2))
+    make_key = jax.jit(jax.random.key, out_shardings=everywhere)
+    key = make_key(stream_seed(seed, 2))
+    keys = key if task is None else (key, make_key(stream_seed(seed, 3)))
 
     def inputs(batch: Batch, step: int) -> Batch:
-        return batch if "x" in batch else jitted(params, batch, key, np.uint32(step))
+        if "x" in batch and task is None:
+            return batch
+        return jitted(params, batch, keys, np.uint32(step))
 
     return inputs

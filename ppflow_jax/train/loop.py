@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +18,6 @@ from ml_collections import ConfigDict
 from ppflow_jax.autoencoders.decode import Decoder
 from ppflow_jax.autoencoders.encode import Encoder
 from ppflow_jax.checkpoints.run import Checkpoints, latest_card
-from ppflow_jax.checkpoints.weights import load_frozen
 from ppflow_jax.console import progress, say
 from ppflow_jax.data.classes import describe
 from ppflow_jax.data.pipeline import Source, Stream
@@ -41,17 +39,18 @@ from ppflow_jax.files.store import FOLDER
 from ppflow_jax.flow.sampler import image_noise
 from ppflow_jax.flow.terms import Metrics
 from ppflow_jax.generate.plan import make_plan
+from ppflow_jax.models.conditions import Cond
 from ppflow_jax.models.network import Params
-from ppflow_jax.models.trees import split
+from ppflow_jax.train.begin import first_state, open_frozen
 from ppflow_jax.train.ema import reminder
 from ppflow_jax.train.experiment import Experiment
-from ppflow_jax.train.init_from import open_start, with_base
-from ppflow_jax.train.inputs import Batch, make_inputs, open_inputs
+from ppflow_jax.train.init_from import with_base
+from ppflow_jax.train.inputs import Batch, make_inputs, open_inputs, shown_to
 from ppflow_jax.train.metrics_log import MetricWriter, read_metrics, save_loss_plot
 from ppflow_jax.train.optimizer import learning_rate
 from ppflow_jax.train.program import Program, make_program
 from ppflow_jax.train.resume import going_on, record
-from ppflow_jax.train.state import TrainState, state_from, whole, with_terms
+from ppflow_jax.train.state import TrainState, whole
 from ppflow_jax.train.validate import make_judge
 
 
@@ -87,7 +86,7 @@ def train(config: ConfigDict, workdir: str) -> None:
                 return
             experiment = going_on(experiment, step, stored, root / FOLDER / str(step))
             program = make_program(experiment, mesh)
-        elif program.frozen:
+        elif "base" in program.frozen:
             experiment = with_base(experiment)
         _run(experiment, program, mesh, source, encoder, root, stop)
 
@@ -109,13 +108,15 @@ def _run(
     config, batch_size = experiment.config, experiment.config.data.batch_size
     steps = config.train.steps
     checkpoints = Checkpoints(root, experiment.card, keep=config.train.keep)
-    state, frozen = _begin(experiment, program, checkpoints, mesh, root)
-    first = int(state["step"])
+    frozen = open_frozen(experiment, program, mesh, root)
+    state = first_state(experiment, program, checkpoints, mesh)
+    first = _announce(experiment, state, frozen, mesh, root)
     key = jax.jit(jax.random.key, out_shardings=replicated(mesh))(stream_seed(config.seed, 1))
     stream = _stream(experiment, source, mesh)
-    inputs = _inputs(stream, encoder, mesh, first)
-    draw_samples = _sample_grid(experiment, program, mesh, root)
-    judge = make_judge(config, experiment.card, source, mesh, root)
+    see, shown = _sight(experiment, source, encoder, mesh)
+    inputs = _inputs(stream, see, mesh, first)
+    draw_samples = _sample_grid(experiment, program, mesh, root, shown)
+    judge = make_judge(config, experiment.card, source, mesh, root, shown)
     finite = functools.partial(_finite, stream, checkpoints)
     schedule = learning_rate(experiment.optim, steps)
     clock, logged = time.monotonic(), first
@@ -132,8 +133,7 @@ def _run(
             stopped = stop.reached(step) and step < steps
             # Read the step before while this one runs; wait only where it must be known.
             log, save = step % every.log_every == 0, step % every.save_every == 0
-            sample = config.sample.every and step % config.sample.every == 0
-            last = step == steps
+            last, sample = step == steps, config.sample.every and step % config.sample.every == 0
             judged = judge is not None and (last or step % config.eval.every == 0)
             values = finite(*pending) if pending else {}
             pending = (step, metrics)
@@ -173,11 +173,21 @@ def _stream(experiment: Experiment, source: Source, mesh: Mesh) -> Stream:
     )
 
 
-def _inputs(stream: Stream, encoder: Encoder | None, mesh: Mesh, first: int) -> Iterator[Batch]:
+def _sight(
+    experiment: Experiment, source: Source, encoder: Encoder | None, mesh: Mesh
+) -> tuple[Callable[[Batch, int], Batch], Callable[[int], Cond]]:
+    """What the model sees of a batch, and what it is told for so many samples."""
+    see = make_inputs(encoder, mesh, experiment.config.seed, experiment.task)
+    return see, functools.partial(shown_to, experiment.card, source, see, mesh)
+
+
+def _inputs(
+    stream: Stream, see: Callable[[Batch, int], Batch], mesh: Mesh, first: int
+) -> Iterator[Batch]:
     """What the model sees in every step from `first` on."""
-    inputs, place = make_inputs(encoder, mesh, stream.seed), batch_sharding(mesh)
+    place = batch_sharding(mesh)
     for step, batch in enumerate(stream.batches(first, say), first):
-        yield inputs(to_global(batch, place, stream.batch_size), step)
+        yield see(to_global(batch, place, stream.batch_size), step)
 
 
 def _end(experiment: Experiment, root: Path, step: int, stopped: bool) -> None:
@@ -197,57 +207,29 @@ def _end(experiment: Experiment, root: Path, step: int, stopped: bool) -> None:
         _say(line)
 
 
-def _first_state(
-    experiment: Experiment, program: Program, checkpoints: Checkpoints, mesh: Mesh
-) -> TrainState:
-    """State to continue from, made or restored straight into its shardings."""
-    config, shardings = experiment.config, program.shardings
-    if (latest := checkpoints.latest()) is not None:
-        target = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            program.abstract,
-            shardings,
-        )
-        return checkpoints.restore(latest, target)
-    if config.init_from:
-        params, start = open_start(config.init_from, experiment.card, mesh)
-
-        def begin(params, key):
-            params, _ = split(start(params, key), experiment.trainable)
-            params = with_terms(params, experiment.objective, experiment.card.model, key)
-            return state_from(params, program.optimizer)
-
-        return jax.jit(begin, out_shardings=shardings)(params, jax.random.key(config.seed))
-    return jax.jit(program.init, out_shardings=shardings)(jax.random.key(config.seed))
-
-
-def _begin(
-    experiment: Experiment, program: Program, checkpoints: Checkpoints, mesh: Mesh, root: Path
-) -> tuple[TrainState, dict[str, Params]]:
-    """The state to continue from, what is frozen, and a line that says so."""
-    frozen = load_frozen(root, experiment.card, mesh)
-    state = _first_state(experiment, program, checkpoints, mesh)
-    _announce(experiment, state, frozen, mesh, root)
-    return state, frozen
-
-
-def _announce(experiment: Experiment, state: Any, frozen: Any, mesh: Mesh, root: Path) -> None:
+def _announce(
+    experiment: Experiment, state: TrainState, frozen: dict[str, Params], mesh: Mesh, root: Path
+) -> int:
+    """Record and say what runs, and return the step from which it does."""
+    first = int(state["step"])
     if jax.process_index():
-        return
-    config, first = experiment.config, int(state["step"])
+        return first
+    config = experiment.config
     record(root, experiment.card, first)
     if first:
         origin = f"continuing from step {first}"
     else:
-        origin = f"weights from {config.init_from}" if config.init_from else "fresh parameters"
-    trained, kept = map(parameter_overview.count_parameters, (state["params"], frozen))
-    part = f"{trained:,} of " if frozen else ""
+        origin = f"weights from {experiment.origin}" if experiment.origin else "fresh parameters"
+    kept = frozen.get("base", {})
+    count = parameter_overview.count_parameters
+    part = f"{count(state['params']):,} of " if kept else ""
     print(
-        f"{part}{trained + kept:,} parameters; stages "
+        f"{part}{count(state['params']) + count(kept):,} parameters; stages "
         f"{experiment.card.model.pyramid}; batch {config.data.batch_size}; mesh "
         f"{dict(mesh.shape)} of {jax.devices()[0].device_kind}; {origin}",
         flush=True,
     )
+    return first
 
 
 def _finite(
@@ -278,15 +260,16 @@ def _finite(
     return values
 
 
-def _sample_grid(experiment: Experiment, program: Program, mesh: Mesh, root: Path):
-    """Function that writes a grid of EMA samples, always of the same noise and labels."""
+def _sample_grid(
+    experiment: Experiment, program: Program, mesh: Mesh, root: Path, shown: Callable[[int], Cond]
+):
+    """Function that writes a grid of EMA samples, always of the same noise, labels, conditions."""
     model = experiment.card.model
     sampler = make_plan(experiment.card, experiment.sampler).sampler(program.apply)
     count = experiment.config.sample.count
     ids = np.arange(-(-count // data_shards(mesh)) * data_shards(mesh))
     noise, keys = image_noise(experiment.config.seed, ids, model.shape)
-    labels = np.resize(experiment.card.classes.trained(model.num_classes), len(ids))
-    inputs = (np.asarray(noise), labels, keys)
+    inputs = (np.asarray(noise), shown(len(ids)), keys)
     decoder = Decoder.parse(experiment.config.sample.get("decode", "none"), experiment.card)
     folder = root / "samples"
     folder.mkdir(exist_ok=True)

@@ -51,7 +51,8 @@ class Program(NamedTuple):
     """What runs on a mesh.
 
     `abstract` and `shardings` are trees of the training state, `frozen` and `frozen_shardings` of
-    what is given to a step and not trained: `base`, the network's other leaves, if there are any.
+    what is given to a step and not trained: `base`, the network's other leaves, if there are any,
+    and what the objective needs.
     """
 
     apply: Apply
@@ -86,7 +87,9 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
     objective.check_batch(config.data.batch_size, shards)
     dtype, remat = jnp.dtype(config.model.dtype), config.model.remat
     attention, head = config.model.attention, model.head_width
-    programs = for_training(attention, dtype, remat=remat, head=head, mesh=mesh)
+    programs = for_training(
+        attention, dtype, remat=remat, head=head, mesh=mesh, forward_mode=objective.forward_mode
+    )
     rules = model.block.rules
     place = layout(mesh, rules)
     apply = make_apply(model, dtype=dtype, remat=remat, programs=programs, layout=place)
@@ -97,6 +100,8 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
     shardings = tree_shardings(abstract, mesh, rules)
     base = split(abstract_params(model), trainable)[1]
     frozen = {"base": base} if base else {}
+    frozen |= {name: abstract_params(model) for name in objective.frozen}
+    places = tree_shardings(frozen, mesh, rules)
 
     def step(phase: Phase) -> PhaseStep:
         run = make_train_step(
@@ -109,10 +114,9 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
             weights=phase.active,
         )
         everywhere = replicated(mesh)
-        given = (shardings, batch_sharding(mesh), everywhere, None)
+        given = (shardings, batch_sharding(mesh), everywhere, places)
         run = compiled(run, programs, in_shardings=given, out_shardings=(shardings, everywhere))
         return PhaseStep(phase.until, objective.fields(phase.active), run)
 
     steps = tuple(map(step, experiment.phases))
-    places = tree_shardings(frozen, mesh, rules)
     return Program(apply, optimizer, init, abstract, shardings, frozen, places, steps)

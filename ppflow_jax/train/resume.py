@@ -28,11 +28,15 @@ BEFORE = {
     "train.ema_warmup": False,
     "model.ffn": "mlp",
     "model.wrap": "none",
+    "model.conditions": [],
+    "data.task": "none",
     "model.adapters": "none",
     "train.trainable": [".*"],
     "flow.balance": 0.01,
     "flow.prior": 1.0,
     "flow.terms": [],
+    "flow.objective": "flow",
+    "train.teacher": "",
     "train.phases": [],
 }
 _DATA = "trained_on."

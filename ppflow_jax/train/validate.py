@@ -21,6 +21,7 @@ from ppflow_jax.generate.run_pictures import RunPictures
 from ppflow_jax.metrics.evaluator import NOT_COMPARABLE, Evaluator, Reference, open_reference
 from ppflow_jax.metrics.networks import FeatureNetwork, load_features, save_small
 from ppflow_jax.metrics.train_small_network import train_features
+from ppflow_jax.models.conditions import Cond
 from ppflow_jax.train.experiment import sampler_of
 
 FEATURES = "features"  # folder in the workdir of a network trained for the run
@@ -33,11 +34,13 @@ def make_judge(
     source: Source,
     mesh: Mesh,
     root: Path,
+    shown: Callable[[int], Cond],
 ) -> Callable[[Any, int], dict[str, float]] | None:
     """Function of EMA and step that gives metrics for the log; None with `config.eval.every` 0.
 
     Without `config.eval.features` the network is a small one, trained on the training data when
     the run starts and kept in its workdir. Every evaluation leaves a JSON with all that made it.
+    `shown` is what so many samples are told.
 
     Raises:
       InputError: settings that do not fit together, before any step is done.
@@ -53,7 +56,7 @@ def make_judge(
             "vae:DIR or taesd:DIR, or config.eval.every=0"
         )
     decoder, settings = Decoder.parse(c.decode, card), sampler_of(config.sample)
-    sample = RunPictures(decoder, settings, count=c.count, seed=config.seed, mesh=mesh)
+    sample = RunPictures(decoder, settings, told=shown(c.count), seed=config.seed, mesh=mesh)
     writes = jax.process_index() == 0
     evaluator = None
     if writes:

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from ppflow_jax.api.inputs import check_unconditional
 from ppflow_jax.api.model import Model
 from ppflow_jax.console import table
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.disk import atomic
 from ppflow_jax.flow.fitted import Fitted
 from ppflow_jax.flow.multistep import MULTISTEP, adams_bashforth
+from ppflow_jax.generate.plan import check_tunable
 from ppflow_jax.generate.plan_file import PlanFile
 from ppflow_jax.models.flops import forward_flops
 from ppflow_jax.pyramid import Pyramid, Stage
@@ -47,6 +49,8 @@ def tune(model: Model, asked: Asked) -> str:
       InputError: none or several budgets, one below a step a stage, or other bad settings.
       RunError: trajectories or a loss that are not finite.
     """
+    check_unconditional(model.config, "tune")
+    check_tunable(model.config)
     if asked.forecast is not None:
         return tune_forecast(model, asked)
     asked.check_budget()

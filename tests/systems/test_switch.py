@@ -61,6 +61,16 @@ def test_one_matrix_serves_all_images_of_one_time():
     assert "f32[1,16,16]" in text and "f32[4,16,16]" not in text
 
 
+def test_stages_in_one_pass_have_each_its_own_times():
+    params, (x, t, y) = random_params(MODEL), inputs((0.1, 0.2, 0.3, 0.4))
+    parts = (x[:3], x[3:]), (t[:3], t[3:] + 0.5), (y[:3], y[3:])
+    both = jax.jit(make_apply(MODEL), static_argnums=4)(params, *parts, (0, 1))
+    apply = jax.jit(make_apply(MODEL), static_argnums=4)
+    for stage, (found, *given) in enumerate(zip(both, *parts)):
+        alone = apply(params, *given, stage)
+        np.testing.assert_allclose(found.prediction, alone, rtol=1e-5, atol=1e-4)
+
+
 def test_what_the_factor_takes_away_comes_back_after_the_block():
     params = random_params(MODEL)
     closed = jax.tree.map(jnp.zeros_like, params["blocks"]["adaln"])
