@@ -216,6 +216,46 @@ SYSTEMS = (
         "tests/systems/test_tasks.py",
         NOT_MEASURED,
     ),
+    System(
+        "LoRA",
+        ("2106.09685", "2312.03732"),
+        "huggingface/peft 0.21.2, Apache-2",
+        "systems/adapters.py",
+        "--config=digits:lora",
+        "adapters.md",
+        "outputs, gradients, merged weights, where A starts and names, against arrays of the "
+        "original; rsLoRA too",
+        "no dropout",
+        "tests/systems/test_adapters.py",
+        NOT_MEASURED,
+    ),
+    System(
+        "DiffFit and BitFit",
+        ("2304.06648", "2106.10199"),
+        "mkshing/DiffFit-pytorch 78dc2d1, an unofficial port, MIT",
+        "systems/adapters.py",
+        "--config=digits:difffit",
+        "adapters.md",
+        "a block, its gradients, what is trained and how many parameters that are, against arrays "
+        "of the port",
+        "the kernel of adaLN stays as it is, which the port trains by the accident of a name; "
+        "epsilon 1e-6 in every norm",
+        "tests/systems/test_adapters.py",
+        NOT_MEASURED,
+    ),
+    System(
+        "Diffscaler",
+        ("2404.09976",),
+        "no code found",
+        "systems/adapters.py",
+        "--config=digits:diffscaler",
+        "adapters.md",
+        "scale, shift and low-rank part of every layer, other classes from the null class, as the "
+        "paper is summarised",
+        "a task is a run of its own on one base and is chosen when it is loaded, not by the image",
+        "tests/models/test_adapters.py",
+        NOT_MEASURED,
+    ),
 )
 
 
