@@ -41,6 +41,7 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.model.wrap = "none"  # or switch:experts=3,top_k=2: see docs/switch.md
     # beside that of data.task, e.g. ("channels:name=low,channels=4",): see docs/conditions.md
     c.model.conditions = ()
+    c.model.adapters = "none"  # or lora:rank=8,on=blocks/.*;scale:on=...: see docs/adapters.md
     c.model.dtype = "bfloat16"  # of matrix products; parameters, norms and the last one float32
     c.model.attention = "auto"  # or xla, deferred, cudnn, splash: see models/attention.py
     c.model.remat = "none"  # none, dots (keep matrix products) or full (keep nothing)
@@ -48,6 +49,7 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.flow = ConfigDict()
     c.flow.path = "linear"  # linear, gvp, vp
     c.flow.prediction = "velocity"  # velocity, score, noise
+    c.flow.objective = "flow"  # or meanflow:..., guided:..., halved:...: see docs
     c.flow.weighting = "none"  # none, velocity, likelihood; for score and noise
     c.flow.label_drop = 0.1
     c.flow.balance = 0.01  # weight of the balance term of a mixture of experts
@@ -86,8 +88,12 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
 
     c.train = ConfigDict()
     c.train.steps = 400_000
+    c.train.teacher = ""  # checkpoint that a student is distilled from: see guided_distillation.md
     c.train.ema = 0.9999
     c.train.ema_warmup = True  # decay min(ema, (1 + step) / (10 + step)), for short runs
+    # Patterns of the leaves that are trained; the others stay as init_from has them, and are not
+    # saved again: see docs/adapters.md
+    c.train.trainable = (".*",)
     c.train.phases = ()  # weights of terms over time: ((until_step, {"repa": 0.5}), (until, {}))
     c.train.accumulate = 1  # microbatches of one step
     c.train.log_every = 100

@@ -84,6 +84,11 @@ class Pyramid:
         ends = (0.0, *(s.t_end for s in self.stages))
         return tuple(zip(ends, ends[1:]))
 
+    @property
+    def durations(self) -> tuple[float, ...]:
+        """Length of time of every stage."""
+        return tuple(b - a for a, b in self.intervals)
+
     def stage_at(self, t: SupportsFloat) -> int:
         """Index of the stage at time `t`, compared in float32 as the sampler does.
 
@@ -91,6 +96,12 @@ class Pyramid:
         """
         ends = [np.float32(b) for b in self.boundaries]
         return bisect.bisect_left(ends, np.float32(t))
+
+    def stage_from(self, t: SupportsFloat) -> int:
+        """Index of the stage in which an interval that starts at `t` begins: a boundary starts the
+        stage on its right."""
+        ends = [np.float32(b) for b in self.boundaries]
+        return bisect.bisect_right(ends, np.float32(t))
 
     def grid(self, stage: int, latent_size: int) -> tuple[int, int]:
         """Token grid (rows, columns) of a stage on a square latent.

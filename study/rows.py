@@ -81,8 +81,8 @@ def configured(base: ConfigDict, row: Row, seed: int) -> ConfigDict:
 
 def _step_flops(config: ConfigDict) -> int:
     experiment = Experiment.from_config(config)
-    pattern = experiment.objective.pattern
-    return training_flops(experiment.card.model, pattern, config.data.batch_size)
+    pattern, evaluated = experiment.objective.pattern, experiment.objective.evaluated
+    return training_flops(experiment.card.model, pattern, config.data.batch_size, evaluated)
 
 
 def training_cost(config: ConfigDict) -> int:

@@ -2,7 +2,7 @@
 
     python -m tests.systems_parity FOLDER
 
-FOLDER has NAME/NAME.npz for every system, as tests/reference/systems (see its README). Arrays that
+FOLDER has NAME/*.npz for every system, as tests/reference/systems (see its README). Arrays that
 are absent are not compared, so the same code serves the selection in the repository and a full set.
 Exit code 1 if one is over its bound, or if there is nothing to compare.
 """
@@ -18,11 +18,21 @@ import jax
 import numpy as np
 
 from tests.acceptance.comparison import Row, report
-from tests.systems import parity_ddae, parity_haste, parity_moe, parity_repa, parity_switch
+from tests.systems import (
+    parity_ddae,
+    parity_guided_distillation,
+    parity_haste,
+    parity_moe,
+    parity_peft,
+    parity_repa,
+    parity_switch,
+)
 
 SYSTEMS: dict[str, Callable[[Reference], Iterator[Row]]] = {
     "dit_moe": parity_moe.rows,
+    "peft": parity_peft.rows,
     "switch_dit": parity_switch.rows,
+    "guided_distillation": parity_guided_distillation.rows,
     "repa": parity_repa.rows,
     "haste": parity_haste.rows,
     "ddae": parity_ddae.rows,
@@ -36,7 +46,9 @@ class Reference:
         self.name = file.stem
         self.arrays = dict(np.load(file))
         self.config = json.loads(str(self.arrays["config"]))
-        self.deviation = json.loads(str(self.arrays.get("float32_deviation", "{}")))
+        names = ("float32_deviation", "f64_deviation")
+        found = next((self.arrays[name] for name in names if name in self.arrays), "{}")
+        self.deviation = json.loads(str(found))
 
     def __contains__(self, name: str) -> bool:
         return name in self.arrays
@@ -70,8 +82,7 @@ class Reference:
 
 def compare(folder: Path) -> Iterator[Row]:
     for name, rows in SYSTEMS.items():
-        file = folder / name / f"{name}.npz"
-        if file.is_file():
+        for file in sorted((folder / name).glob("*.npz")):
             yield from rows(Reference(file))
 
 

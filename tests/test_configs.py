@@ -14,6 +14,7 @@ NAMES = [p.name for p in CONFIGS if p.stem not in ("common", "imagenet256", "__i
     "digits.py:levels3",
     "digits_tasks.py:inpainting",
     "digits_tasks.py:edges",
+    "digits.py:difffit",
     "imagenette.py:sit",
     "imagenette.py:levels3",
 ]
@@ -30,7 +31,7 @@ def load(name):
 
 
 def test_all_sizes_and_levels_are_there():
-    assert len(NAMES) == 12 + 9
+    assert len(NAMES) == 12 + 11
     assert config_flags is not None
 
 

@@ -112,8 +112,8 @@ def _given(model: Model, request: Request) -> Asked:
     if lines:
         num, labels = len(lines.lines), ",".join(map(str, lines.labels.tolist()))
     conditions = request.conditions
-    if model.config.conditions and conditions is None:
-        names = ", ".join(c.name for c in model.config.conditions)
+    if model.config.asked and conditions is None:
+        names = ", ".join(c.name for c in model.config.asked)
         raise InputError(
             f"the model's conditions are {names}: give --conditions=FILE.npz or FOLDER"
         )

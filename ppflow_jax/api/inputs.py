@@ -77,7 +77,7 @@ def conditions_of(conditions: Values, model: ModelConfig) -> dict[str, np.ndarra
     Raises:
       InputError: other names than the model's, or values of other shapes, or not finite.
     """
-    given, known = dict(conditions or {}), {c.name: c for c in model.conditions}
+    given, known = dict(conditions or {}), {c.name: c for c in model.asked}
     if given.keys() != known.keys():
         raise InputError(
             f"the model's conditions are {', '.join(known) or 'none'}, given are "
@@ -111,8 +111,8 @@ def check_unconditional(model: ModelConfig, what: str) -> None:
     Raises:
       InputError: the model has conditions, which `what` has no values for.
     """
-    if model.conditions:
-        names = ", ".join(condition.name for condition in model.conditions)
+    if model.asked:
+        names = ", ".join(condition.name for condition in model.asked)
         raise InputError(
             f"the model's conditions are {names}, and {what} has no values for them: use "
             "python -m ppflow_jax.sample --conditions=FILE, or model.sample(conditions=...)"

@@ -18,6 +18,7 @@ from ppflow_jax.console import say
 from ppflow_jax.errors import InputError
 
 ATTENTIONS = ("auto", "xla", "deferred", "cudnn", "splash")
+KERNELS = ("cudnn", "splash")  # without forward-mode derivatives
 _MADE_FOR = {"cudnn": ("gpu", "an NVIDIA GPU"), "splash": ("tpu", "a TPU")}
 _RENAMED = {"pallas": "splash"}  # what earlier versions called it
 
@@ -92,12 +93,26 @@ def for_training(
     remat: str = "none",
     head: int = 64,
     mesh: Mesh | None = None,
+    forward_mode: bool = False,
 ) -> Programs:
     """As `for_passes`, for training steps with the remat policy `remat`.
 
+    With `forward_mode` derivatives are taken by forward mode too, which the kernels of attention
+    do not have: `auto` is then none of them.
+
     One CPU is faster with unrolled blocks, though not with remat, which XLA undoes there outside of
     a scan. Several stand in for accelerators, and run their program.
+
+    Raises:
+      InputError: see `for_passes`; a kernel with `forward_mode`.
     """
+    if forward_mode and attention in KERNELS:
+        raise InputError(
+            f"attention {attention} has no forward-mode derivative, which the objective takes: "
+            "choose auto or xla"
+        )
+    if forward_mode and attention == "auto" and _kind(mesh) != "cpu":
+        attention = "xla"
     alone = mesh is None or mesh.size == 1
     unrolled = _kind(mesh) == "cpu" and alone and remat == "none"
     return replace(for_passes(attention, dtype, head=head, mesh=mesh), unrolled=unrolled)

@@ -35,9 +35,17 @@ def sampling_flops(
     return sum(segment_flops(model, segment, weak) for segment in segments)
 
 
-def training_flops(model: ModelConfig, pattern: tuple[int, ...], batch_size: int) -> int:
+def training_flops(
+    model: ModelConfig,
+    pattern: tuple[int, ...],
+    batch_size: int,
+    evaluated: tuple[int, ...] = (),
+) -> int:
     """FLOPs of one training step: forward, and backward twice that, without rematerialisation.
 
-    `pattern` is the stage of every sample of one period of the batch (`FlowObjective.pattern`).
+    Args:
+      pattern: stage of every sample of one period of the batch, see `flow.terms.Objective`.
+      evaluated: stages of what is evaluated without gradient for these samples.
     """
-    return 3 * batch_size * sum(forward_flops(model, stage) for stage in pattern) // len(pattern)
+    passes = (*pattern * 3, *evaluated)
+    return batch_size * sum(forward_flops(model, stage) for stage in passes) // len(pattern)

@@ -13,7 +13,7 @@ from ppflow_jax.flow.guidance import Guidance, Predict
 from ppflow_jax.flow.method import Evaluation
 from ppflow_jax.flow.path import Flow, velocity_from
 from ppflow_jax.flow.tables import Facts, Networks
-from ppflow_jax.models.conditions import Cond
+from ppflow_jax.models.conditions import GUIDANCE, INTERVAL, LABEL, Cond
 from ppflow_jax.models.network import Apply
 
 # The memories of a method: of every evaluation of a step, by network
@@ -36,14 +36,22 @@ class Evaluator:
     nets: Networks
     facts: Facts
 
-    def step(self, scale: Any, memories: Memories, inputs: Any = None, full: Any = True) -> Step:
+    def step(
+        self,
+        scale: Any,
+        memories: Memories,
+        inputs: Any = None,
+        full: Any = True,
+        length: Any = 0.0,
+    ) -> Step:
         """The evaluations of a step.
 
         Args:
           scale: guidance scale of each.
           inputs, full: of the step, for the method.
+          length: of the interval whose average velocity is evaluated.
         """
-        return Step(self, scale, [dict(memory) for memory in memories], inputs, full)
+        return Step(self, scale, [dict(memory) for memory in memories], inputs, full, length)
 
 
 @dataclass
@@ -55,6 +63,7 @@ class Step:
     memories: list[dict[str, Any]]
     inputs: Any
     full: Any
+    length: Any
 
     def velocity(
         self,
@@ -79,7 +88,7 @@ class Step:
     ) -> Float[Array, "b h w c"]:
         """Of the networks under guidance; `y` takes the place of the labels of all."""
         of, facts = self.of, self.of.facts
-        y = of.nets.labels if y is None else y
+        y = self._told(of.nets.labels if y is None else y, i)
 
         def network(name: str, apply: Apply, params: Any) -> Predict:
             def predict(x: Array, t: Array, y: Cond) -> Array:
@@ -93,6 +102,14 @@ class Step:
             return predict(x, _all(x, t), y)
         weak = of.weak and network("weak", of.weak, of.nets.weak)
         return of.guidance(predict, weak, x, _all(x, t), y, self.scale[i])
+
+    def _told(self, y: Cond, i: int) -> Cond:
+        """`y` with what the sampler knows."""
+        if not (names := self.of.facts.told):
+            return y
+        cond = y if isinstance(y, dict) else {LABEL: y}
+        known = {INTERVAL: self.length, GUIDANCE: self.scale[i] - 1}
+        return cond | {name: jnp.full(cond[LABEL].shape, known[name]) for name in names}
 
     def _through(self, level: str, name: str, i: int, call: Any) -> Any:
         """`call` by the method, where it works at this level."""

@@ -49,7 +49,7 @@ class Cfg:
         xs, ts = pairs(x, x), pairs(t, t)
         ys = jax.tree.map(pairs, y, null(self.conditions, self.null_label, y))
         both = predict(xs, ts, ys)
-        return _extrapolate(both[0::2], both[1::2], scale, self.channels)
+        return extrapolate(both[0::2], both[1::2], scale, self.channels)
 
 
 @dataclass(frozen=True)
@@ -67,18 +67,19 @@ class Auto:
         y: Cond,
         scale: Float[Array, ""] | float,
     ) -> Float[Array, "b h w c"]:
-        return _extrapolate(predict(x, t, y), weak(x, t, y), scale, self.channels)
+        return extrapolate(predict(x, t, y), weak(x, t, y), scale, self.channels)
 
 
 Guidance = Cfg | Auto
 
 
-def _extrapolate(
+def extrapolate(
     good: Float[Array, "b h w c"],
     bad: Float[Array, "b h w c"],
-    scale: Float[Array, ""] | float,
+    scale: Float[Array, ""] | Float[Array, "b 1 1 1"] | float,
     channels: int,
 ) -> Float[Array, "b h w c"]:
+    """bad + scale (good - bad), of all channels (0) or the first; of the others `good`."""
     out = bad + scale * (good - bad)
     if channels:
         out = jnp.concatenate([out[..., :channels], good[..., channels:]], axis=-1)

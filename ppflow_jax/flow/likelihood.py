@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from ppflow_jax.flow.grids import reference_grid
 from ppflow_jax.flow.path import Flow, velocity_from
-from ppflow_jax.flow.plan import SamplerConfig, plan, reference_grid
+from ppflow_jax.flow.plan import SamplerConfig, plan
 from ppflow_jax.flow.solvers import ODE_SOLVERS, rk_step
 from ppflow_jax.models.conditions import Cond
 from ppflow_jax.models.config import ModelConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -72,6 +72,10 @@ class FlowObjective:
     stage_times: tuple[tuple[float, float], ...] = ()
     terms: tuple[Term, ...] = ()
     conditions: tuple[Condition, ...] = ()
+
+    frozen = ()
+    forward_mode = False
+    evaluated = ()
 
     def __post_init__(self):
         if self.weighting not in WEIGHTINGS:
@@ -189,21 +193,14 @@ class FlowObjective:
         taps = functools.reduce(operator.or_, (term.taps for term in terms), Taps())
         views, outputs = self.predicted(apply, params, frozen, batch, draws, taps)
         losses = [self.errors(view, output) for view, output in zip(views, outputs)]
-        durations = [b - a for a, b in self.pyramid.intervals]
-        means = [jnp.mean(x) for x in losses]
-        loss = sum(d * m for d, m in zip(durations, means))
-        metrics = {f"loss/stage{i}": m for i, m in enumerate(means)} if len(means) > 1 else {}
-        total, own = loss, params.get(OWN, {})
-        for name in outputs[0].aux:
-            if weight := weights.get(name):
-                term = sum(d * output.aux[name] for d, output in zip(durations, outputs))
-                total, metrics[name] = total + weight * term, term
+        total, metrics = over_time(self.pyramid, losses, outputs, weights)
+        own = params.get(OWN, {})
         for term in terms:
             leaves = own.get(term.name, {})
             given = (jnp.mean(term(leaves, out, view)) for out, view in zip(outputs, views))
-            value = sum(d * v for d, v in zip(durations, given))
+            value = sum(d * v for d, v in zip(self.pyramid.durations, given))
             total, metrics[term.name] = total + weights[term.name] * value, value
-        return total, metrics | {"loss": loss}
+        return total, metrics
 
     def predicted(
         self,
@@ -247,6 +244,37 @@ class FlowObjective:
             *(self.flow, self.weighting, view.noise, view.velocity, output.prediction, view.t)
         )
         return jnp.mean(jnp.square(error), axis=(1, 2, 3))
+
+
+def over_time(
+    pyramid: Pyramid,
+    losses: Sequence[Float[Array, " _"]],
+    outputs: Sequence[Output],
+    weights: Weights,
+) -> tuple[Float[Array, ""], Metrics]:
+    """The loss as a mean over time, with what the parts of the blocks add to it, and metrics.
+
+    Args:
+      losses: of every sample, by stage.
+      outputs: of every stage.
+    """
+    means = [jnp.mean(x) for x in losses]
+    loss = sum(d * m for d, m in zip(pyramid.durations, means))
+    metrics = {f"loss/stage{i}": m for i, m in enumerate(means)} if len(means) > 1 else {}
+    total, terms = with_block_terms(loss, pyramid, outputs, weights)
+    return total, metrics | terms | {"loss": loss}
+
+
+def with_block_terms(
+    loss: Float[Array, ""], pyramid: Pyramid, outputs: Sequence[Output], weights: Weights
+) -> tuple[Float[Array, ""], Metrics]:
+    """`loss` and the weighted terms of the parts of the blocks, means over time; these by name."""
+    found = {}
+    for name in outputs[0].aux:
+        if weight := weights.get(name):
+            term = sum(d * output.aux[name] for d, output in zip(pyramid.durations, outputs))
+            loss, found[name] = loss + weight * term, term
+    return loss, found
 
 
 def strided(x: Array, pattern: tuple[int, ...], stage: int) -> Array:

@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 
 from ppflow_jax.errors import InputError
+from ppflow_jax.flow.grids import aligned_grid, jump_grid, reference_grid
 from ppflow_jax.flow.method import Method
 from ppflow_jax.flow.multistep import MULTISTEP, Rows
 from ppflow_jax.flow.path import Flow
-from ppflow_jax.flow.solvers import DIFFUSIONS, LAST_STEPS, ODE_SOLVERS, SDE_SOLVERS
+from ppflow_jax.flow.solvers import DIFFUSIONS, JUMPS, LAST_STEPS, ODE_SOLVERS, SDE_SOLVERS
 from ppflow_jax.pyramid import Pyramid
 
 GRIDS = ("aligned", "reference")
 ADAPTIVE = "dopri5"
 FITTED = "fitted"  # rows of a plan file
-SOLVERS = (*ODE_SOLVERS, *MULTISTEP, ADAPTIVE, *SDE_SOLVERS)
+SOLVERS = (*ODE_SOLVERS, *MULTISTEP, ADAPTIVE, *SDE_SOLVERS, *JUMPS)
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class SamplerConfig:
     """How to integrate from noise to data.
 
     Attributes:
-      solver: one of `SOLVERS`; `sde-euler` and `sde-heun` are stochastic, `dopri5` adaptive.
+      solver: one of `SOLVERS`; `sde-euler` and `sde-heun` are stochastic, `dopri5` adaptive,
+        `meanflow` jumps over the intervals of the grid (models of average velocities only).
       steps: intervals on the aligned grid; points of `linspace(0, 1, steps)` on the reference
         grid, which makes steps - 1 intervals. The adaptive solver chooses its own steps.
       grid: `aligned` makes every stage boundary a grid point, and a step belongs wholly to one
@@ -75,6 +77,8 @@ class SamplerConfig:
                 f"steps must be at least {2 if self.grid == 'reference' else 1} "
                 f"on the {self.grid} grid, got {self.steps}"
             )
+        if self.solver in JUMPS and self.grid != "aligned":
+            raise InputError(f"solver={self.solver} jumps from stage to stage: leave grid=aligned")
         if not all(np.isfinite(self.cfg)):
             raise InputError(f"guidance scales must be finite numbers, got {self.cfg}")
         pieces = self.cfg_until
@@ -141,7 +145,8 @@ class Segment:
     """Consecutive steps that share every static fact.
 
     Attributes:
-      kind: `ode`, `multistep`, `sde`, `last` (the SDE's noise-free last step) or `adaptive`.
+      kind: `ode`, `multistep`, `sde`, `last` (the SDE's noise-free last step), `adaptive` or
+        `jump` (an evaluation is the average velocity of its step).
       stages: stage of each model evaluation within a step.
       scales: guidance scale of each evaluation.
       times: grid points, one more than steps; float32 values.
@@ -150,6 +155,7 @@ class Segment:
       inputs: what the method is given, a pytree of arrays with a leading axis of steps.
       keeps: whether the method's memory of the segment before is kept.
       rows: of a multistep solver.
+      embedded: whether the network is told the scales, and evaluates no null class.
     """
 
     kind: str
@@ -161,6 +167,7 @@ class Segment:
     inputs: Any = field(default=None, compare=False)
     keeps: bool = False
     rows: Rows | None = field(default=None, compare=False)
+    embedded: bool = False
 
     @property
     def steps(self) -> int:
@@ -169,7 +176,7 @@ class Segment:
     @property
     def guided(self) -> tuple[bool, ...]:
         """Whether each evaluation also evaluates the null class."""
-        return tuple(s != 1.0 for s in self.scales)
+        return tuple(s != 1.0 and not self.embedded for s in self.scales)
 
 
 def time_range(config: SamplerConfig, flow: Flow) -> tuple[float, float]:
@@ -186,44 +193,6 @@ def time_range(config: SamplerConfig, flow: Flow) -> tuple[float, float]:
     return lo, hi
 
 
-def aligned_grid(lo: float, hi: float, steps: int, pyramid: Pyramid) -> np.ndarray:
-    """float32 grid on [lo, hi] with `steps` intervals and every boundary inside as a point.
-
-    Intervals are shared among the stages by duration (largest remainder, at least one each)
-    and are equal within a stage.
-
-    Raises:
-      InputError: fewer steps than stages.
-    """
-    ends = [lo, *(b for b in pyramid.boundaries if lo < b < hi), hi]
-    durations = np.diff(ends)
-    if steps < len(durations):
-        raise InputError(
-            f"{steps} step(s) for {len(durations)} stages on the aligned grid: "
-            f"give at least {len(durations)}"
-        )
-    ideal = durations / (hi - lo) * steps
-    counts = np.maximum(np.floor(ideal + 1e-9).astype(int), 1)
-    while counts.sum() < steps:
-        counts[np.argmax(ideal - counts)] += 1
-    while counts.sum() > steps:
-        counts[np.argmax(np.where(counts > 1, counts - ideal, -np.inf))] -= 1
-    pieces = [np.linspace(a, b, n + 1)[:-1] for a, b, n in zip(ends, ends[1:], counts)]
-    return np.concatenate([*pieces, [hi]]).astype(np.float32)
-
-
-def reference_grid(lo: float, hi: float, points: int) -> np.ndarray:
-    """`torch.linspace(lo, hi, points)` in float32, to the last bit.
-
-    It counts from both ends with a fused multiply-add; NumPy's differs by an ulp, which can put
-    a point on the other side of a stage boundary.
-    """
-    lo, hi = np.float32(lo), np.float32(hi)
-    step, i = np.float64((hi - lo) / np.float32(points - 1)), np.arange(points)
-    ends = np.where(i < points // 2, lo + step * i, hi - step * (points - 1 - i))
-    return ends.astype(np.float32)
-
-
 def plan(config: SamplerConfig, pyramid: Pyramid, flow: Flow) -> tuple[Segment, ...]:
     """Segments of a run, in order.
 
@@ -231,7 +200,8 @@ def plan(config: SamplerConfig, pyramid: Pyramid, flow: Flow) -> tuple[Segment, 
     last step has that step as its last segment; a multistep one looks at no step of another stage
     or guidance (their velocities are another field's, which costs more than the lower order). On
     the aligned grid stage and guidance of a step follow its middle; on the reference grid stages
-    follow the time of each evaluation, and whether a step is guided the time where it starts.
+    follow the time of each evaluation, and whether a step is guided the time where it starts. The
+    stage of a jump is the one in which it starts.
 
     Raises:
       InputError: guidance scales or steps that do not fit the pyramid.
@@ -241,25 +211,20 @@ def plan(config: SamplerConfig, pyramid: Pyramid, flow: Flow) -> tuple[Segment, 
     if config.solver == FITTED:
         raise InputError("solver=fitted is that of a plan file: give the file as the plan")
     if config.solver == ADAPTIVE:
-        cuts = sorted({*pyramid.boundaries, *config.guidance_cuts()})
-        ends = np.float32([lo, *(b for b in cuts if lo < b < hi), hi])
-        pieces = [(pyramid.stage_at((a + b) / 2), a, b) for a, b in zip(ends, ends[1:])]
-        return tuple(
-            Segment(
-                "adaptive", (s,), (config.scale_at((a + b) / 2, scales[s]),), (float(a), float(b))
-            )
-            for s, a, b in pieces
-        )
-    multistep = config.solver in MULTISTEP
-    nodes = (0.0,) if multistep else (ODE_SOLVERS | SDE_SOLVERS)[config.solver].nodes
+        return _adaptive(config, pyramid, (lo, hi))
+    multistep, jumps = config.solver in MULTISTEP, config.solver in JUMPS
+    nodes = (0.0,) if multistep else (ODE_SOLVERS | SDE_SOLVERS | JUMPS)[config.solver].nodes
     aligned = config.grid == "aligned"
+    make = jump_grid if jumps else aligned_grid
     grid = (lo, hi, config.steps)
-    times = aligned_grid(*grid, pyramid) if aligned else reference_grid(*grid)
+    times = make(*grid, pyramid) if aligned else reference_grid(*grid)
 
     def facts(t0: np.float32, t1: np.float32) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """Stage and scale of every evaluation; a step is guided or not as a whole."""
         middle = (t0 + t1) / 2
-        if aligned:
+        if jumps:
+            stages = (pyramid.stage_from(t0),)
+        elif aligned:
             stages = (pyramid.stage_at(middle),) * len(nodes)
         else:
             stages = tuple(pyramid.stage_at(t0 + np.float32(node) * (t1 - t0)) for node in nodes)
@@ -267,7 +232,7 @@ def plan(config: SamplerConfig, pyramid: Pyramid, flow: Flow) -> tuple[Segment, 
         return stages, tuple(config.scale_at(decided, scales[s]) for s in stages)
 
     steps = [(facts(a, b), float(a), float(b)) for a, b in zip(times, times[1:])]
-    kind = "sde" if config.stochastic else "multistep" if multistep else "ode"
+    kind = "sde" if config.stochastic else "multistep" if multistep else "jump" if jumps else "ode"
     segments: list[Segment] = []
     for (stages, step_scales), group in itertools.groupby(steps, key=lambda s: s[0]):
         group = list(group)
@@ -283,6 +248,19 @@ def plan(config: SamplerConfig, pyramid: Pyramid, flow: Flow) -> tuple[Segment, 
         last = (float(start), float(start) + config.last_step_size)
         segments.append(Segment("last", (stage,), (scale,), last))
     return tuple(segments)
+
+
+def _adaptive(
+    config: SamplerConfig, pyramid: Pyramid, between: tuple[float, float]
+) -> tuple[Segment, ...]:
+    (lo, hi), scales = between, config.scales(pyramid)
+    cuts = sorted({*pyramid.boundaries, *config.guidance_cuts()})
+    ends = np.float32([lo, *(b for b in cuts if lo < b < hi), hi])
+    pieces = [(pyramid.stage_at((a + b) / 2), a, b) for a, b in zip(ends, ends[1:])]
+    return tuple(
+        Segment("adaptive", (s,), (config.scale_at((a + b) / 2, scales[s]),), (float(a), float(b)))
+        for s, a, b in pieces
+    )
 
 
 def with_rows(segments: Iterable[Segment], rows: Rows) -> tuple[Segment, ...]:

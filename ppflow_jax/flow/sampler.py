@@ -15,8 +15,9 @@ from ppflow_jax.flow.evaluate import Evaluator
 from ppflow_jax.flow.guidance import Auto, Cfg
 from ppflow_jax.flow.multistep import Past, multistep
 from ppflow_jax.flow.path import Flow
-from ppflow_jax.flow.plan import SamplerConfig, Segment, plan
-from ppflow_jax.flow.solvers import ODE_SOLVERS, Sde, rk_step, sde_last_step, sde_step
+from ppflow_jax.flow.plan import SamplerConfig, Segment
+from ppflow_jax.flow.segments import segments_of
+from ppflow_jax.flow.solvers import JUMPS, ODE_SOLVERS, Sde, rk_step, sde_last_step, sde_step
 from ppflow_jax.flow.tables import (
     Facts,
     Networks,
@@ -26,7 +27,7 @@ from ppflow_jax.flow.tables import (
     tables_of,
     unwritten,
 )
-from ppflow_jax.models.conditions import Cond
+from ppflow_jax.models.conditions import Cond, known
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Apply, Params
 
@@ -96,7 +97,8 @@ class Sampler:
         self.apply, self.weak, self.flow, self.config = apply, weak, flow, config
         cfg = Cfg(model.null_label, channels, model.conditions)
         self.guidance = cfg if weak is None else Auto(channels)
-        self.segments = plan(config, model.pyramid, flow) if segments is None else segments
+        self.segments = segments_of(config, model, flow) if segments is None else segments
+        self.told = known(model.conditions)
         self.compiled = jax.jit(self.run, static_argnames="facts")
 
     def __call__(
@@ -161,7 +163,8 @@ class Sampler:
         """What `run` is given for segments that share a program."""
         s = run[0]
         rule = None if s.rows is None else s.rows.rule
-        return tables_of(run), Facts(s.kind, s.stages, s.guided, s.method, rule, trajectory)
+        facts = Facts(s.kind, s.stages, s.guided, s.method, rule, trajectory, self.told)
+        return tables_of(run), facts
 
     def memory_of(
         self, segment: Segment, params: Params, weak: Params | None, x: Any, y: Any
@@ -211,9 +214,10 @@ class Sampler:
         def advance(carry, row):
             (x, past), memories = carry
             (t0, t1, scale, weights, inputs, full), index, noise = row
-            step = evaluator.step(scale, memories, inputs, full)
-            if facts.kind == "ode":
-                x = rk_step(ODE_SOLVERS[config.solver], step.velocity, x, t0, t1)
+            length = t1 - t0 if facts.kind == "jump" else 0.0
+            step = evaluator.step(scale, memories, inputs, full, length)
+            if facts.kind in ("ode", "jump"):
+                x = rk_step((ODE_SOLVERS | JUMPS)[config.solver], step.velocity, x, t0, t1)
             elif facts.kind == "multistep":
                 x, past = multistep(facts.rule, self.flow, step.velocity, x, t0, weights, past)
             else:

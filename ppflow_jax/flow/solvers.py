@@ -40,6 +40,9 @@ ODE_SOLVERS = {
 # Stochastic solvers evaluate the drift where these methods do.
 SDE_SOLVERS = {"sde-euler": ODE_SOLVERS["euler"], "sde-heun": ODE_SOLVERS["heun"]}
 
+# A jump is Euler's step with the average velocity of its interval (MeanFlow, arXiv 2505.13447).
+JUMPS = {"meanflow": ODE_SOLVERS["euler"]}
+
 LAST_STEPS = ("none", "mean", "tweedie", "euler")
 
 # Diffusion D(t) of the reverse SDE dx = (v + D s) dt + sqrt(2 D) dW (SiT, Sec. 2.4);

@@ -30,7 +30,7 @@ def runs_of(segments: tuple[Segment, ...]) -> list[list[Segment]]:
     runs: list[list[Segment]] = []
     for s in segments:
         facts = (s.kind, s.stages, s.guided, s.method)
-        goes_on = s.kind in ("ode", "multistep", "sde") and (s.method is None or s.keeps)
+        goes_on = s.kind in ("ode", "multistep", "sde", "jump") and (s.method is None or s.keeps)
         last = runs[-1][-1] if runs else None
         if goes_on and last and facts == (last.kind, last.stages, last.guided, last.method):
             runs[-1].append(s)
@@ -90,7 +90,11 @@ class Tables(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What a program is compiled for."""
+    """What a program is compiled for.
+
+    Attributes:
+      told: conditions of the network that the sampler knows (see `models.conditions.KNOWN`).
+    """
 
     kind: str
     stages: tuple[int, ...]
@@ -98,3 +102,4 @@ class Facts(NamedTuple):
     method: Method | None = None
     rule: Rule | None = None
     trajectory: bool = False
+    told: tuple[str, ...] = ()

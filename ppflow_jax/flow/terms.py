@@ -91,10 +91,22 @@ class Objective(Protocol):
 
     Attributes:
       pattern: stage of sample i is `pattern[i % len(pattern)]`.
+      frozen: names of what it needs that is not trained, each shaped as the network's parameters.
+      forward_mode: whether it takes derivatives of the network by forward mode.
+      evaluated: stages of what it evaluates without gradient, for the samples of one pattern.
     """
 
     @property
     def pattern(self) -> tuple[int, ...]: ...
+
+    @property
+    def frozen(self) -> tuple[str, ...]: ...
+
+    @property
+    def forward_mode(self) -> bool: ...
+
+    @property
+    def evaluated(self) -> tuple[int, ...]: ...
 
     def check_batch(self, batch_size: int, shards: int) -> None:
         """
@@ -161,9 +173,9 @@ class Phase:
 
 
 def parse_phases(
-    values: Sequence[tuple[int, Mapping[str, float]]],
+    values: Any,
     steps: int,
-    always: Weights,
+    always: Mapping[str, Any],
     names: Sequence[str],
 ) -> tuple[Phase, ...]:
     """The phases of `config.train.phases`, ((until, {term: weight}), ...); the last has no end.
@@ -184,15 +196,15 @@ def parse_phases(
             )
         return (Phase(steps, tuple(always.items())),)
     try:
-        pairs = [(int(until), dict(weights)) for until, weights in values]
-        phases = tuple(
-            Phase(until, tuple((k, float(w)) for k, w in ({**always, **weights}).items()))
-            for until, weights in pairs
-        )
+        pairs = [
+            (int(until), {name: float(w) for name, w in ({**always, **weights}).items()})
+            for until, weights in values
+        ]
     except (TypeError, ValueError) as e:
         raise InputError(
             f"config.train.phases must be ((until_step, {{term: weight}}), ...), got {values}"
         ) from e
+    phases = tuple(Phase(until, tuple(weights.items())) for until, weights in pairs)
     ends = [phase.until for phase in phases]
     if ends != sorted(set(ends)) or ends[0] < 1:
         raise InputError(f"config.train.phases must end one after another, got steps {ends}")

@@ -27,18 +27,18 @@ def load_conditions(path: Path, model: ModelConfig) -> dict[str, Float[np.ndarra
     Raises:
       InputError: not there, not readable, or no values of one of the conditions.
     """
-    if not model.conditions:
+    if not model.asked:
         raise InputError(f"--conditions={path}: the model has no conditions: leave it out")
     if not path.exists():
         raise InputError(f"--conditions={path} does not exist: give an .npz file or a folder")
     if path.is_dir():
-        return {c.name: _from_folder(path, c) for c in model.conditions}
+        return {c.name: _from_folder(path, c) for c in model.asked}
     try:
         with np.load(path, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in arrays.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as e:
         raise InputError(f"cannot read --conditions={path} ({e}): give an .npz file") from e
-    names = [c.name for c in model.conditions]
+    names = [c.name for c in model.asked]
     if missing := [name for name in names if name not in found]:
         raise InputError(
             f"--conditions={path} has {', '.join(found) or 'nothing'}, the model needs "

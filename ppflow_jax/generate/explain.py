@@ -56,7 +56,7 @@ def explain(
         sit = _sit_flops(model, segments)
         lines.append(
             f"{total / 1e9:.4g} GFLOPs an image, {total / sit:.1%} of SiT with the same steps"
-            f"{', guided everywhere' if any(any(s.guided) for s in segments) else ''}: "
+            f"{', guided everywhere' if _guided(segments) else ''}: "
             f"{sit / total:.2f}x faster by FLOPs"
         )
     memory = memory_bytes(sampler, model, batch, weak)
@@ -86,7 +86,12 @@ def _sit_flops(model: ModelConfig, segments: tuple[Segment, ...]) -> int:
     patch = min((s.patch for s in model.pyramid.stages), key=lambda p: p[0] * p[1])
     sit = replace(model, pyramid=Pyramid((Stage(1.0, patch),)))
     count = sum(s.steps * len(s.stages) for s in segments)
-    return count * forward_flops(sit, 0) * (2 if any(any(s.guided) for s in segments) else 1)
+    return count * forward_flops(sit, 0) * (2 if _guided(segments) else 1)
+
+
+def _guided(segments: tuple[Segment, ...]) -> bool:
+    """Whether anything is, by two evaluations or by one that is told the scale."""
+    return any(scale != 1 for s in segments for scale in s.scales)
 
 
 def _tokens(model: ModelConfig, stage: int) -> int:
@@ -100,4 +105,5 @@ def _each(patches) -> str:
 
 def _guidance(segment: Segment, weak: bool) -> str:
     scales = "+".join(dict.fromkeys(f"{s:g}" for s in segment.scales if s != 1))
-    return f"{'weak ' if weak else ''}{scales}" if scales else "none"
+    kind = "weak " if weak else "embedded " if segment.embedded else ""
+    return f"{kind}{scales}" if scales else "none"

@@ -17,9 +17,11 @@ from ppflow_jax.flow.plan import ADAPTIVE, FITTED, SamplerConfig, Segment, evalu
 from ppflow_jax.flow.sampler import Sampler
 from ppflow_jax.generate.explain import explain
 from ppflow_jax.generate.plan_file import PlanFile
+from ppflow_jax.models.conditions import known
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Apply, make_apply
 from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
+from ppflow_jax.systems.registry import FLOW, notes_of
 
 PLAIN = AccelerateConfig()
 
@@ -132,6 +134,7 @@ def tuned_plan(
                 f"the plan is of another {what} ({theirs}) than the model ({ours}): tune one for "
                 "this model"
             )
+    check_tunable(card.model)
     forecast = file.forecast
     if forecast and forecast.method.level == "network" and forecast.depth != card.model.depth:
         raise InputError(
@@ -153,6 +156,18 @@ def tuned_plan(
     return replace(plan, notes=tuple(notes))
 
 
+def check_tunable(model: ModelConfig) -> None:
+    """
+    Raises:
+      InputError: plan files are not for such models.
+    """
+    if names := known(model.conditions):
+        raise InputError(
+            f"plan files are not for models that are told the {' and the '.join(names)}: give a "
+            "solver and steps"
+        )
+
+
 def make_plan(
     card: Card,
     config: SamplerConfig,
@@ -169,7 +184,15 @@ def make_plan(
     if weak is not None:
         _check_weak(weak, card)
     segments = accelerated(config, card.model, card.flow, added)
-    return Plan(card.model, card.flow, config, segments, added, weak)
+    if weak is not None and any(segment.embedded for segment in segments):
+        raise InputError("the model is told the guidance scale: leave the weak model out")
+    notes = notes_of(objective_of(card), config)
+    return Plan(card.model, card.flow, config, segments, added, weak, notes=notes)
+
+
+def objective_of(card: Card) -> str:
+    """What the model was trained with, as configurations have it."""
+    return ((card.experiment or {}).get("flow") or {}).get("objective", FLOW)
 
 
 def _check_weak(weak: Weights, card: Card) -> None:

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from ppflow_jax.pyramid import Pyramid
 
 LABEL = "label"
+# Scalars that the sampler knows, so that nobody is asked for them: the length of the interval whose
+# average velocity is wanted, and the guidance scale minus 1. A network that is called without them
+# takes 0, which is the velocity itself, and no guidance.
+INTERVAL, GUIDANCE = KNOWN = ("interval", "guidance")
 # Labels, int32, or {"label": labels, name: values} with a leading axis of images
 Cond = Int[Array, " b"] | Int[np.ndarray, " b"] | dict[str, Any]
 # Names of what a batch holds besides conditions
@@ -254,6 +258,8 @@ def split(conditions: tuple[Condition, ...], y: Cond) -> Told:
     labels, values = (y[LABEL], dict(y)) if isinstance(y, dict) else (y, {LABEL: y})
     del values[LABEL]
     names = [condition.name for condition in conditions]
+    for name in known(conditions):
+        values.setdefault(name, jnp.zeros(len(labels)))
     if sorted(values) != sorted(names):
         raise InputError(
             f"the model's conditions are {', '.join(names) or 'none'}, the network was given "
@@ -262,9 +268,14 @@ def split(conditions: tuple[Condition, ...], y: Cond) -> Told:
     return Told(labels, values)
 
 
+def known(conditions: tuple[Condition, ...]) -> tuple[str, ...]:
+    """Those of the conditions that the sampler knows."""
+    return tuple(c.name for c in conditions if isinstance(c, Scalar) and c.name in KNOWN)
+
+
 def null(conditions: tuple[Condition, ...], null_label: int, y: Cond) -> Cond:
     """The null class in the place of the labels in `y`, and of every condition its null."""
     if not isinstance(y, dict):
         return jnp.full_like(y, null_label)
     nothing = {LABEL: jnp.full_like(y[LABEL], null_label)}
-    return nothing | {c.name: c.null(y[c.name]) for c in conditions}
+    return nothing | {c.name: c.null(y[c.name]) for c in conditions if c.name in y}

@@ -9,7 +9,9 @@ from typing import Any
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.multistep import MULTISTEP
 from ppflow_jax.flow.path import Flow
-from ppflow_jax.flow.plan import ADAPTIVE, SamplerConfig, Segment, plan
+from ppflow_jax.flow.plan import ADAPTIVE, SamplerConfig, Segment
+from ppflow_jax.flow.segments import segments_of
+from ppflow_jax.flow.solvers import JUMPS
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.systems.forecast import ForecastConfig, forecasted
 from ppflow_jax.systems.sdtm import MergeConfig, merged
@@ -83,12 +85,12 @@ def with_preset(config: SamplerConfig, text: str, model: ModelConfig) -> Sampler
     """The configuration under the preset that a text for `AccelerateConfig.parse` begins with.
 
     Raises:
-      InputError: an adaptive or stochastic solver.
+      InputError: an adaptive or stochastic solver, or one of jumps.
     """
     fewer = PRESETS.get(text.replace(" ", "").partition(",")[0], 1)
     if fewer == 1:
         return config
-    if config.solver == ADAPTIVE or config.stochastic:
+    if config.solver in (ADAPTIVE, *JUMPS) or config.stochastic:
         raise InputError(
             f"presets take fewer steps by {PRESET_SOLVER}, in place of an ODE solver of fixed "
             f"steps: choose one, as heun, not {config.solver}"
@@ -169,7 +171,7 @@ def accelerated(
     """
     if accelerate.guidance is not None:
         config = replace(config, cfg_interval=accelerate.guidance)
-    segments = list(plan(config, model.pyramid, flow))
+    segments = list(segments_of(config, model, flow))
     forecast, merge = accelerate.forecast, accelerate.merge
     parts = [name for name in _PARTS if getattr(accelerate, name) is not None]
     if not parts:
@@ -183,6 +185,11 @@ def accelerated(
         raise InputError(
             f"{config.solver} adds noise at every step, which breaks the smoothness that values "
             f"taken from earlier steps rest on: choose euler or heun with {parts[0]}"
+        )
+    if config.solver in JUMPS and forecast is not None:
+        raise InputError(
+            f"{config.solver} evaluates another average at every step, and forecasts take values "
+            "of earlier steps: leave forecast out of --accelerate"
         )
     if forecast is not None:
         if forecast.forecast == "adams" and config.solver != "euler":

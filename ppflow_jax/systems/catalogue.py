@@ -158,6 +158,35 @@ SYSTEMS = (
         "tests/systems/test_switch.py",
         NOT_MEASURED,
     ),
+    System(
+        "MeanFlow",
+        ("2505.13447",),
+        "none looked at",
+        "systems/meanflow.py",
+        "--config=digits_few_steps:meanflow",
+        "meanflow.md",
+        "identity, guidance inside the target and weighting of the loss from the paper, on a flow "
+        "whose averages are known",
+        "pyramids: the patch is that of the stage in which an interval starts, and intervals over "
+        "a boundary have the target of two jumps; the interval enters among the features of time",
+        "tests/systems/test_meanflow.py",
+        NOT_MEASURED,
+    ),
+    System(
+        "Guided and progressive distillation",
+        ("2210.03142", "2202.00512"),
+        "the progressive-distillation release (in devzhk/diffusion_distillation cfffd04) and "
+        "diffusers 0.35.2, both Apache-2; of stage one no complete code was found",
+        "systems/guided_distillation.py",
+        "--config=digits_few_steps:guided",
+        "guided_distillation.md",
+        "steps, targets, losses, gradients and the embedding of the scale, against arrays of the "
+        "originals; stage one and the linear path against a restatement",
+        "velocities on the linear path, without weights by SNR; steps end at the boundaries of "
+        "the pyramid",
+        "tests/systems/test_guided_distillation.py",
+        NOT_MEASURED,
+    ),
 )
 
 

@@ -7,11 +7,16 @@ from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from ppflow_jax.errors import InputError
-from ppflow_jax.flow.terms import Term
+from ppflow_jax.flow.loss import FlowObjective
+from ppflow_jax.flow.plan import SamplerConfig
+from ppflow_jax.flow.terms import Objective, Term
 from ppflow_jax.models.conditions import Channels, Condition, Scalar
+from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.parts import BlockSpec, Ffn, Mlp, Part, Wrap
 from ppflow_jax.pyramid import Pyramid
+from ppflow_jax.systems.guided_distillation import Guided, Halved
 from ppflow_jax.systems.haste import AttentionAlign
+from ppflow_jax.systems.meanflow import MeanFlow
 from ppflow_jax.systems.moe import MoE
 from ppflow_jax.systems.repa import Repa
 from ppflow_jax.systems.switch import Switch
@@ -21,6 +26,8 @@ FFNS: dict[str, type[Ffn]] = {part.kind: part for part in (Mlp, MoE)}
 WRAPS: dict[str, type[Wrap]] = {part.kind: part for part in (Switch,)}
 KINDS: dict[str, dict[str, Any]] = {"ffn": FFNS, "wrap": WRAPS}  # by the field of `BlockSpec`
 TERMS: dict[str, Any] = {term.name: term for term in (Repa, AttentionAlign)}  # of the loss
+OBJECTIVES = {kind.kind: kind for kind in (MeanFlow, Guided, Halved)}
+FLOW = "flow"  # the objective without further settings
 NONE = "none"  # of a part that there need not be
 TASKS: dict[str, type[Task]] = {
     task.kind: task for task in (SuperResolution, Inpainting, Colourisation, Edges)
@@ -71,6 +78,24 @@ def term(text: str) -> Term:
       InputError: see `part`.
     """
     return _made(text, "term", TERMS)
+
+
+def objective(text: str, base: FlowObjective, model: ModelConfig) -> Objective:
+    """What is minimised, by `kind:key=value,...`: `flow` is `base`, others are made on it.
+
+    Raises:
+      InputError: see `part`; an objective that does not fit the model.
+    """
+    return base if text == FLOW else _made(text, "objective", OBJECTIVES).on(base, model)
+
+
+def notes_of(text: str, config: SamplerConfig) -> tuple[str, ...]:
+    """What a person should know of sampling so what was trained with the objective `text`.
+
+    Raises:
+      InputError: it cannot be sampled so.
+    """
+    return () if text == FLOW else _made(text, "objective", OBJECTIVES).notes(config)
 
 
 def _made(text: str, field: str, kinds: Mapping[str, Any]) -> Any:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from ppflow_jax.checkpoints.card import Card
+from ppflow_jax.checkpoints.card import ALL, Card
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.loss import FlowObjective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
-from ppflow_jax.flow.terms import Phase, parse_phases
+from ppflow_jax.flow.terms import Objective, Phase, parse_phases
+from ppflow_jax.models.adapters import NONE, parse, text
 from ppflow_jax.models.conditions import Channels
 from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.network import abstract_params
+from ppflow_jax.models.trees import leaves, split
 from ppflow_jax.pyramid import Pyramid
-from ppflow_jax.systems.registry import take_block, take_conditions, term
+from ppflow_jax.systems.registry import notes_of, take_block, take_conditions, term
+from ppflow_jax.systems.registry import objective as objective_of
 from ppflow_jax.systems.registry import task as task_of
 from ppflow_jax.systems.tasks import Task
 from ppflow_jax.train.optimizer import OptimConfig
@@ -36,24 +41,35 @@ class Experiment:
     """
 
     card: Card
-    objective: FlowObjective
+    objective: Objective
     phases: tuple[Phase, ...]
     optim: OptimConfig
     sampler: SamplerConfig
     config: ConfigDict
     task: Task | None = None
 
+    @property
+    def origin(self) -> str:
+        """Checkpoint whose weights a new run starts with: a student's are those of its teacher."""
+        return self.config.init_from or self.config.train.teacher
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """Patterns of the network's leaves that are trained, see `models.trees.split`."""
+        return tuple(self.config.train.trainable)
+
     @classmethod
     def from_config(cls, config: ConfigDict) -> Experiment:
         c = config.model
         settings = {k: c[k] for k in c if k not in ("pyramid", "dtype", "remat", "attention")}
         made = dict(block=(block := take_block(settings)), conditions=take_conditions(settings))
+        made["adapters"] = parse(settings.pop("adapters", NONE))
         model = ModelConfig(pyramid=Pyramid.parse(c.pyramid), **made, **settings)
         if task := task_of(config.data.task):
             model = _told(model, task, config.data.space)
         flow = Flow(config.flow.path, config.flow.prediction)
         terms = tuple(map(term, config.flow.terms))
-        objective = FlowObjective(
+        base = FlowObjective(
             pyramid=model.pyramid,
             flow=flow,
             null_label=model.null_label,
@@ -62,24 +78,28 @@ class Experiment:
             stage_share=tuple(config.flow.stage_share),
             stage_times=tuple(tuple(map(float, pair)) for pair in config.flow.stage_times),
             terms=terms,
-            conditions=model.conditions,
+            conditions=model.asked,
         )
-        _check_given(objective, task)
+        _check_given(base, task)
+        objective = objective_of(config.flow.objective, base, model)
         phases = parse_phases(
             config.train.phases,
             config.train.steps,
             always={name: config.flow[name] for name in block.term_names},
             names=[term.name for term in terms],
         )
-        _check_fields(objective, tuple(config.data.fields))
+        _check_fields(base, tuple(config.data.fields))
         sampler = sampler_of(config.sample)
         sampler.scales(model.pyramid)
+        notes_of(config.flow.objective, sampler)
         _check(config)
+        _check_trainable(model, tuple(config.train.trainable))
         values = json.loads(config.to_json_best_effort())
         values.pop("resume_changed", None)
         values["model"] |= block.to_json()  # as checkpoints have it
         values["model"]["conditions"] = list(map(str, model.conditions))
         values["data"]["task"] = str(task or "none")
+        values["model"]["adapters"] = text(model.adapters)
         card = Card(model, flow, config.data.space, values)
         return cls(card, objective, phases, OptimConfig(**config.optim), sampler, config, task)
 
@@ -113,6 +133,27 @@ def _check_given(objective: FlowObjective, task: Task | None) -> None:
             f"config.model.conditions has {', '.join(lacking)}, and nothing gives values for it in "
             "training: leave it out, or set config.data.task to what does"
         )
+
+
+def _check_trainable(model: ModelConfig, patterns: tuple[str, ...]) -> None:
+    if patterns == ALL:
+        return
+    if not patterns:
+        raise InputError("config.train.trainable is empty: give patterns of what is trained")
+    for pattern in patterns:
+        try:
+            found, _ = split(abstract_params(model), (pattern,))
+        except re.error as e:
+            raise InputError(
+                f"config.train.trainable: {pattern!r} is no regular expression ({e})"
+            ) from e
+        if not found:
+            names = ", ".join(
+                dict.fromkeys(str(path[0]) for path, _ in leaves(abstract_params(model)))
+            )
+            raise InputError(
+                f"config.train.trainable: {pattern!r} is no leaf; their paths begin with {names}"
+            )
 
 
 def sampler_of(sample: Mapping[str, Any] | ConfigDict) -> SamplerConfig:

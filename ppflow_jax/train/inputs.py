@@ -101,7 +101,9 @@ def _source(data: ConfigDict, fields: tuple[str, ...], size: int = 0) -> Source:
     )
 
 
-def field_shapes(data: ConfigDict, names: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+def field_shapes(
+    data: ConfigDict, names: tuple[str, ...], place: jax.sharding.Sharding
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Fields in a batch as an example of the data has them.
 
     Raises:
@@ -110,10 +112,8 @@ def field_shapes(data: ConfigDict, names: tuple[str, ...]) -> dict[str, jax.Shap
     if not names:
         return {}
     one = _source(data, names).read(np.arange(1), np.zeros(1, bool))
-    return {
-        name: jax.ShapeDtypeStruct((data.batch_size, *one[name].shape[1:]), one[name].dtype)
-        for name in names
-    }
+    shapes = {name: (data.batch_size, *one[name].shape[1:]) for name in names}
+    return {n: jax.ShapeDtypeStruct(s, one[n].dtype, sharding=place) for n, s in shapes.items()}
 
 
 def shown_to(
@@ -124,7 +124,7 @@ def shown_to(
     The trained classes in turn; of a model with conditions what is told of the first examples of
     `source`, without mirroring. Host arrays, the same on every process.
     """
-    if not card.model.conditions:
+    if not card.model.asked:
         return np.resize(card.classes.trained(card.model.num_classes), count)
     rows = -(-count // data_shards(mesh)) * data_shards(mesh)
     place = batch_sharding(mesh)
@@ -132,7 +132,7 @@ def shown_to(
     batch = source.read(index, np.zeros(len(index), bool))
     batch.pop("unreadable", None)
     seen = inputs(to_global(batch, place, rows), 0)
-    names = (LABEL, *(condition.name for condition in card.model.conditions))
+    names = (LABEL, *(condition.name for condition in card.model.asked))
     return {name: fetch(seen[name])[:count] for name in names}
 
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.fitted import Fitted, stepwise
+from ppflow_jax.flow.grids import aligned_grid
 from ppflow_jax.flow.multistep import adams_bashforth
-from ppflow_jax.flow.plan import aligned_grid
 from ppflow_jax.tune.calibrate import Trajectories, grid_of
 from ppflow_jax.tune.fit import Field, closed_form, distance
 

@@ -19,6 +19,7 @@ from ppflow_jax.errors import InputError
 from ppflow_jax.files.disk import atomic
 from ppflow_jax.flow.fitted import Fitted
 from ppflow_jax.flow.multistep import MULTISTEP, adams_bashforth
+from ppflow_jax.generate.plan import check_tunable
 from ppflow_jax.generate.plan_file import PlanFile
 from ppflow_jax.models.flops import forward_flops
 from ppflow_jax.pyramid import Pyramid, Stage
@@ -49,6 +50,7 @@ def tune(model: Model, asked: Asked) -> str:
       RunError: trajectories or a loss that are not finite.
     """
     check_unconditional(model.config, "tune")
+    check_tunable(model.config)
     if asked.forecast is not None:
         return tune_forecast(model, asked)
     asked.check_budget()

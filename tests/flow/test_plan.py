@@ -5,8 +5,9 @@ import pytest
 
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.cost import sampling_flops
+from ppflow_jax.flow.grids import aligned_grid
 from ppflow_jax.flow.path import Flow
-from ppflow_jax.flow.plan import SamplerConfig, aligned_grid, evaluations, plan
+from ppflow_jax.flow.plan import SamplerConfig, evaluations, plan
 from ppflow_jax.models.config import SIZES, ModelConfig
 from ppflow_jax.models.flops import forward_flops
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT, Pyramid

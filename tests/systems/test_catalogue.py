@@ -24,6 +24,7 @@ def test_what_a_row_names_exists(system):
 
 def test_everything_that_configurations_name_has_a_row():
     files = {system.file for system in SYSTEMS}
-    kinds = [k for table in (*registry.KINDS.values(), registry.TERMS) for k in table.values()]
+    tables = (*registry.KINDS.values(), registry.TERMS, registry.OBJECTIVES)
+    kinds = [kind for table in tables for kind in table.values()]
     homes = {k.__module__.replace("ppflow_jax.", "", 1).replace(".", "/") + ".py" for k in kinds}
     assert {home for home in homes if home.startswith("systems/")} <= files
