@@ -15,6 +15,7 @@ NAMES = [p.name for p in CONFIGS if p.stem not in ("common", "imagenet256", "__i
     "digits_tasks.py:inpainting",
     "digits_tasks.py:edges",
     "digits.py:difffit",
+    "haste.py:sit",
     "imagenette.py:sit",
     "imagenette.py:levels3",
 ]
@@ -31,7 +32,7 @@ def load(name):
 
 
 def test_all_sizes_and_levels_are_there():
-    assert len(NAMES) == 12 + 11
+    assert len(NAMES) == 12 + 14
     assert config_flags is not None
 
 
