@@ -43,6 +43,8 @@ def training_flops(
 ) -> int:
     """FLOPs of one training step: forward, and backward twice that, without rematerialisation.
 
+    A run that trains a part needs up to a third less: kernels that stay have no gradient.
+
     Args:
       pattern: stage of every sample of one period of the batch, see `flow.terms.Objective`.
       evaluated: stages of what is evaluated without gradient for these samples.
