@@ -166,6 +166,7 @@ def test_examples_are_spread_over_the_dataset():
 
 
 def test_the_command_writes_a_table_a_json_file_and_a_picture(small_run, tmp_path):
+    """That of docs/probe.md."""
     out = tmp_path / "probe.json"
     given = [f"--checkpoint={small_run}", f"--out={out}", "--num=200", "--times=0.3,0.8"]
     code, text, err = run("evaluate.probe", *given, "--heads=ridge,linear", "--pools=mean,2x2")

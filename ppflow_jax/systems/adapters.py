@@ -8,8 +8,8 @@
 | difffit (arXiv 2304.06648) | gamma of q, k, v, attention, gates | these, biases, class table |
 | diffscaler (arXiv 2404.09976) | gamma, beta, A, B of every layer | these, class table |
 
-Besides, all of them train what belongs to a stage: patchify, unpatchify and the level embedding,
-which a pyramid made from a SiT has to learn.
+Besides, all of them train what belongs to a stage or a condition: patchify, unpatchify and the
+level embedding, which a pyramid made from a SiT has to learn, and projections of conditions.
 
 DiffFit: the paper does not say where its 0.83 M parameters are. These sites, 6 D in every block,
 are those of the public port (0.80 M on DiT-XL/2 with 101 classes); 7 D, as with
@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.adapters import NONE
 
-STAGES = "(patchify|unpatchify|level)/.*"
+STAGES = "(patchify|unpatchify|level|conditions)/.*"
 CLASSES = "label/.*"
 
 

@@ -88,7 +88,7 @@ class Experiment:
             always={name: config.flow[name] for name in block.term_names},
             names=[term.name for term in terms],
         )
-        _check_fields(objective, tuple(config.data.fields))
+        _check_fields(base, tuple(config.data.fields))
         sampler = sampler_of(config.sample)
         sampler.scales(model.pyramid)
         notes_of(config.flow.objective, sampler)

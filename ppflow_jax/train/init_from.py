@@ -68,7 +68,7 @@ def with_base(experiment: Experiment) -> Experiment:
     Raises:
       InputError: no checkpoint in `config.init_from`.
     """
-    path = experiment.config.init_from
+    path = experiment.origin
     if not path:
         raise InputError(
             "config.train.trainable leaves a part of the weights as it is: say in config.init_from "

@@ -10,6 +10,9 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from ppflow_jax.errors import InputError
+from ppflow_jax.systems.harmonica import THRESHOLD
+
+LEAST = np.log(THRESHOLD / (1 - THRESHOLD))  # logit
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def static_masks(
     worth: Float[np.ndarray, "steps depth 2"],
     most: int,
 ) -> Bool[np.ndarray, "steps depth 2"]:
-    """The branches of the highest scores: one after another, if the budget still pays for it.
+    """The branches above the threshold, the highest first, where the budget still pays for them.
 
     In every group at most `most` masks are different, beside that of its first step. Where scores
     ask for more, steps are put together: the two nearest sets of steps of one group, by Ward's
@@ -126,7 +129,7 @@ def _within_budget(
     )
     left, chosen = costs.budget, np.zeros(scores.size, bool)
     for i in np.lexsort((-values.ravel() / prices.ravel(), -scores.ravel())):
-        chosen[i] = prices.flat[i] <= left
+        chosen[i] = prices.flat[i] <= left and scores.flat[i] > LEAST
         left -= prices.flat[i] * chosen[i]
     masks = costs.fixed
     for one, mask in zip(sets, chosen.reshape(scores.shape)):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,8 @@ import optax
 import pytest
 
 import ppflow_jax as pf
-from configs import digits_few_steps
+from configs import digits, digits_few_steps
+from ppflow_jax.api.model import Model
 from ppflow_jax.checkpoints.card import Card
 from ppflow_jax.cost.dry_run import dry_run
 from ppflow_jax.cost.targets import Target
@@ -28,6 +31,8 @@ from tests.systems.checks import random_params
 
 VARIANTS = ("meanflow", "guided", "halved")
 each = pytest.mark.parametrize("name", VARIANTS)
+# What takes long, of one of each class of objectives
+some = pytest.mark.parametrize("name", ["meanflow", "guided"])
 
 
 def train(workdir, name, *flags):
@@ -63,14 +68,8 @@ def runs(tmp_path_factory, small_run):
 
 def test_every_kind_is_here():
     assert set(VARIANTS) == set(OBJECTIVES)
-    plain = commands._load("main") and Experiment.from_config(_digits())
-    assert isinstance(plain.objective, FlowObjective) and not plain.objective.frozen
-
-
-def _digits():
-    from configs import digits
-
-    return digits.get_config()
+    plain = Experiment.from_config(digits.get_config()).objective
+    assert isinstance(plain, FlowObjective) and not plain.frozen
 
 
 @each
@@ -82,7 +81,7 @@ def test_the_card_says_which_objective_trained_it(runs, name):
     assert condition.name == {"meanflow": "interval"}.get(name, "guidance")
 
 
-@pytest.mark.parametrize("name", ["meanflow", "guided"])
+@some
 def test_a_killed_run_goes_on_with_the_same_bits(runs, tmp_path, name):
     shutil.copytree(runs / name, tmp_path / "killed")
     shutil.rmtree(tmp_path / "killed" / "checkpoints" / "4")
@@ -101,7 +100,12 @@ def test_jumps_from_a_run(runs):
         plan = model.plan(solver="meanflow", steps=steps)
         assert plan.nfe == steps and np.isfinite(model.sample(2, plan=plan).latents).all()
     code, out, err = commands.run(
-        "sample", f"--checkpoint={runs / 'meanflow'}", "--solver=meanflow", "--steps=1", "--explain"
+        "sample",
+        f"--checkpoint={runs / 'meanflow'}",
+        "--out=unused",
+        "--solver=meanflow",
+        "--steps=1",
+        "--explain",
     )
     assert code == 0 and "0.000-1.000" in out and "4x4" in out and "2x2" not in out, err
     # The velocity itself, by any other solver
@@ -113,13 +117,21 @@ def test_jumps_from_a_run(runs):
 def test_guidance_is_one_evaluation_of_a_student(runs, small_run):
     student, teacher = pf.load(runs / "guided"), pf.load(small_run)
     two, one = (m.plan(steps=4, solver="euler", cfg=2) for m in (teacher, student))
-    latents = student.sample(2, plan=one).latents
-    assert np.isfinite(latents).all()
+    assert np.isfinite(student.sample(2, plan=one).latents).all()
     assert "embedded 2" in one.explain() and "embedded" not in two.explain()
-    other = student.sample(2, plan=student.plan(steps=4, solver="euler", cfg=3)).latents
-    assert np.abs(latents - other).max() > 0
+    # A run so short hardly knows the scale: of other weights it shows
+    params = jax.tree.map(lambda leaf: leaf / 3, random_params(student.config))
+    noisy = Model(replace(student.weights, load=lambda: params))
+    found = [noisy.sample(2, plan=noisy.plan(steps=2, solver="euler", cfg=s)) for s in (1, 2, 3)]
+    for a, b in zip(found, found[1:]):
+        assert np.abs(a.latents - b.latents).max() > 1e-3
     code, out, err = commands.run(
-        "sample", f"--checkpoint={runs / 'guided'}", "--cfg=2", "--steps=2", "--explain"
+        "sample",
+        f"--checkpoint={runs / 'guided'}",
+        "--out=unused",
+        "--cfg=2",
+        "--steps=2",
+        "--explain",
     )
     assert code == 0 and "embedded 2" in out, err
     note = student.plan(steps=4, cfg=9).notes
@@ -151,7 +163,7 @@ def test_what_is_wrong_ends_in_a_line(runs, small_run, tmp_path):
         ("meanflow", ["--config.model.conditions=()"], "needs a model that is told the interval"),
     ):
         code, _, err = train(tmp_path / "wrong", name, *flags)
-        assert code and pytest.importorskip("re").search(words, err), (words, err)
+        assert code and re.search(words, err), (words, err)
 
 
 def test_kernels_without_forward_mode_are_not_chosen():
@@ -160,13 +172,13 @@ def test_kernels_without_forward_mode_are_not_chosen():
         for_training("splash", forward_mode=True)
 
 
-@each
+@some
 def test_one_device_and_eight_agree(name):
     experiment = Experiment.from_config(experiment_of(name))
     model, key = experiment.card.model, jax.random.key(0)
     x = jax.random.normal(key, (128, *model.shape))
     batch = {"x": x, "label": jnp.arange(128) % model.num_classes}
-    params, found = jax.tree.map(lambda leaf: leaf / 2, random_params(model)), []
+    params, found = jax.tree.map(lambda leaf: np.asarray(leaf / 2), random_params(model)), []
     for sizes in ((1, 1, 1), (2, 2, 2)):
         devices = jax.devices()[: int(np.prod(sizes))]
         program = make_program(experiment, make_mesh(*sizes, devices=devices))
@@ -185,7 +197,7 @@ def test_one_device_and_eight_agree(name):
         assert np.abs(a - b).max() < 2e-3 * np.abs(a).max(), leaf_path(path)
 
 
-@each
+@some
 def test_a_dry_run_finds_nothing_unexplained(name):
     config = experiment_of(name, data=2, fsdp=2, tensor=2)
     report = dry_run(config, Target("cpu:8", tuple(jax.devices()), None), sampler=False)

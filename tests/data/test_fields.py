@@ -161,6 +161,7 @@ def test_a_field_of_other_labels_is_found_when_it_is_read(made):
 
 
 def test_digits_become_arrays_with_a_field(tmp_path):
+    """As in docs/data.md and docs/repa.md, with a network that was not trained."""
     net = small(tmp_path / "net", GREY)
     out = tmp_path / "digits"
     given = ["--source=digits", f"--out={out}", "--batch=256"]

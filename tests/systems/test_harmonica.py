@@ -85,18 +85,20 @@ def test_a_rollout_begins_anew(ref):
 
 
 def test_routed_branches_are_mixed_ones_with_scores_of_0_and_1(params):
-    masks = masks_of()
-    routed = RoutedTables(3, masks).applied(SEGMENTS)
-    assert [len(s.method.patterns) for s in routed] == [3, 3]  # with the full one
+    """Also where the guidance scale changes within a stage, and the memory stays."""
+    config = replace(CONFIG, cfg=(1.0, 2.0, 3.0), cfg_until=(0.5, 0.75, 1.0))
+    segments, masks = plan(config, MODEL.pyramid, Flow()), masks_of()
+    routed = RoutedTables(3, masks).applied(segments)
+    assert [len(s.method.patterns) for s in routed] == [3, 3, 3]  # with the full one
     mixed, first = [], 0
-    for s in SEGMENTS:
-        now = masks[first : first + s.steps]
-        inputs = {"scores": np.float32(now)}
-        mixed.append(replace(s, method=Mixed(), full=(True,) * s.steps, inputs=inputs))
+    for s in segments:
+        inputs = {"scores": np.float32(masks[first : first + s.steps])}
+        every = (True,) * s.steps
+        mixed.append(replace(s, method=Mixed(), full=every, inputs=inputs, keeps=first == 6))
         first += s.steps
-    ours = sampled(MODEL, params, routed)
-    np.testing.assert_array_equal(ours, sampled(MODEL, params, tuple(mixed)))
-    plain = sampled(MODEL, params, SEGMENTS)
+    ours = sampled(MODEL, params, routed, config)
+    np.testing.assert_array_equal(ours, sampled(MODEL, params, tuple(mixed), config))
+    plain = sampled(MODEL, params, segments, config)
     assert 1e-3 < np.abs(ours - plain).max() / np.abs(plain).max() < 1
 
 

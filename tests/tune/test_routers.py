@@ -23,7 +23,7 @@ from ppflow_jax.tune.calibrated_steps import groups
 from ppflow_jax.tune.command import tune
 from ppflow_jax.tune.fit import distance
 from ppflow_jax.tune.forecasts import euler
-from ppflow_jax.tune.masks import Costs, price_of, static_masks
+from ppflow_jax.tune.masks import LEAST, Costs, price_of, static_masks
 from ppflow_jax.tune.mixtures import Mixtures
 from tests import commands
 from tests.systems.checks import random_params
@@ -138,7 +138,7 @@ def test_it_is_explained_evaluated_and_sampled_with_other_guidance(small_run, mo
 
 def test_what_adds_nothing_is_not_computed(model, short, tmp_path, monkeypatch):
     """The MLPs' gates are closed: their scores fall, and attention gets the budget."""
-    monkeypatch.setattr(routers, "EPOCHS", 40)
+    monkeypatch.setattr(routers, "EPOCHS", 60)
     params = model.params
     open_ = np.ones(6)
     open_[5] = 0
@@ -150,7 +150,7 @@ def test_what_adds_nothing_is_not_computed(model, short, tmp_path, monkeypatch):
     closed = Model(replace(model.weights, load=lambda: params | {"blocks": blocks}))
     plan = euler(closed, (1.0, 2.0), 8)
     mixtures = routers.Mixtures(closed, 0, plan, routers.RATE)
-    costs = Costs(routers._branch_costs(mixtures), groups(plan), 0.55)
+    costs = Costs(routers._branch_costs(mixtures), groups(plan), 0.45)
     draw = np.random.default_rng(0).normal(size=(1, 4, *model.config.shape))
     given = Trajectories(np.zeros(1), np.float32(draw), np.arange(4, dtype=np.int32))
     start = jax.random.normal(jax.random.key(0), costs.of.shape)
@@ -159,7 +159,14 @@ def test_what_adds_nothing_is_not_computed(model, short, tmp_path, monkeypatch):
     assert fell[costs.free, :, 1].all() and not fell[[0, 4]].any()
     assert (found.worth[costs.free, :, 1] == 0).all() and found.worth.max() > 0
     assert found.weights[costs.free].min() > 0 and not found.weights[[0, 4]].any()
-    masks = static_masks(costs, np.asarray(found.router.logits), found.worth, 4)
+    logits = np.asarray(found.router.logits)
+    # More than the share is above the threshold all the while, so that the price rises
+    assert costs.spent(costs.fixed | (logits > LEAST)) > costs.share
+    state = routers.router_of(start, routers.RATE)
+    begun = routers.Training(0, state, 0.0, found.weights, found.worth)
+    first = routers.renewed(mixtures, costs, begun, *routers._batch(given, 0))
+    assert found.price > 1.5 * first.price > 0
+    masks = static_masks(costs, logits, found.worth, 4)
     assert masks[costs.free][..., 0].any() and not masks[costs.free][..., 1].any()
 
 
