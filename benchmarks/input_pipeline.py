@@ -26,8 +26,9 @@ from PIL import Image
 
 from configs import ppflow_s2
 from ppflow_jax.console import table
-from ppflow_jax.data.cache import WRITER_OPTIONS, Manifest, Shard, encode_record, sha256
+from ppflow_jax.data.cache import Manifest, encode_record
 from ppflow_jax.data.pipeline import Source, Stream
+from ppflow_jax.data.records import WRITER_OPTIONS, Shard, sha256
 from ppflow_jax.data.sources import open_source
 from ppflow_jax.models.network import make_apply
 from ppflow_jax.train.experiment import Experiment

@@ -41,6 +41,7 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.model.wrap = "none"  # or switch:experts=3,top_k=2: see docs/switch.md
     # beside that of data.task, e.g. ("channels:name=low,channels=4",): see docs/conditions.md
     c.model.conditions = ()
+    c.model.adapters = "none"  # or lora:rank=8,on=blocks/.*;scale:on=...: see docs/adapters.md
     c.model.dtype = "bfloat16"  # of matrix products; parameters, norms and the last one float32
     c.model.attention = "auto"  # or xla, deferred, cudnn, splash: see models/attention.py
     c.model.remat = "none"  # none, dots (keep matrix products) or full (keep nothing)
@@ -53,7 +54,7 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.flow.label_drop = 0.1
     c.flow.balance = 0.01  # weight of the balance term of a mixture of experts
     c.flow.prior = 1.0  # weight of the prior of experts by time
-    c.flow.terms = ()  # of the loss, e.g. ("repa:layer=4,dim=768",); their weights: train.phases
+    c.flow.terms = ()  # of the loss, e.g. ("repa:layer=4,dims=768",); their weights: train.phases
     c.flow.stage_share = ()  # samples of each stage, e.g. (2, 1, 1); empty: by duration
     c.flow.stage_times = ()  # times each stage is trained on, e.g. ((0, 1), (0, 1)); empty: its own
 
@@ -70,6 +71,7 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.data.split = "train"  # of tfds
     c.data.image_feature = "image"
     c.data.label_feature = "label"
+    c.data.fields = ()  # arrays of the examples that terms read, e.g. ("teacher",): docs/data.md
     c.data.batch_size = 256
     # super_resolution:factor=2, inpainting, colourisation or edges: see docs/conditions.md
     c.data.task = "none"
@@ -89,6 +91,9 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.train.teacher = ""  # checkpoint that a student is distilled from: see guided_distillation.md
     c.train.ema = 0.9999
     c.train.ema_warmup = True  # decay min(ema, (1 + step) / (10 + step)), for short runs
+    # Patterns of the leaves that are trained; the others stay as init_from has them, and are not
+    # saved again: see docs/adapters.md
+    c.train.trainable = (".*",)
     c.train.phases = ()  # weights of terms over time: ((until_step, {"repa": 0.5}), (until, {}))
     c.train.accumulate = 1  # microbatches of one step
     c.train.log_every = 100

@@ -20,6 +20,7 @@ COMMANDS = {
     "train": ("main", "train a model, or continue a run; --dry_run only compiles it"),
     "sample": ("sample", "make pictures from a checkpoint, or explain what that would cost"),
     "evaluate": ("evaluate", "FID and its relatives of samples or of a checkpoint"),
+    "probe": ("evaluate.probe", "what the blocks of a model know of classes, by a linear head"),
     "convert": ("convert", "PyTorch weights to a checkpoint and back; a SiT to a pyramid"),
     "prepare": ("prepare", "encode a dataset of pictures once, to train on its latents"),
     "tune": ("tune", "fit a sampling plan to a model: fewer steps for the same error"),

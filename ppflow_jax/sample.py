@@ -73,6 +73,12 @@ _LAST = flags.DEFINE_string(
     "last_step", "mean", "Last step of the SDE: none, mean, tweedie or euler."
 )
 _LAST_SIZE = flags.DEFINE_float("last_step_size", 0.04, "Its length in time.")
+_KEEP = flags.DEFINE_enum(
+    "keep",
+    None,
+    ["end", "steps"],
+    "Of a model for inpainting: put what is known in its place at the end, or before all steps.",
+)
 _ACCELERATE = flags.DEFINE_string(
     "accelerate",
     "exact",
@@ -142,7 +148,7 @@ def main() -> None:
 # Flags that a plan file decides
 _DECIDED = (
     *("steps", "solver", "accelerate", "weak", "grid", "cfg_until", "cfg_channels"),
-    *("rtol", "atol", "diffusion", "diffusion_norm", "last_step", "last_step_size"),
+    *("rtol", "atol", "diffusion", "diffusion_norm", "last_step", "last_step_size", "keep"),
 )
 
 
@@ -167,6 +173,7 @@ def _plan_of(model: Any, weak: Any) -> Any:
         "diffusion_norm": _NORM.value,
         "last_step": _LAST.value,
         "last_step_size": _LAST_SIZE.value,
+        "keep": _KEEP.value,
     }
     if file or auto:
         settings = {name: settings[name] for name in present}

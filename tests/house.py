@@ -39,7 +39,7 @@ FLOORS = (
 )
 MOST_ROOMS, MOST_ROOT_FILES = 28, 14
 LONGEST_FILE, LONGEST_FUNCTION, MOST_PARAMETERS = 300, 60, 8
-TABLES = {"metrics/inception.py"}  # files that are mostly names
+TABLES = {"metrics/inception.py", "systems/catalogue.py"}  # files that are mostly names
 
 
 def main() -> int:

@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from ppflow_jax.cost.measure import Row, row_figures, table, xla_forward_flops
 from ppflow_jax.models.config import ModelConfig
@@ -20,6 +21,21 @@ from ppflow_jax.cost import command
 command.SIZES["S"] = dict(width=32, depth=1, heads=2)
 del command.PYRAMIDS["SiT"], command.PYRAMIDS["3 levels"]
 cli.run(bench.main)
+"""
+
+# The benchmark of tasks with models that train in seconds
+TINY_TASKS = """
+from benchmarks import conditions
+from configs import digits_tasks
+from ppflow_jax import cli
+made = digits_tasks.get_config
+def tiny(name):
+    config = made(name)
+    config.model.update(dict(width=16, depth=1, heads=2, pyramid="4x4@1"))
+    config.data.batch_size, config.sample.count, config.sample.steps = 16, 12, 2
+    return config
+digits_tasks.get_config = tiny
+cli.run(conditions.main, ("out",))
 """
 
 
@@ -59,6 +75,25 @@ def test_the_command_measures_and_writes_json(tmp_path):
     assert [f["guidance"] for f in figures] == ["", "1.5,1.5", "1,1.5"]
     assert all(f["seconds"] > 0 for f in figures)
     assert "matmul ceiling" in done.stdout
+
+
+def test_tasks_are_trained_sampled_and_measured(tmp_path):
+    command = [sys.executable, "-c", TINY_TASKS, f"--out={tmp_path}", "--steps=2", "--num=40"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "conditions.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert [row[:2] for row in rows[1:]] == [
+        ["super_resolution", "enlarged only"],
+        ["super_resolution", "as they are"],
+        ["inpainting", "as they are"],
+        ["inpainting", "keep=end"],
+        ["inpainting", "keep=steps"],
+    ]
+    assert rows[-1][2] == rows[-2][2] == "exact" and float(rows[-3][2]) < 30
+    assert float(rows[1][3]) > float(rows[2][3])  # a model that knows nothing yet
+    grid = Image.open(tmp_path / "inpainting.png")
+    assert grid.size == (12 * 66, 3 * 66)
 
 
 def test_an_unknown_size_is_refused():

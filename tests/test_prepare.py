@@ -16,7 +16,7 @@ from ppflow_jax.data.cache import CacheSource, Manifest
 from ppflow_jax.data.sources import open_source
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.disk import locked
-from ppflow_jax.generate import latent_cache
+from ppflow_jax.generate import encoding, latent_cache
 from tests.commands import run
 from tests.pictures import folder
 
@@ -117,8 +117,8 @@ def test_killed_anywhere_and_rerun_gives_the_same_bytes(made, tmp_path, monkeypa
         monkeypatch.setattr(module, name, function)
 
     {
-        "first record": lambda: dies("encode_record", 1),
-        "second shard": lambda: dies("encode_record", 13),
+        "first record": lambda: dies("encode_record", 1, encoding),
+        "second shard": lambda: dies("encode_record", 13, encoding),
         "facts": lambda: dies("_write_json", 3),
         "manifest": lambda: dies("write", 1, Manifest),
     }[moment]()
@@ -140,7 +140,9 @@ def test_processes_share_the_shards(made, tmp_path, monkeypatch):
     encoder = Encoder.parse(f"vae:{root}/vae", "--vae")
     source = open_source("folder", str(root / "train"), size=16)
     jobs = [
-        latent_cache.Job(source, encoder, tmp_path, "both", 1, 5, i, process_count=2)
+        encoding.Job(
+            source, encoding.Latents(encoder, 16), tmp_path, "both", 1, 5, i, process_count=2
+        )
         for i in range(2)
     ]
     for job in jobs:

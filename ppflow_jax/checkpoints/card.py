@@ -4,8 +4,9 @@
 
 `state` is the training state, or only `ema` (and `positions`, see `save_weights`) in a converted
 checkpoint; `config` is JSON with the entries `model`, `flow`, `data` and, for a trained one,
-`experiment`. A converted autoencoder or feature network lies in the same folders: see
-autoencoders/decode.py and metrics/networks.py.
+`experiment`. A run that trains a part of its weights has only these in its state; `base` then says
+which checkpoint has the others. A converted autoencoder or feature network lies in the same
+folders: see autoencoders/decode.py and metrics/networks.py.
 
 A checkpoint is written under a temporary name, is given the checksums of its files when all are
 there, and is only then renamed. Every reading compares them, so that damage is never used.
@@ -24,7 +25,21 @@ from ppflow_jax.flow.path import Flow
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.systems.registry import take_block, take_conditions
 
+ALL = (".*",)
 LATENT_SCALE = 0.18215  # of the Stable Diffusion autoencoders, as in SiT and PPFlow
+
+
+@dataclass(frozen=True)
+class Base:
+    """The checkpoint, of which another one has what was trained further.
+
+    Attributes:
+      path: of its step, when training began.
+      sha256: of its content, see `files.store.digest`.
+    """
+
+    path: str
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -36,6 +51,7 @@ class Card:
       space: `pixels` (in [-1, 1]) or `latents`.
       experiment: configuration of the training run, if it was trained here.
       latent_scale: what the autoencoder's latents were multiplied by; says nothing for pixels.
+      base: what has the weights that were not trained; None: all are here.
     """
 
     model: ModelConfig
@@ -43,6 +59,7 @@ class Card:
     space: str
     experiment: dict[str, Any] | None = None
     latent_scale: float = LATENT_SCALE
+    base: Base | None = None
 
     def to_json(self) -> dict[str, Any]:
         scale = {"latent_scale": self.latent_scale} if self.space == "latents" else {}
@@ -51,7 +68,7 @@ class Card:
             "flow": asdict(self.flow),
             "data": {"space": self.space} | scale,
             "experiment": self.experiment,
-        }
+        } | ({"base": asdict(self.base)} if self.base else {})
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Card:
@@ -63,7 +80,13 @@ class Card:
             values["data"]["space"],
             values.get("experiment"),
             values["data"].get("latent_scale", LATENT_SCALE),
+            Base(**values["base"]) if "base" in values else None,
         )
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """Patterns of the leaves that are trained and in the state, see `models.trees.split`."""
+        return tuple((self.experiment or {}).get("train", {}).get("trainable", ALL))
 
     @property
     def classes(self) -> Classes:

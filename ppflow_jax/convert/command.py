@@ -13,10 +13,10 @@ from absl import flags
 
 from ppflow_jax.autoencoders.decode import save_autoencoder
 from ppflow_jax.checkpoints.card import read_card
-from ppflow_jax.checkpoints.weights import save_weights
+from ppflow_jax.checkpoints.weights import save_weights, stored_weights
 from ppflow_jax.console import progress
 from ppflow_jax.convert.autoencoder_keys import autoencoder_config, autoencoder_params, dropped_keys
-from ppflow_jax.convert.export import export, stored_weights
+from ppflow_jax.convert.export import export
 from ppflow_jax.convert.inception_keys import dropped, inception_params
 from ppflow_jax.convert.infer import find_kind
 from ppflow_jax.convert.known import ADD_ONS, BOOKKEEPING
@@ -28,6 +28,7 @@ from ppflow_jax.convert.source import Source, open_source
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.store import check_new, find_checkpoint
 from ppflow_jax.metrics.networks import save_inception
+from ppflow_jax.models.adapters import merge, plain, text
 from ppflow_jax.models.parts import DIT
 from ppflow_jax.systems.expand import expand, expanded_config
 
@@ -43,14 +44,14 @@ def convert() -> None:
         export(FLAGS.source[0], target, FLAGS.to, FLAGS.weights)
         return
     paths = [_weights_path(source) for source in FLAGS.source]
-    if None in paths:
-        if not FLAGS.pyramid or len(paths) > 1:
+    if None in paths or FLAGS.merge:
+        if (bool(FLAGS.pyramid) == FLAGS.merge) or len(paths) > 1 or None not in paths:
             raise InputError(
-                f"--source={FLAGS.source[paths.index(None)]} is a folder without a file of "
-                "weights: give one, or add --pyramid=ppflow2 to expand a one-stage checkpoint, or "
-                "--to=torch to make a file of one"
+                f"--source={','.join(FLAGS.source)}: give a file of weights; or one checkpoint "
+                "folder with --pyramid=ppflow2 to expand a one-stage model, with --merge to fold "
+                "adapters and base into plain weights, or with --to=torch to make a file of it"
             )
-        expand_checkpoint(FLAGS.source[0], target)
+        (merge_checkpoint if FLAGS.merge else expand_checkpoint)(FLAGS.source[0], target)
         return
     sources = [open_source(path, _wanted()) for path in paths]
     try:
@@ -142,6 +143,23 @@ def expand_checkpoint(source: str, target: Path) -> None:
     )
     save_weights(target, replace(card, model=config, experiment=None), params)
     print(f"stages {config.pyramid}, from {folder}, in {target}")
+
+
+def merge_checkpoint(source: str, target: Path) -> None:
+    """Checkpoint with adapters, or with a base -> checkpoint with all weights and no adapters.
+
+    Raises:
+      InputError: see `stored_weights`; nothing to merge.
+    """
+    folder = find_checkpoint(source)
+    card = read_card(folder)
+    if not card.model.adapters and card.base is None:
+        raise InputError(f"{folder} has neither adapters nor a base: it needs no --merge")
+    params = merge(card.model, stored_weights(folder, card, FLAGS.weights))
+    model = plain(card.model)
+    save_weights(target, replace(card, model=model, experiment=None, base=None), params)
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    print(f"{count:,} parameters, adapters {text(card.model.adapters)} merged, in {target}")
 
 
 def import_autoencoder(sources: list[Source], kind: str, target: Path) -> None:

@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from ppflow_jax.autoencoders.decode import load_autoencoder
-from ppflow_jax.checkpoints.card import Card, read_card
+from ppflow_jax.checkpoints.card import read_card
+from ppflow_jax.checkpoints.weights import stored_weights
 from ppflow_jax.console import progress
 from ppflow_jax.convert.autoencoder_keys import autoencoder_state
 from ppflow_jax.convert.inception_keys import inception_state
@@ -21,19 +22,7 @@ from ppflow_jax.errors import InputError
 from ppflow_jax.files.disk import atomic
 from ppflow_jax.files.store import find_checkpoint, load_stored, read_json, stored_tree
 from ppflow_jax.metrics.networks import load_inception
-from ppflow_jax.models.network import Params, abstract_params
-
-
-def stored_weights(folder: Path, card: Card, weights: str | None) -> Params:
-    """The EMA of a checkpoint, or its raw weights for `model` and `params`, as they are stored.
-
-    Raises:
-      InputError: they are not there.
-    """
-    which = "ema" if weights in (None, "ema") else "params"
-    if which not in stored_tree(folder):
-        raise InputError(f"{folder} has no {which!r} weights: change --weights")
-    return load_stored(folder, {which: abstract_params(card.model)})[which]
+from ppflow_jax.models.adapters import merge, plain, text
 
 
 def export(source: str, target: Path, to: str, weights: str | None = None) -> None:
@@ -60,7 +49,11 @@ def export(source: str, target: Path, to: str, weights: str | None = None) -> No
         tensors = {k: (lambda v=v: v.astype(_named(dtype))) for k, v in state.items()}
     else:
         card = read_card(folder)
-        tensors = dict(torch_tensors(card.model, stored_weights(folder, card, weights)))
+        params = stored_weights(folder, card, weights)
+        if card.model.adapters:
+            params = merge(card.model, params)
+            print(f"adapters {text(card.model.adapters)} merged: the PyTorch code has none")
+        tensors = dict(torch_tensors(plain(card.model), params))
         tree = stored_tree(folder)
         abstract = {
             k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in tree.get("positions", {}).items()

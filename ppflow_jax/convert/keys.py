@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ppflow_jax.errors import InputError
+from ppflow_jax.models.adapters import beside
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Params
 from ppflow_jax.models.parts import Key, linear_keys
@@ -56,7 +57,35 @@ def key_table(config: ModelConfig) -> tuple[Key, ...]:
     table += linear_keys("final_layer.adaLN_modulation.1", "final_adaln")
     for condition in config.conditions:
         table += condition.keys(config)
+    table += _adapters(config, table)
     return tuple(table)
+
+
+def _adapters(config: ModelConfig, table: list[Key]) -> list[Key]:
+    """Leaves beside kernels: `NAME.lora_A.weight` [r, in] and `NAME.lora_B.weight` [out, r] as peft
+    has them, and `NAME.gamma` and `NAME.beta`, for which there is no public format."""
+    by_path = {(key.path, key.index): key for key in table}
+    found = []
+    for b in beside(config):
+        layers = range(config.depth) if b.site.module[0] == "blocks" else (None,)
+        for index in ((layer,) if layer is not None else () for layer in layers):
+            if not b.site.inputs:
+                found.append(Key(f"blocks.{index[0]}.gates.gamma", b.path("gamma"), index))
+                continue
+            kernel, bias = (by_path[b.path(name), index] for name in ("kernel", "bias"))
+            # the kernel's layout is that of what enters for patches, of what leaves for all others
+            patch = b.site.module[0] == "patchify"
+            of = {"lora_a": patch, "lora_b": not patch}
+            torch = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
+            for name in b.names:
+                key = bias if name not in torch else kernel if of[name] else _TRANSPOSED
+                prefix = kernel.torch.removesuffix("weight")
+                found.append(
+                    key._replace(
+                        torch=prefix + torch.get(name, name), path=b.path(name), index=index
+                    )
+                )
+    return found
 
 
 def _block(config: ModelConfig, layer: int) -> Iterator[Key]:
@@ -78,6 +107,9 @@ def _block(config: ModelConfig, layer: int) -> Iterator[Key]:
     yield from linear_keys(f"{name}.attn.proj", "blocks", "attention", "out", index=index)
     yield from config.block.keys(layer)
     yield from linear_keys(f"{name}.adaLN_modulation.1", "blocks", "adaln", index=index)
+
+
+_TRANSPOSED = Key("", (), (), np.transpose, np.transpose)
 
 
 def _suffixes(config: ModelConfig) -> tuple[str, ...]:

@@ -30,7 +30,9 @@ from ppflow_jax.models.conditions import LABEL
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.flops import block_traffic
 from ppflow_jax.train.experiment import Experiment
+from ppflow_jax.train.inputs import field_shapes
 from ppflow_jax.train.program import Program, make_program
+from ppflow_jax.train.state import whole
 
 
 @dataclass
@@ -142,8 +144,9 @@ def cause(c: Collective, mesh: Mesh, weights: frozenset[int]) -> str:
 def gathered_sizes(program: Program, mesh: Mesh, depth: int) -> frozenset[int]:
     """Elements of every weight that is split over `fsdp`, as it is when gathered."""
     sizes = set()
-    leaves = jax.tree_util.tree_leaves_with_path(program.abstract["params"])
-    for (path, leaf), sharding in zip(leaves, jax.tree.leaves(program.shardings["params"])):
+    leaves = jax.tree_util.tree_leaves_with_path(program.parameters)
+    places = whole(program.shardings["params"], program.frozen_shardings)
+    for (path, leaf), sharding in zip(leaves, jax.tree.leaves(places)):
         if any("fsdp" in (axis or ()) for axis in sharding.spec):
             here = math.prod(sharding.shard_shape(leaf.shape)) * mesh.shape["fsdp"]
             sizes.add(here // depth if leaf_path(path).startswith("blocks/") else here)
@@ -161,17 +164,20 @@ def dry_run(config: ConfigDict, target: Target, *, sampler: bool = True) -> Repo
     program = make_program(experiment, mesh)
     model = experiment.card.model
     state = jax.tree.map(_placed, program.abstract, program.shardings)
-    size = config.data.batch_size
-    batch = _inputs(size, model, mesh)
-    whole = {k: _bytes(v) for k, v in program.abstract.items() if k != "step"}
-    parts = {k: _bytes(v, on_device=True) for k, v in state.items() if k != "step"}
+    batch = _inputs(config.data.batch_size, model, mesh)
+    fields = tuple(name for name in program.steps[0].fields if name not in batch)
+    batch |= field_shapes(config.data, fields, batch_sharding(mesh))
+    frozen = jax.tree.map(_placed, program.frozen, program.frozen_shardings)
+    more = {"frozen": frozen} if frozen else {}
+    sizes = {k: _bytes(v) for k, v in (program.abstract | more).items() if k != "step"}
+    parts = {k: _bytes(v, on_device=True) for k, v in (state | more).items() if k != "step"}
     parts["batch"] = _bytes(batch, on_device=True)
-    programs = [_train_step(experiment, program, mesh, state, batch)]
+    programs = [_train_step(experiment, program, mesh, (state, batch), frozen)]
     if sampler:
-        programs.append(_sampler(experiment, program, mesh, state["ema"]))
+        programs.append(_sampler(experiment, program, mesh, whole(state["ema"], frozen)))
     gathered = gathered_sizes(program, mesh, model.depth)
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.abstract["params"]))
-    return Report(target, mesh, count, parts, whole, programs, gathered)
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.parameters))
+    return Report(target, mesh, count, parts, sizes, programs, gathered)
 
 
 def _placed(leaf, sharding) -> jax.ShapeDtypeStruct:
@@ -196,14 +202,14 @@ def _bytes(tree: Any, *, on_device: bool = False) -> int:
     )
 
 
-def _train_step(experiment, program: Program, mesh: Mesh, state, batch) -> Compiled:
+def _train_step(experiment, program: Program, mesh: Mesh, inputs, frozen) -> Compiled:
+    state, batch = inputs
     config, model = experiment.config, experiment.card.model
     pattern, size = experiment.objective.pattern, config.data.batch_size
     passes = 4 if config.model.remat == "full" else 3
     images = {stage: pattern.count(stage) / len(pattern) * size / mesh.size for stage in pattern}
     traffic = 2 * _bytes(state, on_device=True) + passes * _traffic(experiment, program, images)
     key = _placed(jax.eval_shape(lambda: jax.random.key(0)), replicated(mesh))
-    frozen = {name: state["ema"] for name in experiment.objective.frozen}
     return _compile(
         "training step",
         [program.steps[0].run.lower(state, batch, key, frozen)],
@@ -237,7 +243,7 @@ def _sampler(experiment, program: Program, mesh: Mesh, ema) -> Compiled:
 def _traffic(experiment: Experiment, program: Program, images: dict[int, float]) -> float:
     """Bytes through one device's HBM in one evaluation of so many images by stage, by formula."""
     model, config = experiment.card.model, experiment.config
-    weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.abstract["params"]))
+    weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.parameters))
     activations = sum(count * block_traffic(model, stage) for stage, count in images.items())
     return (weights + activations) * jax.numpy.dtype(config.model.dtype).itemsize
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from ppflow_jax.errors import InputError
 
-VALUES = ("x", "mean", "std")  # arrays of a batch that are not pictures of 8 bits
+VALUES = ("x", "mean", "std")  # what an example may be, if it is no picture of 8 bits
 LARGE = 1e4  # latents are of the order of 1
 
 
@@ -38,10 +38,9 @@ def check_labels(name: str, lo: int, hi: int, num_classes: int) -> None:
 
 def bad_values(batch: Mapping[str, np.ndarray]) -> tuple[int, str] | None:
     """The first row with values that are not finite or a negative `std`, and what is wrong."""
-    for name in VALUES:
-        if name not in batch:
+    for name, values in batch.items():
+        if values.dtype.kind != "f":
             continue
-        values = batch[name]
         if not (good := np.isfinite(values)).all():
             row = int(np.argmin(good.reshape(len(good), -1).all(axis=1)))
             count = int((~good[row]).sum())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from ppflow_jax.data.cache import CacheSource
 from ppflow_jax.data.checks import check_labels, check_shape
 from ppflow_jax.data.classes import Classes
+from ppflow_jax.data.fields import check_names
 from ppflow_jax.data.pictures import Folder, Pictures, Tfds
 from ppflow_jax.errors import InputError
 
@@ -19,14 +22,20 @@ IDENTIFYING = 64  # examples whose values tell two arrays apart
 
 
 class ArraySource:
-    """Examples held in (or memory-mapped from) two arrays.
+    """Examples held in (or memory-mapped from) arrays; `fields` have a row for each of them.
 
     Raises:
-      InputError: shapes or dtypes that are not (N, h, w, c) and (N,).
+      InputError: shapes or dtypes that are not (N, h, w, c), (N,) and (N, ...).
     """
 
-    def __init__(self, name: str, x: np.ndarray, labels: np.ndarray):
-        for what, array in (("examples", x), ("labels", labels)):
+    def __init__(
+        self,
+        name: str,
+        x: np.ndarray,
+        labels: np.ndarray,
+        fields: Mapping[str, np.ndarray] = MappingProxyType({}),
+    ):
+        for what, array in {"examples": x, "labels": labels, **fields}.items():
             if array.dtype.kind == "V":
                 raise InputError(
                     f"{name}: {what} are {array.dtype}, as NumPy saves bfloat16 and float8 without "
@@ -42,7 +51,13 @@ class ArraySource:
                 f"{name}: labels must be integers of shape ({len(x)},), "
                 f"got {labels.dtype} {labels.shape}"
             )
-        self.name, self.x, self.labels = name, x, labels
+        for field, values in fields.items():
+            if values.shape[:1] != x.shape[:1] or not np.issubdtype(values.dtype, np.floating):
+                raise InputError(
+                    f"{name}: field {field} must be floating point of shape ({len(x)}, ...), "
+                    f"got {values.dtype} {values.shape}"
+                )
+        self.name, self.x, self.labels, self.fields = name, x, labels, dict(fields)
 
     def __len__(self) -> int:
         return len(self.x)
@@ -50,10 +65,11 @@ class ArraySource:
     def read(
         self, indices: Int[np.ndarray, " b"], flips: Bool[np.ndarray, " b"]
     ) -> dict[str, np.ndarray]:
-        """{"x": float32 [b, h, w, c], "label": int32 [b]}; never mirrored."""
+        """{"x": float32 [b, h, w, c], "label": int32 [b]} and fields; never mirrored."""
         with np.errstate(over="ignore"):  # said of the example, see data/checks.py
             x = np.float32(self.x[indices])
-        return {"x": x, "label": np.int32(self.labels[indices])}
+        fields = {name: values[indices] for name, values in self.fields.items()}
+        return {"x": x, "label": np.int32(self.labels[indices])} | fields
 
     def classes(self) -> Classes:
         return Classes.of(self.labels)
@@ -64,17 +80,23 @@ class ArraySource:
     def identity(self) -> dict[str, Any]:
         """Its digests are of all labels and of some examples, spread over the array."""
         some = np.unique(np.linspace(0, len(self) - 1, IDENTIFYING).astype(int))
-        labels, x = (
-            hashlib.sha256(np.ascontiguousarray(a)).hexdigest() for a in (self.labels, self.x[some])
-        )
-        return {
+
+        def digest(array: np.ndarray) -> str:
+            return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
+
+        identity = {
             "source": "arrays",
             "name": self.name,
             "examples": len(self),
             "dtype": str(self.x.dtype),
-            "labels_sha256": labels,
-            "some_sha256": x,
+            "labels_sha256": digest(self.labels),
+            "some_sha256": digest(self.x[some]),
         }
+        fields = {
+            name: {"dtype": str(a.dtype), "shape": a.shape[1:], "some_sha256": digest(a[some])}
+            for name, a in self.fields.items()
+        }
+        return identity | ({"fields": fields} if fields else {})
 
     def check_fits(self, shape: tuple[int, int, int], num_classes: int) -> None:
         """Examples must have the model's shape and labels its classes.
@@ -97,28 +119,38 @@ def digits() -> ArraySource:
     return ArraySource("digits", x, labels.astype(np.int32))
 
 
-def arrays(path: str) -> ArraySource:
-    """A folder with `latents.npy` (N, size, size, channels) and `labels.npy` (N,).
+def arrays(path: str, fields: tuple[str, ...] = ()) -> ArraySource:
+    """A folder with `latents.npy` (N, size, size, channels), `labels.npy` (N,), NAME.npy (N, ...).
 
     Latents are memory-mapped, in the scale that the model is to see (Stable Diffusion latents
-    times 0.18215). `sample --save_latents` writes the same two files.
+    times 0.18215); so are `fields`. `sample --save_latents` writes the first two files.
 
     Raises:
       InputError: a file is absent, unreadable or of another shape.
     """
     folder = Path(path)
-    loaded = []
-    for name in ("latents.npy", "labels.npy"):
+
+    def load(name: str, what: str) -> np.ndarray:
         try:
-            loaded.append(np.load(folder / name, mmap_mode="r", allow_pickle=False))
+            return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as e:
-            raise InputError(
-                f"cannot read {folder / name} ({e}): config.data.path must be a folder with "
-                "latents.npy (N, size, size, channels) and labels.npy (N,)"
-            ) from e
-    if not len(loaded[0]):
+            raise InputError(f"cannot read {folder / name}.npy ({e}): {what}") from e
+
+    latents, labels = (
+        load(
+            name,
+            "config.data.path must be a folder with latents.npy (N, size, size, channels) and "
+            "labels.npy (N,)",
+        )
+        for name in ("latents", "labels")
+    )
+    if not len(latents):
         raise InputError(f"{folder}: no examples")
-    return ArraySource(str(folder), *loaded)
+    others = {
+        name: load(name, "every one of config.data.fields is a file beside latents.npy")
+        for name in fields
+    }
+    return ArraySource(str(folder), latents, labels, others)
 
 
 SOURCES = ("arrays", "cache", "digits", "folder", "tfds")
@@ -132,17 +164,24 @@ def open_source(
     split: str = "train",
     image: str = "image",
     label: str = "label",
+    fields: tuple[str, ...] = (),
 ) -> ArraySource | CacheSource | Pictures:
     """The dataset `name`, one of `SOURCES`, at `path`.
 
     `size` is the side of pictures after the crop (folder, tfds); `split`, `image` and `label` are
-    the split and features of a TFDS dataset.
+    the split and features of a TFDS dataset; `fields` are those of arrays and caches.
 
     Raises:
       InputError: unknown name, or a dataset that cannot be used.
     """
     if name not in SOURCES:
         raise InputError(f"unknown data source {name!r}: one of {', '.join(SOURCES)}")
+    check_names(fields)
+    if fields and name not in ("arrays", "cache"):
+        raise InputError(
+            f"source {name} has no fields ({', '.join(fields)}): make a latent cache, or of digits "
+            "arrays, with python -m ppflow_jax.prepare --fields, and train on that"
+        )
     if name == "digits":
         return digits()
     if not path:
@@ -154,9 +193,9 @@ def open_source(
         }
         raise InputError(f"config.data.path is empty: give --config.data.path={what[name]}")
     if name == "arrays":
-        return arrays(path)
+        return arrays(path, fields)
     if name == "cache":
-        return CacheSource(path)
+        return CacheSource(path, fields)
     if name == "folder":
         return Folder(path, size)
     return Tfds(path, size, split, image, label)

@@ -37,6 +37,13 @@ RULES: Rules = (
     (r"blocks/fc2/kernel$", P(None, ("tensor", "fsdp"))),
     (r"blocks/adaln/kernel$", P(None, None, "fsdp")),
     (r"(final_adaln|time/fc[12])/kernel$", P(None, "fsdp")),
+    (r"terms/.*kernel$", P(None, "fsdp")),
+    # Adapters are small: they are cut only where they meet what `tensor` has cut.
+    (r"blocks/attention/qkv_lora_b$", P(None, None, None, "tensor")),
+    (r"blocks/attention/qkv_(gamma|beta)$", P(None, None, "tensor")),
+    (r"blocks/fc1/lora_b$", P(None, None, "tensor")),
+    (r"blocks/fc1/(gamma|beta)$", P(None, "tensor")),
+    (r"blocks/(attention/out|fc2)/lora_a$", P(None, "tensor")),
 )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.grids import aligned_grid, jump_grid, reference_grid
+from ppflow_jax.flow.known import KEEPS
 from ppflow_jax.flow.method import Method
 from ppflow_jax.flow.multistep import MULTISTEP, Rows
 from ppflow_jax.flow.path import Flow
@@ -44,6 +45,8 @@ class SamplerConfig:
       rtol, atol: of the adaptive solver.
       diffusion, diffusion_norm: SDE diffusion form and its factor (SiT, Sec. 2.4).
       last_step, last_step_size: how the SDE covers the last piece of time, up to t = 1.
+      keep: put what is known of an image in its place (see `flow.known`): at the `end`, or also
+        before all `steps`.
 
     Raises:
       InputError: a value out of its range.
@@ -62,6 +65,7 @@ class SamplerConfig:
     diffusion_norm: float = 1.0
     last_step: str = "mean"
     last_step_size: float = 0.04
+    keep: str | None = None
 
     def __post_init__(self):
         for name, value, known in (
@@ -69,6 +73,7 @@ class SamplerConfig:
             ("grid", self.grid, GRIDS),
             ("diffusion", self.diffusion, tuple(DIFFUSIONS)),
             ("last_step", self.last_step, LAST_STEPS),
+            ("keep", self.keep or "end", KEEPS[:1] if self.solver == ADAPTIVE else KEEPS),
         ):
             if value not in known:
                 raise InputError(f"unknown {name} {value!r}: one of {', '.join(known)}")

@@ -13,6 +13,7 @@ from ppflow_jax.errors import InputError
 from ppflow_jax.flow.adaptive import dopri5
 from ppflow_jax.flow.evaluate import Evaluator
 from ppflow_jax.flow.guidance import Auto, Cfg
+from ppflow_jax.flow.known import KNOWN, check_keep, pasted, pasted_at
 from ppflow_jax.flow.multistep import Past, multistep
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig, Segment
@@ -75,7 +76,7 @@ class Sampler:
       segments: the plan.
 
     Raises:
-      InputError: a configuration that does not fit the model's pyramid.
+      InputError: a configuration that does not fit the model.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Sampler:
                 "give at most as many, or all"
             )
         self.apply, self.weak, self.flow, self.config = apply, weak, flow, config
+        check_keep(config.keep, model)
         cfg = Cfg(model.null_label, channels, model.conditions)
         self.guidance = cfg if weak is None else Auto(channels)
         self.segments = segments_of(config, model, flow) if segments is None else segments
@@ -129,17 +131,20 @@ class Sampler:
         Returns:
           Latents, float32.
         """
-        state, states, first = self.start(noise), [noise[None]], 0
+        state, states, first, config = self.start(noise), [noise[None]], 0, self.config
         for number, run in enumerate(runs_of(self.segments)):
             steps = sum(s.steps for s in run)
             noises = None if replay is None else replay[first : first + steps]
-            nets = Networks(params, weak, labels)
+            nets = Networks(params, weak, labels, noise if config.keep == "steps" else None)
             tables, facts = self.program(run, trajectory)
             tables = tables if scales is None else tables._replace(scales=scales[number])
             state, passed = self.compiled(state, nets, tables, facts, keys, first, noises)
             states.append(passed)
             first += steps
-        return jnp.concatenate(states) if trajectory else state.x
+        final = pasted(state.x, labels[KNOWN]) if config.keep else state.x
+        return (
+            jnp.concatenate([*states[:-1], states[-1][:-1], final[None]]) if trajectory else final
+        )
 
     def start(self, noise: Float[Array, "b h w c"]) -> State:
         """Before the first step."""
@@ -200,6 +205,7 @@ class Sampler:
         if facts.kind in ("adaptive", "last"):
             start, end = tables.times[0], tables.times[1]
             step = evaluator.step(tables.scales[0], ({},))
+            x = self.kept(x, nets, start)
             if facts.kind == "adaptive":
                 tolerances = config.rtol, config.atol
                 x = dopri5(
@@ -216,6 +222,7 @@ class Sampler:
             (t0, t1, scale, weights, inputs, full), index, noise = row
             length = t1 - t0 if facts.kind == "jump" else 0.0
             step = evaluator.step(scale, memories, inputs, full, length)
+            x = self.kept(x, nets, t0)
             if facts.kind in ("ode", "jump"):
                 x = rk_step((ODE_SOLVERS | JUMPS)[config.solver], step.velocity, x, t0, t1)
             elif facts.kind == "multistep":
@@ -234,6 +241,12 @@ class Sampler:
             advance, (state, memories), (tables.by_step(), indices, replay)
         )
         return state, states
+
+    def kept(self, x: Float[Array, "b h w c"], nets: Networks, t: Any) -> Float[Array, "b h w c"]:
+        """The state before a step from time t."""
+        if nets.noise is None:
+            return x
+        return pasted_at(self.flow.interpolant, x, nets.labels[KNOWN], nets.noise, t)
 
     def _evaluator(self, nets: Networks, facts: Facts) -> Evaluator:
         return Evaluator(self.apply, self.weak, self.flow, self.guidance, nets, facts)

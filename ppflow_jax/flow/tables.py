@@ -61,11 +61,16 @@ def scales_of(segments: tuple[Segment, ...]) -> Scales:
 
 
 class Networks(NamedTuple):
-    """What a network is called with, beside the state and the time."""
+    """What a network is called with, beside the state and the time.
+
+    Attributes:
+      noise: of the images, where known parts are put in their place at every step.
+    """
 
     params: Params
     weak: Params | None
     labels: Cond
+    noise: Float[Array, "b h w c"] | None = None
 
 
 class Tables(NamedTuple):

@@ -173,9 +173,9 @@ class Phase:
 
 
 def parse_phases(
-    values: Sequence[tuple[int, Mapping[str, float]]],
+    values: Any,
     steps: int,
-    always: Weights,
+    always: Mapping[str, Any],
     names: Sequence[str],
 ) -> tuple[Phase, ...]:
     """The phases of `config.train.phases`, ((until, {term: weight}), ...); the last has no end.
@@ -196,15 +196,15 @@ def parse_phases(
             )
         return (Phase(steps, tuple(always.items())),)
     try:
-        pairs = [(int(until), dict(weights)) for until, weights in values]
-        phases = tuple(
-            Phase(until, tuple((k, float(w)) for k, w in ({**always, **weights}).items()))
-            for until, weights in pairs
-        )
+        pairs = [
+            (int(until), {name: float(w) for name, w in ({**always, **weights}).items()})
+            for until, weights in values
+        ]
     except (TypeError, ValueError) as e:
         raise InputError(
             f"config.train.phases must be ((until_step, {{term: weight}}), ...), got {values}"
         ) from e
+    phases = tuple(Phase(until, tuple(weights.items())) for until, weights in pairs)
     ends = [phase.until for phase in phases]
     if ends != sorted(set(ends)) or ends[0] < 1:
         raise InputError(f"config.train.phases must end one after another, got steps {ends}")

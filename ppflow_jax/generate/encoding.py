@@ -1,13 +1,13 @@
-"""Pictures to latents, chunk by chunk, on all devices of a process."""
+"""Pictures to latents or features, chunk by chunk, on all devices of a process."""
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import jax
@@ -15,25 +15,81 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ppflow_jax.autoencoders.autoencoder import Autoencoder, Params
+from ppflow_jax.autoencoders.autoencoder import Params
 from ppflow_jax.autoencoders.encode import Encoder, moments
-from ppflow_jax.data.cache import (
-    Manifest,
-    Shard,
-    read_shard,
-)
+from ppflow_jax.data.cache import Manifest, encode_record
 from ppflow_jax.data.pictures import Pictures, UnreadablePicture
 from ppflow_jax.data.pipeline import parallel
+from ppflow_jax.data.records import Records, Shard, read_shard
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.shards import Shards
 
 
+@runtime_checkable
+class Made(Protocol):
+    """What is made of pictures; hashable parts are static in the program that makes it.
+
+    Attributes:
+      params: of the network that makes it.
+      function: (params, uint8 pictures) -> arrays [b, ...].
+    """
+
+    params: Params
+    function: Callable[[Params, jax.Array], tuple[jax.Array, ...]]
+
+    def manifest(self, facts: dict[str, Any], labels: dict[str, Any] | None) -> Records:
+        """Of these facts, which all manifests have; `labels` is a `Classes` as JSON."""
+        ...
+
+    def record(self, values: tuple[np.ndarray, ...], label: int) -> bytes:
+        """Of one view of one picture."""
+        ...
+
+    def name(self) -> str:
+        """Of what computes it, for messages."""
+        ...
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The latents of an autoencoder."""
+
+    encoder: Encoder
+    size: int
+
+    @property
+    def params(self) -> Params:
+        return self.encoder.params
+
+    @property
+    def function(self) -> Callable[[Params, jax.Array], tuple[jax.Array, ...]]:
+        return functools.partial(moments, self.encoder.autoencoder)
+
+    def manifest(self, facts: dict[str, Any], labels: dict[str, Any] | None) -> Manifest:
+        return Manifest(
+            **facts,
+            autoencoder=self.encoder.identity(),
+            shape=self.encoder.latent_shape(self.size),
+            std=self.encoder.stochastic,
+            latent_scale=self.encoder.latent_scale,
+            labels=labels,
+        )
+
+    def record(self, values: tuple[np.ndarray, ...], label: int) -> bytes:
+        mean, std = values
+        return encode_record(mean, std if self.encoder.stochastic else None, label)
+
+    def name(self) -> str:
+        made = self.encoder.identity()
+        return f"the autoencoder ({made['kind']} {made['sha256'][:12]})"
+
+
 @dataclass(frozen=True)
 class Job:
-    """What is to be encoded, how, and the part of this process."""
+    """What is to be made of which pictures, and the part of this process."""
 
     source: Pictures
-    encoder: Encoder
+    made: Made
     out: Path
     flips: str
     batch: int
@@ -54,20 +110,16 @@ class Job:
 
     def manifest(
         self, shards: tuple[Shard, ...] = (), labels: dict[str, Any] | None = None
-    ) -> Manifest:
-        return Manifest(
-            dataset=self.source.identity(),
-            autoencoder=self.encoder.identity(),
-            size=self.source.size,
-            flips=self.flips,
-            shape=self.encoder.latent_shape(self.source.size),
-            std=self.encoder.stochastic,
-            latent_scale=self.encoder.latent_scale,
-            batch=self.batch,
-            shard_pictures=self.shard_pictures,
-            shards=shards,
-            labels=labels,
-        )
+    ) -> Records:
+        facts = {
+            "dataset": self.source.identity(),
+            "size": self.source.size,
+            "flips": self.flips,
+            "batch": self.batch,
+            "shard_pictures": self.shard_pictures,
+            "shards": shards,
+        }
+        return self.made.manifest(facts, labels)
 
     def _done(self, shard: int) -> bool:
         facts = self.facts(shard)
@@ -96,14 +148,8 @@ class _Load:
         return {"image": images, "label": labels, "readable": readable, "chunk": np.array(chunk)}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _encode(autoencoder: Autoencoder, both: bool, params: Params, images: jax.Array):
-    views = [images, images[:, :, ::-1]] if both else [images]
-    return [moments(autoencoder, params, view) for view in views]
-
-
 def encoded(job: Job, todo: list[int], workers: int) -> Iterator[dict[str, Any]]:
-    """Chunks of the shards in order, with the list "latents": [(mean, std)] per flip.
+    """Chunks of the shards in order, with "made": a tuple of arrays for every flip.
 
     A chunk never crosses shards. The devices work on a chunk while the one before is written.
     """
@@ -115,26 +161,29 @@ def encoded(job: Job, todo: list[int], workers: int) -> Iterator[dict[str, Any]]
         for pictures in map(job.shards.records, todo)
         for first in range(pictures.start, pictures.stop, rows)
     ]
-    autoencoder = job.encoder.autoencoder
-    params = jax.device_put(job.encoder.params, NamedSharding(mesh, P()))
+    params = jax.device_put(job.made.params, NamedSharding(mesh, P()))
+    function, both = job.made.function, job.flips == "both"
+
+    @jax.jit
+    def views(params, images):
+        return [function(params, view) for view in [images, *[images[:, :, ::-1]] * both]]
 
     pending = None
     if not chunks:
         return
     for chunk in parallel(grain.MapDataset.source(chunks).map(_Load(job.source, rows)), workers):
         images = jax.device_put(chunk.pop("image"), place)
-        latents = _encode(autoencoder, job.flips == "both", params, images)
+        made = views(params, images)
         if pending:
             yield jax.device_get(pending)
-        pending = chunk | {"latents": latents}
+        pending = chunk | {"made": made}
     yield jax.device_get(pending)
 
 
-def check_finite(job: Job, index: int, *latents: np.ndarray) -> None:
-    if not all(np.isfinite(values).all() for values in latents):
-        made = job.encoder.identity()
+def check_finite(job: Job, index: int, values: tuple[np.ndarray, ...]) -> None:
+    if not all(np.isfinite(array).all() for array in values):
         raise InputError(
-            f"{job.source.label_of(index)} of {job.source.name}: its encoding by the autoencoder "
-            f"({made['kind']} {made['sha256'][:12]}) is not finite: remove the picture, or convert "
-            "the autoencoder again; the shards made so far are kept"
+            f"{job.source.label_of(index)} of {job.source.name}: its encoding by {job.made.name()} "
+            "is not finite: remove the picture, or convert the weights again; the shards made so "
+            "far are kept"
         )

@@ -1,4 +1,4 @@
-"""Writing a latent cache shard by shard.
+"""Writing a latent cache, or a field of one, shard by shard.
 
 While it is made, the folder has `settings.json` and, beside every finished shard, its facts as
 `SHARD.json`; the manifest replaces all of them. A shard is always made from its first picture and
@@ -19,24 +19,23 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ppflow_jax.console import progress, say
-from ppflow_jax.data.cache import (
-    LABEL_COUNTS,
+from ppflow_jax.data.classes import Classes
+from ppflow_jax.data.pipeline import explain
+from ppflow_jax.data.records import (
     MANIFEST,
     WRITER_OPTIONS,
-    Manifest,
+    Records,
     Shard,
-    encode_record,
     label_counts,
     read_shard,
     sha256,
 )
-from ppflow_jax.data.classes import Classes
-from ppflow_jax.data.pipeline import explain
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.disk import atomic
 from ppflow_jax.generate.encoding import Job, check_finite, encoded
 
 SETTINGS = "settings.json"
+LABEL_COUNTS = "label_counts"  # of a shard, until the manifest has them
 
 
 def prepare_shards(job: Job, *, skip_unreadable: bool, workers: int) -> None:
@@ -60,7 +59,7 @@ def prepare_shards(job: Job, *, skip_unreadable: bool, workers: int) -> None:
             _write_shard(job, shard, stream, bar, skip_unreadable)
 
 
-def finish(job: Job) -> Manifest | None:
+def finish(job: Job) -> Records | None:
     """When every process is done, the first one writes the manifest, and gets it."""
     _wait(job, "all shards are written")
     if job.process_index:
@@ -72,7 +71,7 @@ def finish(job: Job) -> Manifest | None:
         job.manifest(tuple(map(read_shard, facts)), labels).write(job.out)
     for path in [job.out / SETTINGS, *map(job.facts, range(len(job.shards)))]:
         path.unlink(missing_ok=True)
-    return Manifest.read(job.out)
+    return type(job.manifest()).read(job.out)
 
 
 def _classes(job: Job, facts: list[dict[str, Any]]) -> Classes:
@@ -81,9 +80,8 @@ def _classes(job: Job, facts: list[dict[str, Any]]) -> Classes:
     for fact in facts:
         known = fact.get(LABEL_COUNTS)
         if known is None:  # of a finished cache of which another file was lost
-            shape, std = job.encoder.latent_shape(job.source.size), job.encoder.stochastic
-            found = label_counts(job.out / fact["name"], shape, std)
-            known = {k: n // (2 if job.flips == "both" else 1) for k, n in found.items()}
+            found, views = label_counts(job.out / fact["name"]), job.manifest().views
+            known = {k: n // views for k, n in found.items()}
         counts.update({int(k): n for k, n in known.items()})
     said = job.source.classes()
     return Classes(dict(sorted(counts.items())), said.names if said else ())
@@ -94,8 +92,8 @@ def _claim(job: Job) -> None:
 
     A finished cache of which files are missing or cut is begun again with those that are good.
     """
-    manifest, begun, settings = job.out / MANIFEST, job.out / SETTINGS, job.manifest().settings()
-    finished = Manifest.read(job.out) if manifest.exists() else None
+    manifest, begun, ours = job.out / MANIFEST, job.out / SETTINGS, job.manifest()
+    settings, finished = ours.settings(), type(ours).read(job.out) if manifest.exists() else None
     there = settings
     if finished:
         there = finished.settings()
@@ -107,8 +105,8 @@ def _claim(job: Job) -> None:
         )
     if different := [name for name in settings if not _same(settings[name], there.get(name))]:
         raise InputError(
-            f"{job.out} holds a cache made with other settings ({', '.join(different)}): give "
-            "another --out, or the settings it was begun with"
+            f"{job.out} holds a {ours.what} made with other settings ({', '.join(different)}): "
+            "give another --out, or the settings it was begun with"
         )
     if not job.process_index:
         for stale in job.out.glob(".*.partial"):
@@ -165,10 +163,10 @@ def _write_shard(
                         continue
                     label = int(chunk["label"][row])
                     labels.append(label)
-                    for mean, std in chunk["latents"]:
-                        check_finite(job, first + row, mean[row], std[row])
-                        kept = std[row] if job.encoder.stochastic else None
-                        writer.write(encode_record(mean[row], kept, label))
+                    for arrays in chunk["made"]:
+                        values = tuple(array[row] for array in arrays)
+                        check_finite(job, first + row, values)
+                        writer.write(job.made.record(values, label))
                         records += 1
                 bar.update(stop - first)
                 if stop == pictures.stop:

@@ -66,6 +66,8 @@ class FeatureNetwork:
 
     Attributes:
       function: (params, uint8 pictures) -> features by the names in `dimensions`, to be jitted.
+      tokens: (params, uint8 pictures) -> features by place [b, rows, columns, d], to be jitted: of
+        Inception those of Mixed_6e, of a small network those that `features` is the mean of.
       dimensions: of `features` and, where there are such, `spatial` and `logits`.
       shape: of the only pictures it takes; None: any with 1 or 3 channels.
       card: what is written beside every number.
@@ -74,6 +76,7 @@ class FeatureNetwork:
     function: Callable[
         [Params, UInt8[Array, "b h w c"], tuple[str, ...]], dict[str, Float[Array, "b _"]]
     ]
+    tokens: Callable[[Params, UInt8[Array, "b h w c"]], Float[Array, "b rows columns d"]]
     params: Params
     dimensions: dict[str, int]
     shape: tuple[int, int, int] | None
@@ -96,11 +99,14 @@ def inception_features(
         found = network.features(params, x, tuple(ours[name] for name in names))
         return {name: found[ours[name]] for name in names}
 
+    def tokens(params, images):
+        return network.maps(params, inception_input(images, resize))["Mixed_6e"]
+
     dimensions = {"features": int(pooled), "spatial": 2023}
     card = {"network": "inception", "digest": digest(params), "resize": resize}
     if config.logits:
         dimensions["logits"] = 1008
-    return FeatureNetwork(function, params, dimensions, None, card)
+    return FeatureNetwork(function, tokens, params, dimensions, None, card)
 
 
 def small_features(
@@ -111,6 +117,7 @@ def small_features(
     card = {"network": "small", "digest": digest(params), **origin}
     return FeatureNetwork(
         lambda params, images, names: network.features(params, images, names),
+        network.tokens,
         params,
         {"features": config.widths[-1], "logits": config.classes},
         (config.size, config.size, config.channels),

@@ -45,13 +45,13 @@ class FeatureNetModule(nnx.Module):
         self.fc = nnx.Linear(config.widths[-1], config.classes, rngs=rngs)
         self._layers = len(config.widths)
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> dict[str, Float[Array, "b _"]]:
+    def __call__(self, x: Float[Array, "b h w c"]) -> dict[str, Float[Array, "b ..."]]:
         for i in range(self._layers):
             if i and x.shape[1] >= 4:
                 x = nnx.max_pool(x, (2, 2), (2, 2))
             x = jax.nn.relu(getattr(self, f"conv{i}")(x))
         features = x.mean(axis=(1, 2))
-        return {"features": features, "logits": self.fc(features)}
+        return {"tokens": x, "features": features, "logits": self.fc(features)}
 
 
 @functools.cache
@@ -88,7 +88,16 @@ class FeatureNet:
         self, params: Params, images: UInt8[Array, "b h w c"], names: tuple[str, ...] = NAMES
     ) -> dict[str, Float[Array, "b _"]]:
         """Those of `features` (after ReLU) and `logits` that are named, in float32."""
+        found = self._outputs(params, images)
+        return {name: found[name] for name in names}
+
+    def tokens(
+        self, params: Params, images: UInt8[Array, "b h w c"]
+    ) -> Float[Array, "b rows columns d"]:
+        """What `features` is the mean of, by place."""
+        return self._outputs(params, images)["tokens"]
+
+    def _outputs(self, params: Params, images: UInt8[Array, "b h w c"]) -> dict[str, Array]:
         with jax.default_matmul_precision("highest"):
             x = images.astype(jnp.float32) / 127.5 - 1
-            found = nnx.merge(_split(self.config)[0], params)(x)
-        return {name: found[name] for name in names}
+            return nnx.merge(_split(self.config)[0], params)(x)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ppflow_jax.errors import InputError
+from ppflow_jax.models.adapters import NONE, Adapter, beside, parse, text
 from ppflow_jax.models.conditions import Condition, known
 from ppflow_jax.models.parts import DIT, BlockSpec
 from ppflow_jax.pyramid import Pyramid
@@ -35,10 +36,11 @@ class ModelConfig:
       level_embedding: several stages are told apart by a learned embedding (PPFlow, Sec. 3.2).
       block: what the blocks are made of.
       conditions: what it is told besides time and label.
+      adapters: what stands beside the kernels, see `models.adapters`.
 
     Raises:
-      InputError: a patch does not divide the latent, heads do not divide the width, or two
-        conditions have one name.
+      InputError: a patch does not divide the latent, heads do not divide the width, two conditions
+        have one name, or adapters are on no kernel.
     """
 
     pyramid: Pyramid
@@ -53,6 +55,7 @@ class ModelConfig:
     level_embedding: bool = True
     block: BlockSpec = DIT
     conditions: tuple[Condition, ...] = ()
+    adapters: tuple[Adapter, ...] = ()
 
     def __post_init__(self):
         sizes = (self.latent_size, self.channels, self.width, self.depth, self.heads)
@@ -68,6 +71,7 @@ class ModelConfig:
         names = [condition.name for condition in self.conditions]
         if twice := [name for i, name in enumerate(names) if name in names[:i]]:
             raise InputError(f"two conditions are called {twice[0]}: give each its own name")
+        beside(self)
 
     @property
     def has_levels(self) -> bool:
@@ -93,11 +97,15 @@ class ModelConfig:
         return self.width // self.heads
 
     def to_json(self) -> dict[str, Any]:
-        """By field; conditions, and every part of the blocks that is not DiT's, as text."""
-        parts = ("block", "conditions")
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in parts}
-        texts = {"conditions": list(map(str, self.conditions))} if self.conditions else {}
-        return values | {"pyramid": str(self.pyramid)} | self.block.to_json() | texts
+        """By field; conditions, adapters and every part that is not DiT's, as text."""
+        special = ("block", "conditions", "adapters")
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in special}
+        texts: dict[str, Any] = {"pyramid": str(self.pyramid)} | self.block.to_json()
+        if self.conditions:
+            texts["conditions"] = list(map(str, self.conditions))
+        if self.adapters:
+            texts["adapters"] = text(self.adapters)
+        return values | texts
 
     @classmethod
     def from_json(
@@ -116,4 +124,4 @@ class ModelConfig:
             raise InputError(f"model config has unknown keys {sorted(unknown)}: update ppflow_jax")
         pyramid = Pyramid.parse(values["pyramid"])
         made = {"pyramid": pyramid, "block": block, "conditions": conditions}
-        return cls(**(values | made))
+        return cls(**(values | made | {"adapters": parse(values.get("adapters", NONE))}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ppflow_jax.models.adapters import low_rank_flops
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.layers import FREQUENCIES
 
@@ -12,30 +13,34 @@ def block_flops(
     """FLOPs of the matrix products of one block for one image, 2 per multiply-add.
 
     8 N D^2 (attention projections) + 4 N^2 D (attention) + 12 D^2 (adaLN) + what the block's parts
-    count, for N tokens that enter attention and M that enter the MLP; all, where not given.
+    and adapters count, for N tokens that enter attention and M that enter the MLP; all, where not
+    given.
     """
     rows, cols = model.pyramid.grid(stage, model.latent_size)
     d = model.width
     n = rows * cols if attention is None else attention
     m = rows * cols if mlp is None else mlp
     parts = sum(part.flops(model, m) for part in model.block.parts)
-    return 8 * n * d * d + 4 * n * n * d + 12 * d * d + parts
+    adapters, _ = low_rank_flops(model, stage, n, m)
+    return 8 * n * d * d + 4 * n * n * d + 12 * d * d + parts + adapters
 
 
-def ends_flops(model: ModelConfig) -> int:
+def ends_flops(model: ModelConfig, stage: int) -> int:
     """FLOPs of what is not in the blocks, of one image.
 
-    These are the patch, final and time projections, and what conditions count.
+    These are the patch, final and time projections, what conditions count, and adapters of these.
     """
     d, pixels = model.width, model.latent_size**2 * model.channels
     ends = 2 * d * pixels * (3 if model.learn_sigma else 2) + 4 * d * d
     told = sum(condition.flops(model) for condition in model.conditions)
-    return ends + 2 * d * (2 * FREQUENCIES + d) + told
+    rows, cols = model.pyramid.grid(stage, model.latent_size)
+    _, adapters = low_rank_flops(model, stage, rows * cols, rows * cols)
+    return ends + 2 * d * (2 * FREQUENCIES + d) + told + adapters
 
 
 def forward_flops(model: ModelConfig, stage: int) -> int:
     """FLOPs of one plain evaluation of one image."""
-    return model.depth * block_flops(model, stage) + ends_flops(model)
+    return model.depth * block_flops(model, stage) + ends_flops(model, stage)
 
 
 def block_traffic(model: ModelConfig, stage: int) -> int:

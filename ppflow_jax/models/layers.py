@@ -57,9 +57,41 @@ def linear(
     dtype: DTypeLike | None = None,
     init=_xavier,
     bias: bool = True,
-) -> nnx.Linear:
+) -> Linear:
     """Linear layer with float32 parameters computing in `dtype`."""
-    return nnx.Linear(d_in, d_out, rngs=rngs, dtype=dtype, kernel_init=init, use_bias=bias)
+    return Linear(d_in, d_out, rngs=rngs, dtype=dtype, kernel_init=init, use_bias=bias)
+
+
+class Linear(nnx.Linear):
+    """Linear layer with the adapters that stand beside its kernel."""
+
+    def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+        return adapted(self, x, super().__call__(x))
+
+
+def adapted(module: nnx.Module, x: Array, y: Array, prefix: str = "") -> Array:
+    """gamma * y + beta + s (x A) B for y = x W + b, as far as `module` has them.
+
+    See `models.adapters`. Computed in the dtype of y, whose last axes are those of the kernel.
+    """
+    gamma, beta, a, b = (
+        None
+        if (leaf := getattr(module, prefix + name, None)) is None
+        else leaf[...].astype(y.dtype)
+        for name in ("gamma", "beta", "lora_a", "lora_b")
+    )
+
+    def rows(leaf: Array) -> Array:
+        return jnp.expand_dims(leaf, range(y.ndim - leaf.ndim))
+
+    if gamma is not None:
+        y = y * rows(gamma)
+    if beta is not None:
+        y = y + rows(beta)
+    if a is not None:
+        low = getattr(module, f"{prefix}factor") * (x.astype(y.dtype) @ a)
+        y = y + jnp.tensordot(low, b, 1)
+    return y
 
 
 class TimestepEmbedder(nnx.Module):
@@ -79,7 +111,7 @@ class TimestepEmbedder(nnx.Module):
         cos, sin = jnp.split(features, 2, axis=-1)
         kernel = self.fc1.kernel[...]
         hidden = cos @ kernel[:FREQUENCIES] + sin @ kernel[FREQUENCIES:] + self.fc1.bias[...][None]
-        return self.fc2(jax.nn.silu(hidden))
+        return self.fc2(jax.nn.silu(adapted(self.fc1, features, hidden)))
 
 
 class Attention(nnx.Module):
@@ -120,9 +152,9 @@ class Attention(nnx.Module):
         kernel, bias = (p[...].astype(self.dtype) for p in (self.qkv_kernel, self.qkv_bias))
 
         def project(x):
-            return jnp.einsum("...d,dche->...che", x, kernel) + jnp.expand_dims(
-                bias, range(x.ndim - 1)
-            )
+            y = jnp.einsum("...d,dche->...che", x, kernel)
+            y = y + jnp.expand_dims(bias, range(x.ndim - 1))
+            return adapted(self, x, y, "qkv_")
 
         qkv = self.per_token(project, x.astype(self.dtype))
         return tuple(qkv[:, :, i] for i in range(3))
@@ -172,7 +204,11 @@ class Block(nnx.Module):
 
     def modulation(self, c: Float[Array, "b d"]) -> list[Float[Array, "b d"]]:
         """shift, scale, gate of the attention branch, then of the MLP; `c` is already SiLU(c)."""
-        return jnp.split(self.adaln(c).astype(jnp.float32), 6, axis=-1)
+        parts = jnp.split(self.adaln(c).astype(jnp.float32), 6, axis=-1)
+        if hasattr(self, "gates_gamma"):
+            for i, gamma in zip((2, 5), self.gates_gamma[...].astype(jnp.float32)):
+                parts[i] = parts[i] * gamma[None]
+        return parts
 
     def mlp(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         """The branch after attention before its gate, whatever part it is."""

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from ppflow_jax.devices.layout import Layout
 from ppflow_jax.devices.programs import Programs, for_passes
 from ppflow_jax.errors import InputError
+from ppflow_jax.models.adapters import attach
 from ppflow_jax.models.conditions import Cond, Told, split
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.layers import Block, TimestepEmbedder, _normal, _zeros, linear, modulate
@@ -87,6 +88,7 @@ class PPFlow(nnx.Module):
             self.conditions = nnx.Dict(
                 {c.name: c.module(config, self.run, rngs) for c in config.conditions}
             )
+        attach(self, config, rngs)
 
     def tokens(self, x: Float[Array, "b h w c"], stage: int, told: Told) -> Float[Array, "b n d"]:
         """Patch projection of one stage, of the latent and of conditions, plus its positions."""

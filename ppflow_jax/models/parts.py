@@ -65,6 +65,28 @@ class Key(NamedTuple):
     theirs: Callable[[np.ndarray], np.ndarray] = _same
 
 
+class Site(NamedTuple):
+    """A linear map of the network, beside whose kernel adapters may stand.
+
+    Attributes:
+      name: as the patterns of adapters have it, such as `blocks/fc1`.
+      module: path of the module with its leaves; those below `blocks` have an axis of depth.
+      inputs: width of what enters; 0 where only a scale is possible, because there is no kernel.
+      outputs: shape of what leaves for one row.
+      rows: of one image: `attention` and `mlp` (tokens that enter that branch) or `image` (one).
+      stage: the only stage that computes it; None: all.
+      prefix: of the names of its leaves.
+    """
+
+    name: str
+    module: tuple[str | int, ...]
+    inputs: int
+    outputs: tuple[int, ...]
+    rows: str
+    stage: int | None = None
+    prefix: str = ""
+
+
 def linear_keys(torch: str, *path: str | int, index: tuple[int, ...] = ()) -> Iterator[Key]:
     """Weight and bias of a linear layer."""
     yield Key(f"{torch}.weight", (*path, "kernel"), index, np.transpose, np.transpose)
@@ -109,6 +131,10 @@ class Part(Described):
     def keys(self, layer: int) -> Iterator[Key]:
         """PyTorch names of its leaves in one layer."""
         raise NotImplementedError
+
+    def sites(self, model: ModelConfig) -> Iterator[Site]:
+        """Its linear layers that adapters may stand beside."""
+        return iter(())
 
     def start(self, model: ModelConfig, source: ModelConfig, blocks: Leaves, key: Array) -> Leaves:
         """The blocks of `model`, which has this part, from those of `source`, which has another.
@@ -180,6 +206,11 @@ class Mlp(Ffn):
     def keys(self, layer: int) -> Iterator[Key]:
         for name in ("fc1", "fc2"):
             yield from linear_keys(f"blocks.{layer}.mlp.{name}", "blocks", name, index=(layer,))
+
+    def sites(self, model: ModelConfig) -> Iterator[Site]:
+        width, hidden = model.width, int(model.width * model.mlp_ratio)
+        yield Site("blocks/fc1", ("blocks", "fc1"), width, (hidden,), "mlp")
+        yield Site("blocks/fc2", ("blocks", "fc2"), hidden, (width,), "mlp")
 
     @classmethod
     def read(cls, state: Any, width: int) -> tuple[Ffn, int] | None:

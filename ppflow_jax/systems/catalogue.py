@@ -108,6 +108,22 @@ SYSTEMS = (
         "eight fitted steps have 0.0123 and cost less ([Tune](tune.md))",
     ),
     System(
+        "HarmoniCa",
+        ("2410.01723",),
+        "ModelTC/HarmoniCa 5d7f78d, Apache-2",
+        "systems/harmonica.py",
+        "ppflow tune --forecast=harmonica --steps=20 --share=0.4",
+        "harmonica.md",
+        "mixed and routed branches, the router's loss, gradients, updates and weights of steps, "
+        "masks and trajectories, against arrays of the original",
+        "velocities, and memories that begin anew in every stage; the price of a branch is found "
+        "from a budget; masks are few and static; every rollout begins with nothing kept, in "
+        "the original not those after its weights are measured",
+        "tests/systems/test_harmonica.py",
+        "digits, ten steps at half their cost: error 0.1417, five Euler steps 0.1225 and cheaper "
+        "([Learned caching](harmonica.md#what-it-gained-here))",
+    ),
+    System(
         "SDTM",
         ("2505.11707",),
         "ICTMCG/SDTM dfaf461, no licence file",
@@ -144,6 +160,47 @@ SYSTEMS = (
         "upcycling is exact with `renormalise=true`",
         "tests/systems/test_moe.py",
         NOT_MEASURED,
+    ),
+    System(
+        "REPA",
+        ("2410.06940",),
+        "sihyun-yu/REPA 67f7145, MIT",
+        "systems/repa.py",
+        "--config=digits_repa",
+        "repa.md",
+        "projector, loss, gradients, guided ODE and SDE samples, against arrays of the original",
+        "coarse stages see the teacher's features averaged over their cells; features are a field "
+        "of the data instead of a network in every step",
+        "tests/systems/test_repa.py",
+        "digits, 200 steps, one seed: FID 35.9 with and 38.8 without, the same best probe "
+        "([repa.md](repa.md))",
+    ),
+    System(
+        "HASTE",
+        ("2505.16792",),
+        "NUS-HPC-AI-Lab/HASTE eb7b1f1, no licence file",
+        "systems/haste.py",
+        "--config=haste",
+        "repa.md",
+        "both terms, their gradients and the step of the stop, against arrays of the original",
+        "a softmax is over the keys of one query for any number of tokens; its log stays finite; "
+        "after the stop nothing of teacher and projector is computed",
+        "tests/systems/test_phases.py",
+        NOT_MEASURED,
+    ),
+    System(
+        "DDAE",
+        ("2303.09769", "2307.08702"),
+        "FutureXiang/ddae ddd4a3b, no licence file",
+        "evaluate/probing.py",
+        "ppflow probe --checkpoint=runs/digits",
+        "probe.md",
+        "features of every block and the linear classifier, against arrays of the original",
+        "an example's noise is fixed, also in testing; the stage is that of the time; ridge "
+        "regression beside the classifier",
+        "tests/test_probe.py",
+        "digits, 200 steps: 87% at t=0.9, 55 to 61% at 0.6, 24% in the coarse stage at 0.3 "
+        "([probe.md](probe.md))",
     ),
     System(
         "Switch-DiT",
@@ -185,6 +242,59 @@ SYSTEMS = (
         "velocities on the linear path, without weights by SNR; steps end at the boundaries of "
         "the pyramid",
         "tests/systems/test_guided_distillation.py",
+        NOT_MEASURED,
+    ),
+    System(
+        "Channels beside the latent",
+        ("2112.10752",),
+        "CompVis/latent-diffusion a506df5, MIT, read about only",
+        "systems/tasks.py",
+        "--config.data.task=inpainting",
+        "conditions.md",
+        "a condition in channels beside the latent equals a wider patch projection; replacement of "
+        "known parts, against a NumPy restatement",
+        "the latent is masked or shrunk, not the picture before it is encoded: caches can be used",
+        "tests/systems/test_tasks.py",
+        NOT_MEASURED,
+    ),
+    System(
+        "LoRA",
+        ("2106.09685", "2312.03732"),
+        "huggingface/peft 0.21.2, Apache-2",
+        "systems/adapters.py",
+        "--config=digits:lora",
+        "adapters.md",
+        "outputs, gradients, merged weights, where A starts and names, against arrays of the "
+        "original; rsLoRA too",
+        "no dropout",
+        "tests/systems/test_adapters.py",
+        NOT_MEASURED,
+    ),
+    System(
+        "DiffFit and BitFit",
+        ("2304.06648", "2106.10199"),
+        "mkshing/DiffFit-pytorch 78dc2d1, an unofficial port, MIT",
+        "systems/adapters.py",
+        "--config=digits:difffit",
+        "adapters.md",
+        "a block, its gradients, what is trained and how many parameters that are, against arrays "
+        "of the port",
+        "the kernel of adaLN stays as it is, which the port trains by the accident of a name; "
+        "epsilon 1e-6 in every norm",
+        "tests/systems/test_adapters.py",
+        NOT_MEASURED,
+    ),
+    System(
+        "Diffscaler",
+        ("2404.09976",),
+        "no code found",
+        "systems/adapters.py",
+        "--config=digits:diffscaler",
+        "adapters.md",
+        "scale, shift and low-rank part of every layer, other classes from the null class, as the "
+        "paper is summarised",
+        "a task is a run of its own on one base and is chosen when it is loaded, not by the image",
+        "tests/models/test_adapters.py",
         NOT_MEASURED,
     ),
 )

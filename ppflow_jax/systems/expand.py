@@ -24,13 +24,16 @@ def expanded_config(config: ModelConfig, pyramid: Pyramid) -> ModelConfig:
     """The model that `expand` makes; needs no parameters.
 
     Raises:
-      InputError: the source has several stages, or a patch is no multiple of its patch.
+      InputError: the source has several stages or adapters, or a patch is no multiple of its
+        patch.
     """
     if len(config.pyramid) != 1:
         raise InputError(
             f"only a model of one stage can be expanded, this one has {config.pyramid}: leave out "
             "--pyramid, or state its own"
         )
+    if config.adapters:
+        raise InputError("a model with adapters is not expanded: merge them first")
     p, q = config.pyramid.stages[0].patch
     if wrong := [s.patch for s in pyramid.stages if s.patch[0] % p or s.patch[1] % q]:
         raise InputError(

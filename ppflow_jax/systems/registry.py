@@ -15,15 +15,17 @@ from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.parts import BlockSpec, Ffn, Mlp, Part, Wrap
 from ppflow_jax.pyramid import Pyramid
 from ppflow_jax.systems.guided_distillation import Guided, Halved
+from ppflow_jax.systems.haste import AttentionAlign
 from ppflow_jax.systems.meanflow import MeanFlow
 from ppflow_jax.systems.moe import MoE
+from ppflow_jax.systems.repa import Repa
 from ppflow_jax.systems.switch import Switch
 from ppflow_jax.systems.tasks import Colourisation, Edges, Inpainting, SuperResolution, Task
 
 FFNS: dict[str, type[Ffn]] = {part.kind: part for part in (Mlp, MoE)}
 WRAPS: dict[str, type[Wrap]] = {part.kind: part for part in (Switch,)}
 KINDS: dict[str, dict[str, Any]] = {"ffn": FFNS, "wrap": WRAPS}  # by the field of `BlockSpec`
-TERMS: dict[str, Any] = {}  # of the loss
+TERMS: dict[str, Any] = {term.name: term for term in (Repa, AttentionAlign)}  # of the loss
 OBJECTIVES = {kind.kind: kind for kind in (MeanFlow, Guided, Halved)}
 FLOW = "flow"  # the objective without further settings
 NONE = "none"  # of a part that there need not be
@@ -37,6 +39,8 @@ _READERS = {
     "str": str,
     "float": float,
     "bool": {"true": True, "false": False}.__getitem__,
+    "tuple[int, ...]": lambda text: tuple(map(int, text.split("/"))),
+    "tuple[str, ...]": lambda text: tuple(text.split("/")),
 }
 
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from ppflow_jax.errors import InputError
+from ppflow_jax.flow.known import KNOWN
 from ppflow_jax.models.conditions import Channels
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.parts import Described
@@ -120,7 +121,7 @@ class Inpainting(Task):
     """
 
     kind = "inpainting"
-    condition = "known"
+    condition = KNOWN
     least: float = 0.25
     most: float = 0.75
 
@@ -217,9 +218,3 @@ class Edges(Task):
 def luma(x: Float[Array, "b h w 3"]) -> Float[Array, "b h w 1"]:
     """Brightness of pixels, in their own range."""
     return jnp.sum(x * jnp.float32(LUMA)[None, None, None], axis=-1, keepdims=True)
-
-
-def pasted(x: Float[Array, "b h w c"], known: Float[Array, "b h w k"]) -> Float[Array, "b h w c"]:
-    """Images with the known part of an `Inpainting` condition in its place."""
-    mask, values = known[..., :1], known[..., 1:]
-    return jnp.where(mask > 0, values, x)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from ppflow_jax.checkpoints.card import Card
+from ppflow_jax.checkpoints.card import ALL, Card
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.loss import FlowObjective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.terms import Objective, Phase, parse_phases
+from ppflow_jax.models.adapters import NONE, parse, text
 from ppflow_jax.models.conditions import Channels
 from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.network import abstract_params
+from ppflow_jax.models.trees import leaves, split
 from ppflow_jax.pyramid import Pyramid
 from ppflow_jax.systems.registry import notes_of, take_block, take_conditions, term
 from ppflow_jax.systems.registry import objective as objective_of
@@ -49,11 +53,17 @@ class Experiment:
         """Checkpoint whose weights a new run starts with: a student's are those of its teacher."""
         return self.config.init_from or self.config.train.teacher
 
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """Patterns of the network's leaves that are trained, see `models.trees.split`."""
+        return tuple(self.config.train.trainable)
+
     @classmethod
     def from_config(cls, config: ConfigDict) -> Experiment:
         c = config.model
         settings = {k: c[k] for k in c if k not in ("pyramid", "dtype", "remat", "attention")}
         made = dict(block=(block := take_block(settings)), conditions=take_conditions(settings))
+        made["adapters"] = parse(settings.pop("adapters", NONE))
         model = ModelConfig(pyramid=Pyramid.parse(c.pyramid), **made, **settings)
         if task := task_of(config.data.task):
             model = _told(model, task, config.data.space)
@@ -70,7 +80,7 @@ class Experiment:
             terms=terms,
             conditions=model.asked,
         )
-        _check_given(base, task)
+        _check_given(base, task, tuple(config.data.fields))
         objective = objective_of(config.flow.objective, base, model)
         phases = parse_phases(
             config.train.phases,
@@ -78,15 +88,18 @@ class Experiment:
             always={name: config.flow[name] for name in block.term_names},
             names=[term.name for term in terms],
         )
+        _check_fields(base, tuple(config.data.fields))
         sampler = sampler_of(config.sample)
         sampler.scales(model.pyramid)
         notes_of(config.flow.objective, sampler)
         _check(config)
+        _check_trainable(model, tuple(config.train.trainable))
         values = json.loads(config.to_json_best_effort())
         values.pop("resume_changed", None)
         values["model"] |= block.to_json()  # as checkpoints have it
         values["model"]["conditions"] = list(map(str, model.conditions))
         values["data"]["task"] = str(task or "none")
+        values["model"]["adapters"] = text(model.adapters)
         card = Card(model, flow, config.data.space, values)
         return cls(card, objective, phases, OptimConfig(**config.optim), sampler, config, task)
 
@@ -109,17 +122,39 @@ def _told(model: ModelConfig, task: Task, space: str) -> ModelConfig:
     return model
 
 
-def _check_given(objective: FlowObjective, task: Task | None) -> None:
+def _check_given(objective: FlowObjective, task: Task | None, fields: tuple[str, ...]) -> None:
     """
     Raises:
       InputError: nothing gives values to one of the conditions.
     """
-    given = () if task is None else (task.condition,)
+    given = (*fields, *(() if task is None else (task.condition,)))
     if lacking := [c.name for c in objective.conditions if c.name not in given]:
         raise InputError(
             f"config.model.conditions has {', '.join(lacking)}, and nothing gives values for it in "
-            "training: leave it out, or set config.data.task to what does"
+            "training: leave it out, set config.data.task to what does, or name a field of the "
+            "data in config.data.fields"
         )
+
+
+def _check_trainable(model: ModelConfig, patterns: tuple[str, ...]) -> None:
+    if patterns == ALL:
+        return
+    if not patterns:
+        raise InputError("config.train.trainable is empty: give patterns of what is trained")
+    for pattern in patterns:
+        try:
+            found, _ = split(abstract_params(model), (pattern,))
+        except re.error as e:
+            raise InputError(
+                f"config.train.trainable: {pattern!r} is no regular expression ({e})"
+            ) from e
+        if not found:
+            names = ", ".join(
+                dict.fromkeys(str(path[0]) for path, _ in leaves(abstract_params(model)))
+            )
+            raise InputError(
+                f"config.train.trainable: {pattern!r} is no leaf; their paths begin with {names}"
+            )
 
 
 def sampler_of(sample: Mapping[str, Any] | ConfigDict) -> SamplerConfig:
@@ -129,6 +164,19 @@ def sampler_of(sample: Mapping[str, Any] | ConfigDict) -> SamplerConfig:
       InputError: unknown solver, or a value out of range.
     """
     return SamplerConfig(sample["solver"], sample["steps"], cfg=tuple(sample["cfg"]))
+
+
+def _check_fields(objective: FlowObjective, fields: tuple[str, ...]) -> None:
+    """
+    Raises:
+      InputError: a term reads a field that is not read from the data.
+    """
+    for each in objective.terms:
+        if missing := [name for name in each.fields if name not in fields]:
+            raise InputError(
+                f"config.flow.terms: {each.name} reads the field {missing[0]}, config.data.fields "
+                f"has {', '.join(fields) or 'none'}: add it there"
+            )
 
 
 def _check(config: ConfigDict) -> None:

@@ -12,13 +12,17 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from ppflow_jax.checkpoints.card import Card, read_card
+from ppflow_jax.checkpoints.base import named
+from ppflow_jax.checkpoints.card import ALL, Card, read_card
 from ppflow_jax.checkpoints.run import latest_card
 from ppflow_jax.checkpoints.weights import load_weights
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.store import find_checkpoint
-from ppflow_jax.models.network import Params, abstract_params
+from ppflow_jax.models.adapters import NONE, adapter_paths, plain, text
+from ppflow_jax.models.network import Params, abstract_params, init_params
+from ppflow_jax.models.trees import join, parted
 from ppflow_jax.systems.registry import KINDS, canonical, take_conditions
+from ppflow_jax.train.experiment import Experiment
 
 
 def take_architecture(config: ConfigDict, workdir: str | None, told: Collection[str]) -> str | None:
@@ -38,6 +42,8 @@ def take_architecture(config: ConfigDict, workdir: str | None, told: Collection[
     changed = []
     for name, value in card.model.to_json().items():
         before = config.model.get(name)
+        if name == "adapters" and before not in (None, NONE):
+            continue  # those of this run, which must fit the weights too
         before = canonical(before, name) if name in KINDS and before else before
         if name == "conditions":
             before, value = _together(before, value)
@@ -56,13 +62,30 @@ def _together(own: Sequence[str], theirs: Sequence[str]) -> tuple[tuple[str, ...
     return tuple(map(str, mine)), tuple(map(str, (*found, *more)))
 
 
+def with_base(experiment: Experiment) -> Experiment:
+    """The experiment, whose card names the weights that it starts from as those that stay.
+
+    Raises:
+      InputError: no checkpoint in `config.init_from`.
+    """
+    path = experiment.origin
+    if not path:
+        raise InputError(
+            "config.train.trainable leaves a part of the weights as it is: say in config.init_from "
+            "which weights that are, or train all with config.train.trainable=('.*',)"
+        )
+    return replace(experiment, card=replace(experiment.card, base=named(path)))
+
+
 def open_start(
     path: str, card: Card, mesh: Mesh, setting: str = "config.init_from"
 ) -> tuple[Params, Callable[[Params, Array], Params]]:
     """The weights in `path`, and a function of them and a key: parameters of the model of `card`.
 
     They are the same but for parts of the blocks that the weights do not have, which start from
-    what they replace (see `models.parts.Part.start`), and conditions, which start at zero.
+    what they replace (see `models.parts.Part.start`), conditions, which start at zero, and
+    adapters, which change nothing yet. Where a part of the parameters is trained, classes may be
+    others: all start as the null class.
 
     Args:
       setting: that has the path, for what is said of it.
@@ -73,10 +96,19 @@ def open_start(
     folder = find_checkpoint(path)
     found, model = read_card(folder), card.model
     source = found.model
+    moved = source.adapters and source.block != model.block
+    if moved or source.adapters not in ((), model.adapters):
+        raise InputError(
+            f"{setting}={folder} has adapters {text(source.adapters)}: keep them in "
+            f"config.model.adapters, or merge them: ppflow convert --merge --source={path} "
+            "--target=DIR"
+        )
     grown = set(source.conditions) <= set(model.conditions)
     conditions = model.conditions if grown else source.conditions
-    other = replace(found, model=replace(source, block=model.block, conditions=conditions))
-    if difference := other.differences(card):
+    other = replace(found, model=plain(replace(source, block=model.block, conditions=conditions)))
+    if card.trainable != ALL:
+        other = replace(other, model=replace(other.model, num_classes=model.num_classes))
+    if difference := other.differences(replace(card, model=plain(model))):
         raise InputError(
             f"{setting}={folder} holds another model ({difference}): use a "
             "configuration of the same model"
@@ -88,7 +120,13 @@ def open_start(
             shapes = abstract_params(model)["conditions"]
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
             made["conditions"] = zeros | params.get("conditions", {})
-        return params | made
+        if model.num_classes != source.num_classes:
+            null = params["label"]["embedding"][-1:]
+            table = jnp.broadcast_to(null, (model.num_classes + 1, model.width))
+            made["label"] = {"embedding": table}
+        params = params | made
+        new = adapter_paths(model) - adapter_paths(source)
+        return join(params, parted(init_params(model, key), new.__contains__)[0]) if new else params
 
     try:
         made = jax.eval_shape(start, abstract_params(source), jax.random.key(0))

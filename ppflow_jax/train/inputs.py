@@ -31,6 +31,7 @@ from ppflow_jax.devices.sharding import (
 )
 from ppflow_jax.errors import InputError, stream_seed
 from ppflow_jax.models.conditions import LABEL, Cond
+from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.systems.registry import task as task_of
 from ppflow_jax.systems.tasks import Task
 
@@ -73,14 +74,7 @@ def open_inputs(data: ConfigDict, card: Card) -> tuple[Source, Encoder | None, C
         )
     encoder = Encoder.parse(data.vae, "config.data.vae") if data.vae else None
     size = model.latent_size * (encoder.config.downsample if encoder else 1)
-    source = open_source(
-        data.source,
-        data.path,
-        size=size,
-        split=data.split,
-        image=data.image_feature,
-        label=data.label_feature,
-    )
+    source = _source(data, tuple(data.fields), size)
     identity, scale = source.identity(), card.latent_scale
     if isinstance(source, CacheSource):
         scale = source.manifest.latent_scale
@@ -94,11 +88,49 @@ def open_inputs(data: ConfigDict, card: Card) -> tuple[Source, Encoder | None, C
     elif pictures:
         check_shape(data.path, (size, size, 3), model.shape)
     source.check_fits(model.shape, model.num_classes)
+    _check_told(source, model, tuple(data.fields))
     if classes := source.classes():
         identity |= {"labels": classes.to_json()}
     identity = json.loads(json.dumps(identity))  # as checkpoints give it back
     experiment = (card.experiment or {}) | {"trained_on": identity}
     return source, encoder, replace(card, experiment=experiment, latent_scale=scale)
+
+
+def _check_told(source: Source, model: ModelConfig, fields: tuple[str, ...]) -> None:
+    """
+    Raises:
+      InputError: a field that is a condition of the model has another shape than that.
+    """
+    shapes = {c.name: c.shape(model) for c in model.asked if c.name in fields}
+    one = source.read(np.arange(1), np.zeros(1, bool)) if shapes else {}
+    for name, shape in shapes.items():
+        if one[name].shape[1:] != shape:
+            raise InputError(
+                f"{source.name}: field {name} has shape {one[name].shape[1:]}, the model's "
+                f"condition of that name has {shape}"
+            )
+
+
+def _source(data: ConfigDict, fields: tuple[str, ...], size: int = 0) -> Source:
+    features = dict(image=data.image_feature, label=data.label_feature)
+    return open_source(
+        data.source, data.path, size=size, split=data.split, **features, fields=fields
+    )
+
+
+def field_shapes(
+    data: ConfigDict, names: tuple[str, ...], place: jax.sharding.Sharding
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Fields in a batch as an example of the data has them.
+
+    Raises:
+      InputError: data that cannot be read.
+    """
+    if not names:
+        return {}
+    one = _source(data, names).read(np.arange(1), np.zeros(1, bool))
+    shapes = {name: (data.batch_size, *one[name].shape[1:]) for name in names}
+    return {n: jax.ShapeDtypeStruct(s, one[n].dtype, sharding=place) for n, s in shapes.items()}
 
 
 def shown_to(
@@ -124,7 +156,7 @@ def shown_to(
 def make_inputs(
     encoder: Encoder | None, mesh: Mesh, seed: int, task: Task | None = None
 ) -> Callable[[Batch, int], Batch]:
-    """`inputs(batch, step) -> {"x", "label"}`, what the model sees of a global batch.
+    """`inputs(batch, step) -> {"x", "label", fields}`, what is trained on of a global batch.
 
     From {"x"}: as it is. From {"mean", "std"}: mean + std * noise. From {"image"}, uint8: the same
     of its encoding, or pixels in [-1, 1] without an encoder. The noise is a function of (seed,
@@ -143,14 +175,15 @@ def make_inputs(
         return [p.swapaxes(0, 1).reshape(-1, *p.shape[2:]) for p in parts]
 
     def examples(params: Any, batch: Batch, key: Array, step: Array) -> Batch:
+        kept = {name: leaf for name, leaf in batch.items() if name not in ("mean", "std", "image")}
         if "mean" in batch:
             mean, std = batch["mean"], batch["std"]
         elif autoencoder is None:
-            return {"x": to_float(batch["image"]), "label": batch["label"]}
+            return kept | {"x": to_float(batch["image"])}
         else:
             mean, std = encode(params, batch["image"])
         noise = jax.random.normal(jax.random.fold_in(key, step), mean.shape, jnp.float32)
-        return {"x": mean + std * noise, "label": batch["label"]}
+        return kept | {"x": mean + std * noise}
 
     def told(task: Task, params: Any, batch: Batch, keys: tuple, step: Array) -> Batch:
         """The batch that the model sees, with what the task tells it."""

@@ -40,16 +40,17 @@ from ppflow_jax.flow.sampler import image_noise
 from ppflow_jax.flow.terms import Metrics
 from ppflow_jax.generate.plan import make_plan
 from ppflow_jax.models.conditions import Cond
+from ppflow_jax.models.network import Params
+from ppflow_jax.train.begin import first_state, open_frozen
 from ppflow_jax.train.ema import reminder
 from ppflow_jax.train.experiment import Experiment
-from ppflow_jax.train.frozen import open_frozen
-from ppflow_jax.train.init_from import open_start
+from ppflow_jax.train.init_from import with_base
 from ppflow_jax.train.inputs import Batch, make_inputs, open_inputs, shown_to
 from ppflow_jax.train.metrics_log import MetricWriter, read_metrics, save_loss_plot
 from ppflow_jax.train.optimizer import learning_rate
 from ppflow_jax.train.program import Program, make_program
 from ppflow_jax.train.resume import going_on, record
-from ppflow_jax.train.state import TrainState, state_from, with_terms
+from ppflow_jax.train.state import TrainState, whole
 from ppflow_jax.train.validate import make_judge
 
 
@@ -85,6 +86,8 @@ def train(config: ConfigDict, workdir: str) -> None:
                 return
             experiment = going_on(experiment, step, stored, root / FOLDER / str(step))
             program = make_program(experiment, mesh)
+        elif "base" in program.frozen:
+            experiment = with_base(experiment)
         _run(experiment, program, mesh, source, encoder, root, stop)
 
 
@@ -105,9 +108,9 @@ def _run(
     config, batch_size = experiment.config, experiment.config.data.batch_size
     steps = config.train.steps
     checkpoints = Checkpoints(root, experiment.card, keep=config.train.keep)
-    frozen = open_frozen(experiment, program, mesh)
-    state = _first_state(experiment, program, checkpoints, mesh)
-    first = _announce(experiment, state, mesh, root)
+    frozen = open_frozen(experiment, program, mesh, root)
+    state = first_state(experiment, program, checkpoints, mesh)
+    first = _announce(experiment, state, frozen, mesh, root)
     key = jax.jit(jax.random.key, out_shardings=replicated(mesh))(stream_seed(config.seed, 1))
     stream = _stream(experiment, source, mesh)
     see, shown = _sight(experiment, source, encoder, mesh)
@@ -147,9 +150,9 @@ def _run(
             if save or last or stopped:
                 checkpoints.save(step, state)
             if sample or last:
-                draw_samples(state["ema"], step)
+                draw_samples(whole(state["ema"], frozen), step)
             if judged:
-                writer.write(step, judge(state["ema"], step))
+                writer.write(step, judge(whole(state["ema"], frozen), step))
             if sample or last or judged:
                 clock, logged = time.monotonic(), step
     _end(experiment, root, step, stopped)
@@ -204,32 +207,9 @@ def _end(experiment: Experiment, root: Path, step: int, stopped: bool) -> None:
         _say(line)
 
 
-def _first_state(
-    experiment: Experiment, program: Program, checkpoints: Checkpoints, mesh: Mesh
-) -> TrainState:
-    """State to continue from, made or restored straight into its shardings."""
-    config, shardings = experiment.config, program.shardings
-    if (latest := checkpoints.latest()) is not None:
-        target = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            program.abstract,
-            shardings,
-        )
-        return checkpoints.restore(latest, target)
-    if experiment.origin:
-        params, start = open_start(experiment.origin, experiment.card, mesh)
-        begin = jax.jit(
-            lambda params, key: state_from(
-                with_terms(start(params, key), experiment.objective, experiment.card.model, key),
-                program.optimizer,
-            ),
-            out_shardings=shardings,
-        )
-        return begin(params, jax.random.key(config.seed))
-    return jax.jit(program.init, out_shardings=shardings)(jax.random.key(config.seed))
-
-
-def _announce(experiment: Experiment, state: TrainState, mesh: Mesh, root: Path) -> int:
+def _announce(
+    experiment: Experiment, state: TrainState, frozen: dict[str, Params], mesh: Mesh, root: Path
+) -> int:
     """Record and say what runs, and return the step from which it does."""
     first = int(state["step"])
     if jax.process_index():
@@ -240,8 +220,11 @@ def _announce(experiment: Experiment, state: TrainState, mesh: Mesh, root: Path)
         origin = f"continuing from step {first}"
     else:
         origin = f"weights from {experiment.origin}" if experiment.origin else "fresh parameters"
+    kept = frozen.get("base", {})
+    count = parameter_overview.count_parameters
+    part = f"{count(state['params']):,} of " if kept else ""
     print(
-        f"{parameter_overview.count_parameters(state['params']):,} parameters; stages "
+        f"{part}{count(state['params']) + count(kept):,} parameters; stages "
         f"{experiment.card.model.pyramid}; batch {config.data.batch_size}; mesh "
         f"{dict(mesh.shape)} of {jax.devices()[0].device_kind}; {origin}",
         flush=True,

@@ -20,10 +20,11 @@ from ppflow_jax.devices.sharding import (
     tree_shardings,
 )
 from ppflow_jax.flow.terms import Batch, Metrics, Phase
-from ppflow_jax.models.network import Apply, make_apply
+from ppflow_jax.models.network import Apply, Params, abstract_params, make_apply
+from ppflow_jax.models.trees import split
 from ppflow_jax.train.experiment import Experiment
 from ppflow_jax.train.optimizer import make_optimizer
-from ppflow_jax.train.state import TrainState, init_state
+from ppflow_jax.train.state import TrainState, init_state, whole
 from ppflow_jax.train.step import compiled, make_train_step
 
 
@@ -47,14 +48,26 @@ class PhaseStep(NamedTuple):
 
 
 class Program(NamedTuple):
-    """What runs on a mesh; `abstract` and `shardings` are trees of the training state."""
+    """What runs on a mesh.
+
+    `abstract` and `shardings` are trees of the training state, `frozen` and `frozen_shardings` of
+    what is given to a step and not trained: `base`, the network's other leaves, if there are any,
+    and what the objective needs.
+    """
 
     apply: Apply
     optimizer: optax.GradientTransformation
     init: Callable[[jax.Array], TrainState]
     abstract: TrainState
     shardings: TrainState
+    frozen: dict[str, Any]
+    frozen_shardings: dict[str, Any]
     steps: tuple[PhaseStep, ...]
+
+    @property
+    def parameters(self) -> Params:
+        """All abstract leaves of the network and the terms, trained or not."""
+        return whole(self.abstract["params"], self.frozen)
 
     def step(self, done: int) -> PhaseStep:
         """That after `done` steps."""
@@ -81,9 +94,14 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
     place = layout(mesh, rules)
     apply = make_apply(model, dtype=dtype, remat=remat, programs=programs, layout=place)
     optimizer = make_optimizer(experiment.optim, config.train.steps)
-    init = functools.partial(init_state, model, optimizer, objective=objective)
+    trainable = experiment.trainable
+    init = functools.partial(init_state, model, optimizer, objective=objective, trainable=trainable)
     abstract = jax.eval_shape(init, jax.random.key(0))
     shardings = tree_shardings(abstract, mesh, rules)
+    base = split(abstract_params(model), trainable)[1]
+    frozen = {"base": base} if base else {}
+    frozen |= {name: abstract_params(model) for name in objective.frozen}
+    places = tree_shardings(frozen, mesh, rules)
 
     def step(phase: Phase) -> PhaseStep:
         run = make_train_step(
@@ -96,10 +114,9 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
             weights=phase.active,
         )
         everywhere = replicated(mesh)
-        frozen = {name: shardings["ema"] for name in objective.frozen}
-        given = (shardings, batch_sharding(mesh), everywhere, frozen)
+        given = (shardings, batch_sharding(mesh), everywhere, places)
         run = compiled(run, programs, in_shardings=given, out_shardings=(shardings, everywhere))
         return PhaseStep(phase.until, objective.fields(phase.active), run)
 
     steps = tuple(map(step, experiment.phases))
-    return Program(apply, optimizer, init, abstract, shardings, steps)
+    return Program(apply, optimizer, init, abstract, shardings, frozen, places, steps)

@@ -30,11 +30,14 @@ BEFORE = {
     "model.wrap": "none",
     "model.conditions": [],
     "data.task": "none",
+    "model.adapters": "none",
+    "train.trainable": [".*"],
     "flow.balance": 0.01,
     "flow.prior": 1.0,
     "flow.terms": [],
     "flow.objective": "flow",
     "train.teacher": "",
+    "data.fields": [],
     "train.phases": [],
 }
 _DATA = "trained_on."
@@ -117,6 +120,11 @@ def going_on(experiment: Experiment, step: int, stored: Card, path: Path) -> Exp
             f"{path} is a checkpoint of another model ({', '.join([difference, *others])}): use "
             "another --workdir, or the configuration it was made with"
         )
+    if other := next((c for c in found if c.name == "train.trainable"), None):
+        raise InputError(
+            f"{path} holds another part of the weights ({other}): use another --workdir, with this "
+            "one as --config.init_from"
+        )
     if refused and not config.get("resume_changed"):
         raise InputError(
             f"{path} was made with other settings ({_listed(refused)}), and these change what is "
@@ -134,7 +142,7 @@ def going_on(experiment: Experiment, step: int, stored: Card, path: Path) -> Exp
             )
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict({name: BEFORE[name] for name in younger})
-    card = replace(card, experiment=_without(card.experiment, younger))
+    card = replace(card, experiment=_without(card.experiment, younger), base=stored.base)
     return replace(experiment, config=config, card=card)
 
 

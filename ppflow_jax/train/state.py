@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from ppflow_jax.checkpoints.card import ALL
 from ppflow_jax.flow.terms import OWN, Objective, network_leaves
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Params, init_params
+from ppflow_jax.models.trees import join, split
 
-# {"step": int32, "params": ..., "ema": ..., "opt_state": ...}
+# {"step": int32, "params": ..., "ema": ..., "opt_state": ...}, all but the step of what is trained
 TrainState = dict[str, Any]
+
+
+def whole(params: Params, frozen: Mapping[str, Any]) -> Params:
+    """Trained leaves, and those of the network that are not trained, in `frozen["base"]`."""
+    return join(params, frozen.get("base", {}))
 
 
 def state_from(params: Params, tx: optax.GradientTransformation) -> TrainState:
@@ -37,7 +45,8 @@ def init_state(
     tx: optax.GradientTransformation,
     key: jax.Array,
     objective: Objective | None = None,
+    trainable: tuple[str, ...] = ALL,
 ) -> TrainState:
-    """Fresh state; without an objective it has no terms."""
-    params = init_params(model, key)
+    """Fresh state of what is trained; without an objective it has no terms."""
+    params, _ = split(init_params(model, key), trainable)
     return state_from(with_terms(params, objective, model, key) if objective else params, tx)

@@ -14,7 +14,7 @@ from ppflow_jax.devices.sharding import leaf_path
 from ppflow_jax.flow.terms import OWN, Metrics, Objective, network_leaves
 from ppflow_jax.models.network import Apply
 from ppflow_jax.train.ema import rate
-from ppflow_jax.train.state import TrainState
+from ppflow_jax.train.state import TrainState, whole
 
 
 def make_train_step(
@@ -32,12 +32,13 @@ def make_train_step(
     Randomness is `fold_in(key, state["step"])` over the whole batch, so accumulating over
     `accumulate` microbatches changes only the rounding. The EMA, of the network alone, has decay
     `ema`, with `ema_warmup` less at first (see `ema.rate`). Terms without one of the `weights` stay
-    as they are. Metrics, float32 scalars: those of the objective and `grad_norm`.
+    as they are, and so do the network's leaves in `frozen["base"]`. Metrics, float32 scalars: those
+    of the objective and `grad_norm`.
     """
 
     def gradient(params, frozen, batch, draws):
         def loss(params):
-            return objective.loss(apply, params, frozen, batch, draws, weights)
+            return objective.loss(apply, whole(params, frozen), frozen, batch, draws, weights)
 
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return grads, metrics
@@ -53,8 +54,7 @@ def make_train_step(
             return jax.tree.map(lambda a, b: a + b / accumulate, total, part), None
 
         micro = jax.tree.map(microbatches, examples)
-        first = jax.tree.map(lambda leaf: leaf[0], micro)
-        shapes = jax.eval_shape(gradient, params, frozen, *first)
+        shapes = jax.eval_shape(gradient, params, frozen, *jax.tree.map(lambda x: x[0], micro))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return jax.lax.scan(body, zeros, micro)[0]
 

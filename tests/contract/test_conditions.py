@@ -1,4 +1,7 @@
-"""What every task passes from configuration to samples, on one device and on eight."""
+"""What every task passes from configuration to samples, on one device and on eight.
+
+Trains a small one of docs/conditions.md.
+"""
 
 from __future__ import annotations
 

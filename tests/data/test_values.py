@@ -9,15 +9,9 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from ppflow_jax.data.cache import (
-    WRITER_OPTIONS,
-    CacheSource,
-    Manifest,
-    Shard,
-    encode_record,
-    sha256,
-)
+from ppflow_jax.data.cache import CacheSource, Manifest, encode_record
 from ppflow_jax.data.pipeline import Stream
+from ppflow_jax.data.records import WRITER_OPTIONS, Shard, sha256
 from ppflow_jax.data.sources import ArraySource
 from ppflow_jax.errors import InputError
 from tests.commands import train

@@ -94,7 +94,7 @@ def oracle(flow, x0, x1):
 )
 def test_the_exact_prediction_has_no_loss_on_any_path_and_pyramid(path, prediction, pyramid, key):
     flow = Flow(path, prediction)
-    x1, labels = jax.random.normal(key, (8, 2, 2, 1)), jnp.zeros(8, jnp.int32)
+    x1, labels = jax.random.normal(key, (8, 4, 4, 1)), jnp.zeros(8, jnp.int32)
     weightings = WEIGHTINGS if prediction != "velocity" else ("none",)
     for weighting in weightings:
         objective = FlowObjective(pyramid, flow, 10, weighting)
@@ -134,7 +134,7 @@ def test_a_stage_weighs_its_duration_whatever_its_share(key):
     def apply(params, x, t, y, stage):
         return x * 0 + stage  # a constant error per stage once x1 = x0 = 0
 
-    x1 = jnp.zeros((16, 2, 2, 1))
+    x1 = jnp.zeros((16, 4, 4, 1))
     for share in ((), (1, 2, 5)):
         objective = FlowObjective(PPFLOW3, Flow(), 10, stage_share=share)
         draws = Draws(jnp.zeros_like(x1), jnp.full(16, 0.5), jnp.zeros(16, jnp.int32))

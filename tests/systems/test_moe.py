@@ -12,6 +12,7 @@ from ppflow_jax.devices.programs import Programs
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.loss import Draws, FlowObjective
 from ppflow_jax.flow.path import Flow
+from ppflow_jax.flow.terms import Phase
 from ppflow_jax.models.config import SIZES, ModelConfig
 from ppflow_jax.models.network import Output, abstract_params, make_apply
 from ppflow_jax.models.parts import DIT, BlockSpec
@@ -173,11 +174,11 @@ def test_the_term_is_added_to_what_is_minimised_and_not_to_the_loss():
         return tuple(Output(0 * x, {"balance": jnp.float32(1 + s)}) for x, s in zip(xs, stages))
 
     x1, draws = (
-        jnp.ones((4, 2, 2, 1)),
-        Draws(jnp.zeros((4, 2, 2, 1)), jnp.full(4, 0.5), jnp.arange(4)),
+        jnp.ones((4, 4, 4, 1)),
+        Draws(jnp.zeros((4, 4, 4, 1)), jnp.full(4, 0.5), jnp.arange(4)),
     )
     total, metrics = objective.loss(apply, {}, {}, {"x": x1}, draws, {"balance": 0.5})
     assert float(metrics["loss"]) == 1 and float(metrics["balance"]) == 1.5
     assert float(total) == 1.75
     with pytest.raises(InputError, match="at least 0, got balance -1"):
-        replace(objective, terms=(("balance", -1.0),))
+        Phase(9, (("balance", -1.0),))

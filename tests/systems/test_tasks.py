@@ -1,6 +1,7 @@
 """Tasks: what they tell, beside NumPy; where they cannot work; how a run's inputs hold them."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,21 @@ import pytest
 from configs import digits
 from ppflow_jax.devices.sharding import batch_sharding, make_mesh
 from ppflow_jax.errors import InputError
+from ppflow_jax.flow.known import pasted
+from ppflow_jax.flow.path import Flow
+from ppflow_jax.flow.plan import SamplerConfig
+from ppflow_jax.flow.sampler import Sampler
 from ppflow_jax.models.conditions import Channels
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.pyramid import PPFLOW2
 from ppflow_jax.systems.registry import TASKS, task
-from ppflow_jax.systems.tasks import Colourisation, Edges, Inpainting, SuperResolution, pasted
+from ppflow_jax.systems.tasks import Colourisation, Edges, Inpainting, SuperResolution
 from ppflow_jax.train.experiment import Experiment
-from ppflow_jax.train.inputs import make_inputs, open_inputs
+from ppflow_jax.train.inputs import make_inputs, open_inputs, shown_to
+from tests.systems.checks import within
+from tests.systems_parity import SYSTEMS, Reference
+
+REFERENCE = Path(__file__).parents[1] / "reference" / "systems"
 
 MODEL = ModelConfig(PPFLOW2, 8, 4, width=16, depth=1, heads=2, num_classes=5)
 KEY = jax.random.key(0)
@@ -127,13 +136,28 @@ def config(text="super_resolution:factor=2", **changes):
 
 def test_a_task_brings_its_condition():
     assert Experiment.from_config(config()).card.model.conditions == (Channels("low", 1),)
-    kept = {"model.conditions": ("channels:name=low,channels=1,drop=0.1", "scalar:name=w")}
-    model = Experiment.from_config(config(**kept)).card.model
-    assert [c.name for c in model.conditions] == ["low", "w"] and model.conditions[0].drop == 0.1
+    kept = {"model.conditions": ("channels:name=low,channels=1,drop=0.1",)}
+    assert Experiment.from_config(config(**kept)).card.model.conditions[0].drop == 0.1
+    with pytest.raises(InputError, match="conditions has w, and nothing gives values for it"):
+        Experiment.from_config(config(**{"model.conditions": ("scalar:name=w",)}))
     with pytest.raises(InputError, match=r"gives channels:name=low,channels=1.* has .*channels=2"):
         Experiment.from_config(config(**{"model.conditions": ("channels:name=low,channels=2",)}))
     off = Experiment.from_config(config("none"))
     assert off.task is None and off.card.model.conditions == ()
+
+
+def test_fields_of_the_data_are_conditions_too(tmp_path):
+    x, low = np.asarray(images(20, 8, 8, 1)), np.asarray(images(20, 8, 8, 2))
+    for name, array in {"latents": x, "labels": np.arange(20) % 10, "low": low}.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    c = config("none", **{"model.conditions": ("channels:name=low,channels=2",)})
+    c.data.update(dict(source="arrays", path=str(tmp_path), fields=("low",)))
+    source, _, card = open_inputs(c.data, Experiment.from_config(c).card)
+    told = shown_to(card, source, make_inputs(None, make_mesh(), 0), make_mesh(), 5)
+    np.testing.assert_array_equal(told["low"], low[:5])
+    c.model.conditions = ("channels:name=low,channels=3",)
+    with pytest.raises(InputError, match=r"field low has shape \(8, 8, 2\), the model's cond"):
+        open_inputs(c.data, Experiment.from_config(c).card)
 
 
 def test_latents_without_pictures_have_no_edges(tmp_path):
@@ -167,3 +191,51 @@ def test_inputs_are_a_function_of_seed_and_step_on_any_mesh(text):
 def test_without_a_task_a_batch_stays_as_it_is():
     batch = {"x": images(2, 8, 8, 1), "label": jnp.zeros(2, jnp.int32)}
     assert make_inputs(None, make_mesh(), 0)(batch, 1) is batch
+
+
+def test_replacement_and_noise_are_those_of_the_restatement():
+    ref = Reference(REFERENCE / "conditions" / "conditions.npz")
+    with jax.default_matmul_precision("highest"):
+        found = list(SYSTEMS["conditions"](ref))
+    assert len(found) == 3
+    within(found)
+
+
+KNOWN = dataclasses.replace(MODEL, conditions=(Channels("known", 5),))
+
+
+@pytest.mark.parametrize("solver", ["dpm++2m", "sde-euler"])
+def test_what_is_known_stays_and_the_rest_follows_it(solver):
+    """Of a velocity that moves everything towards the mean of the state."""
+
+    def apply(params, x, t, y, stage):
+        return jnp.mean(x, axis=(1, 2), keepdims=True) - x
+
+    noise, x = images(3, 8, 8, 4), images(3, 8, 8, 4) + 2
+    told = {"label": jnp.zeros(3, jnp.int32), "known": Inpainting()(x, KEY)}
+    keys, found = jax.random.split(KEY, 3), {}
+    for keep in (None, "end", "steps"):
+        config = SamplerConfig(solver, 6, keep=keep)
+        sampler = Sampler(apply, KNOWN, Flow(), config)
+        found[keep] = np.asarray(sampler({}, noise, told, keys))
+        states = sampler({}, noise, told, keys, trajectory=True)
+        np.testing.assert_allclose(states[-1], found[keep], atol=1e-6)
+    mask = np.asarray(told["known"][..., :1])
+    for keep in ("end", "steps"):
+        np.testing.assert_array_equal(np.where(mask > 0, found[keep], 0), told["known"][..., 1:])
+    hidden = {keep: np.where(mask > 0, 0, value) for keep, value in found.items()}
+    np.testing.assert_array_equal(hidden["end"], hidden[None])
+    assert hidden["steps"].sum() > hidden["end"].sum() + 10
+
+
+@pytest.mark.parametrize(
+    ("model", "solver", "keep", "words"),
+    [
+        (MODEL, "heun", "end", "needs a model for inpainting, with a condition known of 5"),
+        (KNOWN, "heun", "start", "unknown keep 'start': one of end, steps"),
+        (KNOWN, "dopri5", "steps", "unknown keep 'steps': one of end"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(model, solver, keep, words):
+    with pytest.raises(InputError, match=words):
+        Sampler(lambda *_: None, model, Flow(), SamplerConfig(solver, 4, keep=keep))

@@ -126,8 +126,8 @@ def test_a_phase_takes_no_more_of_a_batch_than_it_needs(monkeypatch):
     config = digits.get_config()
     config.model.update(dict(width=16, depth=2, heads=2))
     config.data.batch_size, config.flow.terms = 8, ("reads:layer=2",)
-    config.train.phases = ((3, {"reads": 0.5}), (6, {}))
-    program = make_program(Experiment.from_config(config), make_mesh())
+    config.train.phases, config.data.fields = ((3, {"reads": 0.5}), (6, {})), ("wanted",)
+    program = make_program(Experiment.from_config(config), make_mesh(devices=jax.devices()[:1]))
     first, second = program.steps
     assert [program.step(n) for n in (0, 2, 3, 5, 9)] == [first, first, second, second, second]
     assert first.fields == ("wanted",) and second.fields == ()
@@ -138,8 +138,8 @@ def test_a_phase_takes_no_more_of_a_batch_than_it_needs(monkeypatch):
         each.run.lower(program.abstract, batch, *frozen).as_text()
         for each, batch in ((first, shapes), (second, plain))
     ]
-    # of the linear map: forward, and the gradients of both its factors
-    assert [text.count("x16xf32>, tensor<16x3xf32>") for text in texts] == [2, 0]
+    products = [[line for line in t.splitlines() if "dot_general" in line] for t in texts]
+    assert [any("x3xf32" in line for line in lines) for lines in products] == [True, False]
 
 
 def test_phases_of_a_configuration():
