@@ -48,12 +48,15 @@ from ppflow_jax.metrics.evaluator import Evaluator, open_reference
 from ppflow_jax.metrics.networks import load_features
 from ppflow_jax.models.network import make_apply
 from ppflow_jax.systems.accelerate import PRESETS, AccelerateConfig, accelerated, with_preset
-from ppflow_jax.tune.command import Asked, tune
+from ppflow_jax.tune.asked import ROUTER, Asked
+from ppflow_jax.tune.command import tune
 
 BATCH = 64
 PLANS = (5, 6, 8, 12)  # evaluations of tuned plans
+SHARES = (0.5, 0.3)  # of the branches of all steps that HarmoniCa computes
 TRACED = 16  # images whose error is measured
-METHODS = ("forecast", "merge", "preset", "plan")  # what has to beat plain steps
+METHODS = ("forecast", "merge", "preset", "plan", "router")  # what has to beat plain steps
+SEEDED = ("plain", "guidance", "preset", "plan", "router")  # judged with every noise seed
 PLAIN, FREE = "guided everywhere", "exact: coarse stage unguided"
 
 
@@ -62,11 +65,12 @@ class Setting:
     """A row of the table for one model."""
 
     name: str
-    kind: str  # plain, fewer, multistep, guidance, forecast, merge, preset or plan
+    kind: str  # plain, fewer, multistep, guidance, forecast, merge, preset, plan or router
     solver: str
     steps: int  # of a plan: its evaluations
     scales: str  # "all" or "free": the coarsest of several stages unguided
     accelerate: str = "exact"
+    share: float | None = None  # of a router
 
 
 def settings(steps: int, levels: int, depth: int) -> list[Setting]:
@@ -108,6 +112,9 @@ def settings(steps: int, levels: int, depth: int) -> list[Setting]:
             found.append(Setting(f"preset {name}", "preset", "euler", steps, free, name))
     for n in PLANS:
         found.append(Setting(f"tuned plan of {n}", "plan", FITTED, n, free))
+    for share in SHARES:
+        name = f"HarmoniCa, {share:g} of {steps} steps"
+        found.append(Setting(name, "router", FITTED, steps, free, share=share))
     return found
 
 
@@ -131,8 +138,8 @@ class Model:
         scales = (self.cfg,) * self.levels
         if s.scales == "free":
             scales = (1.0, *scales[1:])
-        if s.kind == "plan":
-            plan = self.plan(s.steps, scales)
+        if s.kind in ("plan", "router"):
+            plan = self.plan(s, scales)
             given = self.model, self.card.flow, plan.config
             return Sampler(self.apply, *given, segments=plan.segments)
         config = SamplerConfig(s.solver, s.steps, cfg=scales)
@@ -142,12 +149,16 @@ class Model:
         )
         return Sampler(self.apply, self.model, self.card.flow, config, segments=segments)
 
-    def plan(self, evaluations: int, scales: tuple[float, ...]) -> Plan:
+    def plan(self, s: Setting, scales: tuple[float, ...]) -> Plan:
         """A tuned plan, made unless it is there."""
-        file = self.out / f"{self.name.replace(' ', '-')}-{evaluations}.json"
+        name, asked = str(s.steps), {"evaluations": s.steps}
+        if s.kind == "router":
+            name = f"harmonica-{s.steps}-{s.share:g}"
+            asked = {"forecast": ROUTER, "steps": s.steps, "share": s.share}
+        file = self.out / f"{self.name.replace(' ', '-')}-{name}.json"
         model = pf.load(self.run_folder)
         if not file.exists():
-            tune(model, Asked(str(file), scales, evaluations=evaluations))
+            tune(model, Asked(str(file), scales, **asked))
         return model.plan(file)
 
     def run(self, sampler: Sampler):
@@ -178,7 +189,7 @@ class Model:
 def judge(model: Model, s: Setting, run, evaluator: Evaluator, num: int, seeds: int) -> dict:
     """Trajectory error and FID, of several noise seeds for the plain rows."""
     fids, error = [], 0.0
-    for seed in range(seeds if s.kind in ("plain", "guidance", "preset", "plan") else 1):
+    for seed in range(seeds if s.kind in SEEDED else 1):
         pictures = []
         for first in range(0, num, BATCH):
             labels = jnp.asarray((first + np.arange(BATCH)) % model.model.num_classes, jnp.int32)
@@ -344,7 +355,7 @@ def plot(table: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(12, 5))
     markers = {
         "plain": "*", "guidance": "P", "fewer": "o", "multistep": "x", "forecast": "^",
-        "merge": "v", "preset": "D", "plan": "X",
+        "merge": "v", "preset": "D", "plan": "X", "router": "h",
     }  # fmt: skip
     models = list(dict.fromkeys(r["model"] for r in table))
     for axis, measure in zip(axes, ("fid", "error")):

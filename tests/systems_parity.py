@@ -21,6 +21,7 @@ from tests.acceptance.comparison import Row, report
 from tests.systems import (
     parity_ddae,
     parity_guided_distillation,
+    parity_harmonica,
     parity_haste,
     parity_moe,
     parity_peft,
@@ -30,6 +31,7 @@ from tests.systems import (
 
 SYSTEMS: dict[str, Callable[[Reference], Iterator[Row]]] = {
     "dit_moe": parity_moe.rows,
+    "harmonica": parity_harmonica.rows,
     "peft": parity_peft.rows,
     "switch_dit": parity_switch.rows,
     "guided_distillation": parity_guided_distillation.rows,
@@ -45,10 +47,14 @@ class Reference:
     def __init__(self, file: Path):
         self.name = file.stem
         self.arrays = dict(np.load(file))
-        self.config = json.loads(str(self.arrays["config"]))
+        settings = "config" if "config" in self.arrays else "args"
+        self.config = json.loads(str(self.arrays[settings]))
         names = ("float32_deviation", "f64_deviation")
         found = next((self.arrays[name] for name in names if name in self.arrays), "{}")
         self.deviation = json.loads(str(found))
+        for name, deviation in self.below("float32_deviation").items():
+            if name in self:
+                self.deviation[name] = float(deviation), float(np.max(np.abs(self[name])))
 
     def __contains__(self, name: str) -> bool:
         return name in self.arrays

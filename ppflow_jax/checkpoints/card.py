@@ -85,8 +85,8 @@ class Card:
 
     @property
     def trainable(self) -> tuple[str, ...]:
-        """Patterns of the leaves that are here, see `models.trees.split`."""
-        return tuple(self.experiment["train"]["trainable"]) if self.base else ALL
+        """Patterns of the leaves that are trained and in the state, see `models.trees.split`."""
+        return tuple((self.experiment or {}).get("train", {}).get("trainable", ALL))
 
     @property
     def classes(self) -> Classes:

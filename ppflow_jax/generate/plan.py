@@ -135,11 +135,11 @@ def tuned_plan(
                 "this model"
             )
     check_tunable(card.model)
-    forecast = file.forecast
-    if forecast and forecast.method.level == "network" and forecast.depth != card.model.depth:
+    depth = file.forecast and file.forecast.of_blocks
+    if depth not in (None, card.model.depth):
         raise InputError(
-            f"the plan forecasts features of {forecast.depth} blocks, the model has "
-            f"{card.model.depth}: tune one for this model"
+            f"the plan forecasts features of {depth} blocks, the model has {card.model.depth}: "
+            "tune one for this model"
         )
     config = SamplerConfig(
         FITTED, len(file.fitted.stages), cfg=file.cfg, cfg_channels=file.cfg_channels

@@ -6,7 +6,11 @@
                   "weights": [[...]]}}
 
 `forecast` is there if some steps are (`systems.forecast_tables`): weights of the ring's slots, of
-which the n-th full step of a stage writes slot n mod slots.
+which the n-th full step of a stage writes slot n mod slots. With learned caching it is instead
+
+    {"place": "router", "depth": N, "computed": ["1111", "0100", ...]}
+
+(`systems.routed`): for every step, whether attention and MLP of each block in turn are computed.
 `made` says from what: SHA-256 of the weights, calibration, errors, the command. It decides nothing.
 """
 
@@ -28,6 +32,7 @@ from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import Segment
 from ppflow_jax.pyramid import Pyramid
 from ppflow_jax.systems.forecast_tables import ForecastTables
+from ppflow_jax.systems.routed import PLACE, RoutedTables
 
 FORMAT = 1
 _MOST_STEPS = 10_000
@@ -41,7 +46,7 @@ class PlanFile:
       cfg: guidance scale of every stage that it was fitted with.
       cfg_channels: as in `flow.plan.SamplerConfig`.
       made: from what.
-      forecast: of the steps that are not full.
+      forecast: of the steps that are not full, or which branches are computed.
     """
 
     fitted: Fitted
@@ -50,7 +55,7 @@ class PlanFile:
     cfg: tuple[float, ...]
     cfg_channels: int = 0
     made: dict[str, Any] = field(default_factory=dict)
-    forecast: ForecastTables | None = None
+    forecast: ForecastTables | RoutedTables | None = None
 
     def segments(self, fitted: Fitted) -> tuple[Segment, ...]:
         """Of the plan, which may have other guidance scales.
@@ -146,10 +151,15 @@ class PlanFile:
         fitted = Fitted(times, tuple(stages), scales, Rows(rule, weights, corrector))
         forecast = None
         if "forecast" in values:
-            forecast = ForecastTables.of(values["forecast"], steps)
+            forecast = _tables(values["forecast"], steps)
             forecast.applied(fitted.segments)
         flow, made = Flow(**values["flow"]), values["made"]
         return cls(fitted, pyramid, flow, cfg, channels, made, forecast)
+
+
+def _tables(values: Any, steps: int) -> ForecastTables | RoutedTables:
+    routed = isinstance(values, dict) and values.get("place") == PLACE
+    return (RoutedTables if routed else ForecastTables).of(values, steps)
 
 
 def _numbers(values: dict[str, Any], name: str) -> tuple[float, ...]:

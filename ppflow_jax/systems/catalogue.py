@@ -108,6 +108,22 @@ SYSTEMS = (
         "eight fitted steps have 0.0123 and cost less ([Tune](tune.md))",
     ),
     System(
+        "HarmoniCa",
+        ("2410.01723",),
+        "ModelTC/HarmoniCa 5d7f78d, Apache-2",
+        "systems/harmonica.py",
+        "ppflow tune --forecast=harmonica --steps=20 --share=0.4",
+        "harmonica.md",
+        "mixed and routed branches, the router's loss, gradients, updates and weights of steps, "
+        "masks and trajectories, against arrays of the original",
+        "velocities, and memories that begin anew in every stage; the price of a branch is found "
+        "from a budget; masks are few and static; every rollout begins with nothing kept, in "
+        "the original not those after its weights are measured",
+        "tests/systems/test_harmonica.py",
+        "digits, ten steps at half their cost: error 0.1391, five Euler steps 0.1225 and cheaper "
+        "([Learned caching](harmonica.md#what-it-gained-here))",
+    ),
+    System(
         "SDTM",
         ("2505.11707",),
         "ICTMCG/SDTM dfaf461, no licence file",

@@ -37,6 +37,11 @@ class ForecastTables:
     full: Bool[np.ndarray, " steps"]
     weights: Float[np.ndarray, "steps slots"]
 
+    @property
+    def of_blocks(self) -> int | None:
+        """Blocks that a model must have; None: any."""
+        return self.depth if self.method.level == "network" else None
+
     def applied(self, segments: Iterable[Segment]) -> tuple[Segment, ...]:
         """The plan with these forecasts.
 

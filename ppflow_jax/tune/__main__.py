@@ -2,13 +2,15 @@
 
     python -m ppflow_jax.tune --checkpoint=RUN --cfg=1,2 --evaluations=8 --out=plan.json
     python -m ppflow_jax.tune --checkpoint=RUN --cfg=1,2 --forecast=branch --steps=20 --full=8
+    python -m ppflow_jax.tune --checkpoint=RUN --cfg=1,2 --forecast=harmonica --steps=20 --share=0.4
     python -m ppflow_jax.sample --checkpoint=RUN --plan=plan.json --out=samples
     python -m ppflow_jax.tune --data=CACHE --patches=4x4,2x2
 
 Times, steps of every stage and rows of a multistep rule, from fine trajectories of the same model
 and guidance. --flops and --ms are other budgets. With --forecast: --steps of Euler's method, of
-which --full are computed and the others forecast from them. The last needs no model: it proposes
-the boundaries of a pyramid from the power spectrum of the data.
+which --full are computed and the others forecast from them; or, with harmonica, a --share of their
+branches, the others used again. The last needs no model: it proposes the boundaries of a pyramid
+from the power spectrum of the data.
 """
 
 from __future__ import annotations
@@ -30,12 +32,15 @@ _MS = flags.DEFINE_float("ms", None, "Budget: measured milliseconds an image, ba
 _FORECAST = flags.DEFINE_enum(
     "forecast",
     None,
-    ["branch", "blocks", "velocity"],
+    ["branch", "blocks", "velocity", "harmonica"],
     "Forecast the steps that are not full: the branches of every block, what all blocks add, or "
-    "the velocity.",
+    "the velocity. harmonica: learn which branches of which steps are computed.",
 )
 _STEPS = flags.DEFINE_integer("steps", None, "With --forecast: Euler steps.")
 _FULL = flags.DEFINE_integer("full", None, "With --forecast: how many of the steps are full.")
+_SHARE = flags.DEFINE_float(
+    "share", None, "With --forecast=harmonica: of the FLOPs of all branches of all steps."
+)
 _SCHEDULE = flags.DEFINE_enum(
     "schedule",
     "dp",
@@ -99,6 +104,7 @@ def main() -> None:
         steps=_STEPS.value,
         full=_FULL.value,
         schedule=_SCHEDULE.value,
+        share=_SHARE.value,
     )
     model = load(_CHECKPOINT.value, weights=_WEIGHTS.value, dtype=_DTYPE.value)
     print(tune(model, asked))

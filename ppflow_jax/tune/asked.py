@@ -16,17 +16,19 @@ from ppflow_jax.files.disk import writable_directory
 from ppflow_jax.tune.calibrate import FINE, Setting, Trajectories, calibrated
 
 MOST_STEPS = 100  # with forecasts
+ROUTER = "harmonica"
 
 
 @dataclass(frozen=True)
 class Asked:
     """What the flags of the command say.
 
-    Either exactly one budget of evaluations, or forecasts: of what, steps, and how many are full.
+    Either exactly one budget of evaluations, or forecasts: of what, steps, and how many are full;
+    or learned caching: steps, and the share of their branches that is computed.
 
     Attributes:
       cfg: guidance scale, one or one of every stage.
-      forecast: one of `systems.forecast.PLACES`.
+      forecast: one of `systems.forecast.PLACES`, or `ROUTER`.
       schedule: of the full steps, one of `systems.forecast_calibrated.SCHEDULES`.
       fit_scales: refine the guidance scale of every guided step too.
       choose_patches: the patch of each of `evaluations` steps under one of the other budgets.
@@ -49,6 +51,7 @@ class Asked:
     steps: int | None = None
     full: int | None = None
     schedule: str = "dp"
+    share: float | None = None
 
     @property
     def command(self) -> str:
@@ -67,10 +70,12 @@ class Asked:
         Raises:
           InputError: what only forecasts take, or not one budget.
         """
-        if self.steps is not None or self.full is not None or self.schedule != Asked.schedule:
+        forecasts = (self.steps, self.full, self.share)
+        if any(v is not None for v in forecasts) or self.schedule != Asked.schedule:
             raise InputError(
-                "--steps, --full and --schedule are for forecasts: give --forecast=branch, blocks "
-                "or velocity too, or a budget as --evaluations=8 alone"
+                "--steps, --full, --share and --schedule are for forecasts: give "
+                f"--forecast=branch, blocks, velocity or {ROUTER} too, or a budget as "
+                "--evaluations=8 alone"
             )
         given = sum(b is not None for b in (self.evaluations, self.flops, self.ms))
         if self.choose_patches and (given != 2 or self.evaluations is None):
@@ -86,16 +91,7 @@ class Asked:
         Raises:
           InputError: one missing or out of its range, or a budget of something else.
         """
-        others = [
-            name for name in ("evaluations", "flops", "ms") if getattr(self, name) is not None
-        ]
-        others += ["choose_patches"] * self.choose_patches + ["norefine"] * (not self.refine)
-        others += ["fit_scales"] * self.fit_scales
-        if others:
-            raise InputError(
-                f"--forecast with {', '.join(f'--{name}' for name in others)}: the budget of "
-                "forecasts is --full of --steps; leave the rest out"
-            )
+        self._only(["share"], "--full of --steps")
         if self.steps is None or self.full is None:
             raise InputError(
                 "--forecast needs --steps and how many are --full: --steps=20 --full=8"
@@ -106,6 +102,39 @@ class Asked:
                 f"of {stages} stage(s), and more steps than that, up to {MOST_STEPS}"
             )
         return self.steps, self.full
+
+    def check_router(self, stages: int) -> tuple[int, float]:
+        """(steps, share of their branches).
+
+        Raises:
+          InputError: one missing or out of its range, or a budget of something else.
+        """
+        self._only(["full"], "--share of --steps")
+        if self.schedule != Asked.schedule:
+            raise InputError(f"--schedule chooses full steps: leave it out with {ROUTER}")
+        if self.steps is None or self.share is None:
+            raise InputError(
+                f"--forecast={ROUTER} needs --steps and the --share of their branches that is "
+                "computed: --steps=20 --share=0.4"
+            )
+        if not stages < self.steps <= MOST_STEPS:
+            raise InputError(
+                f"--steps={self.steps}: give more than {stages}, a full one for each stage, and up "
+                f"to {MOST_STEPS}"
+            )
+        return self.steps, self.share
+
+    def _only(self, more: list[str], budget: str) -> None:
+        """Refuse what is for plans without forecasts, and `more`."""
+        names = ["evaluations", "flops", "ms", *more]
+        others = [name for name in names if getattr(self, name) is not None]
+        others += ["choose_patches"] * self.choose_patches + ["norefine"] * (not self.refine)
+        others += ["fit_scales"] * self.fit_scales
+        if others:
+            raise InputError(
+                f"--forecast with {', '.join(f'--{name}' for name in others)}: the budget of "
+                f"{self.forecast} is {budget}; leave the rest out"
+            )
 
     def scales(self, model: Model) -> tuple[float, ...]:
         """Guidance scale of every stage.

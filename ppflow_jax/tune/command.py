@@ -24,7 +24,7 @@ from ppflow_jax.generate.plan_file import PlanFile
 from ppflow_jax.models.flops import forward_flops
 from ppflow_jax.pyramid import Pyramid, Stage
 from ppflow_jax.tune.allocate import Budget, best_allocation, shared_out, start_of
-from ppflow_jax.tune.asked import Asked
+from ppflow_jax.tune.asked import ROUTER, Asked
 from ppflow_jax.tune.calibrate import Trajectories
 from ppflow_jax.tune.fit import Field, closed_form, distance, error, refined
 from ppflow_jax.tune.forecasts import tune_forecast
@@ -37,6 +37,7 @@ from ppflow_jax.tune.patches import (
     scales_at,
     with_patches,
 )
+from ppflow_jax.tune.routers import tune_router
 
 SIT_STEPS = 50
 ROUNDS = 150  # of the gradient refinement
@@ -51,6 +52,8 @@ def tune(model: Model, asked: Asked) -> str:
     """
     check_unconditional(model.config, "tune")
     check_tunable(model.config)
+    if asked.forecast == ROUTER:
+        return tune_router(model, asked)
     if asked.forecast is not None:
         return tune_forecast(model, asked)
     asked.check_budget()

@@ -31,6 +31,7 @@ from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
 from ppflow_jax.systems.forecast import Forecast
 from ppflow_jax.systems.forecast_schedule import weight_table
 from ppflow_jax.systems.merged_blocks import Merged, Merging
+from ppflow_jax.systems.routed import Routed
 from tests.acceptance.comparison import Row, report
 from tests.systems.checks import random_params
 
@@ -92,10 +93,15 @@ def engines(pyramid: Pyramid, solver: str) -> Iterator[Case]:
         ways = (Merging("windows", 1, grid), Merging("tokens", 2, grid))
         return Merged(ways), {"way": np.arange(segment.steps, dtype=np.int32) % 2}
 
+    def route(segment):
+        everything = ((True, True),) * MODEL.depth
+        return Routed((everything,)), {"pattern": np.zeros(segment.steps, np.int32)}
+
     yield Case("order 0, every step full", config, forced(forecast("branch")))
     yield Case("the same for blocks 1-2", config, forced(forecast("blocks", (1, 2))))
     yield Case("the same for velocities", config, forced(forecast("velocity")))
     yield Case("merging, every step full", config, forced(merge))
+    yield Case("every branch computed", config, forced(route))
 
 
 def _full(segment: Segment, method: Method, inputs: dict) -> Segment:

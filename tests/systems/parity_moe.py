@@ -20,6 +20,7 @@ from ppflow_jax.flow.loss import Draws, FlowObjective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.sampler import Sampler
+from ppflow_jax.models.conditions import split
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.layers import Block
 from ppflow_jax.models.network import Output, PPFlow, make_apply
@@ -156,7 +157,10 @@ class Model:
     def probe(self, x, t, y) -> dict[str, jax.Array]:
         def run(params, x, t, y):
             network: PPFlow = nnx.merge(self.graph, params)
-            h, (c,) = network.tokens(x, 0), network.conditions((t,), (y,), (0,))
+            h, (c,) = (
+                network.tokens(x, 0, split((), y)),
+                network.embeddings((t,), (split((), y),), (0,)),
+            )
             silu, hidden = jax.nn.silu(c), []
             for i in range(self.config.depth):
                 h = jax.tree.map(lambda leaf, i=i: leaf[i], network.blocks)(h, silu)

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from ppflow_jax.convert.keys import to_torch
+from ppflow_jax.models.conditions import split
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.layers import Block
 from ppflow_jax.models.network import PPFlow
@@ -42,7 +43,7 @@ class SwitchModel(Model):
         """Everything the arrays have, as one program."""
         net: PPFlow = nnx.merge(self.graph, params)
         part, leaves = self.part, params["blocks"]["switch"]
-        h, (c,) = net.tokens(x, 0), net.conditions((t,), (y,), (0,))
+        h, (c,) = net.tokens(x, 0, split((), y)), net.embeddings((t,), (split((), y),), (0,))
         gates = part.gates(leaves, net.time(t))
         weights = jnp.where(part.kept(gates), gates, 0)
         c, hidden, factors = jax.nn.silu(c), [], []

@@ -13,6 +13,7 @@ from flax import nnx
 
 from ppflow_jax.convert.infer import find_config
 from ppflow_jax.convert.load import from_torch
+from ppflow_jax.models.conditions import split
 from ppflow_jax.models.network import Output, PPFlow, make_apply
 from ppflow_jax.models.patch import positions
 from ppflow_jax.models.stack import Taps
@@ -87,13 +88,13 @@ class Sit:
 
         def run(params, x, t, y, h):
             network: PPFlow = nnx.merge(graph, params)
-            (c,) = network.conditions((t,), (y,), (0,))
+            (c,) = network.embeddings((t,), (split((), y),), (0,))
             final = network.final(h, jax.nn.silu(c), 0)
             side, rest = model.latent_size, final.shape[-1]
             p = model.pyramid.stages[0].patch[0]
             out = final.reshape(len(x), side // p, side // p, p, p, rest // p**2)
             return {
-                "tokens": network.tokens(x, 0) - jnp.asarray(position)[None],
+                "tokens": network.tokens(x, 0, split((), y)) - jnp.asarray(position)[None],
                 "t_embed": network.time(t),
                 "y_embed": network.label(y),
                 "final_tokens": final,

@@ -7,12 +7,13 @@ import pytest
 
 from ppflow_jax.devices.sharding import batch_sharding, layout, make_mesh, tree_shardings
 from ppflow_jax.flow.path import Flow
-from ppflow_jax.flow.plan import SamplerConfig
+from ppflow_jax.flow.plan import SamplerConfig, plan
 from ppflow_jax.flow.sampler import Sampler
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import make_apply
 from ppflow_jax.pyramid import PPFLOW2
 from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
+from ppflow_jax.systems.routed import RoutedTables
 from tests.systems.checks import random_params
 
 MODEL = ModelConfig(PPFLOW2, latent_size=8, channels=2, width=16, depth=3, heads=4, num_classes=4)
@@ -26,6 +27,7 @@ SETTINGS = [
     "forecast.interval=3,forecast.place=velocity",
     f"{MERGE},forecast.interval=3/1",
     f"merge=tome,{MERGE},merge.proportional=true",
+    "routed",
 ]
 
 
@@ -35,7 +37,12 @@ def params():
 
 
 def sampler(text, apply):
-    segments = accelerated(CONFIG, MODEL, Flow(), AccelerateConfig.parse(text))
+    if text == "routed":
+        masks = np.random.default_rng(0).random((12, 3, 2)) < 0.7
+        masks[[0, 6]] = True
+        segments = RoutedTables(3, masks).applied(plan(CONFIG, MODEL.pyramid, Flow()))
+    else:
+        segments = accelerated(CONFIG, MODEL, Flow(), AccelerateConfig.parse(text))
     assert any(s.method is not None for s in segments)
     return Sampler(apply, MODEL, Flow(), CONFIG, segments=segments)
 
