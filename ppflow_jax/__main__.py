@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import runpy
 import sys
+import textwrap
 
 import ppflow_jax
 from ppflow_jax.cli import packaged
@@ -59,7 +60,7 @@ def usage() -> str:
             "Commands:",
             *lines,
             "",
-            f"Configs: {', '.join(configs)}",
+            *textwrap.wrap(f"Configs: {', '.join(configs)}", 100, subsequent_indent="  "),
             f"Scripts for SLURM, Kubernetes and TPU pods: {packaged('launch')}",
         ]
     )

@@ -43,7 +43,7 @@ _SOLVER = flags.DEFINE_string(
     "solver",
     "heun",
     "euler, midpoint, heun, heun3, rk4, ab2, ab3, ab4, dpm++2m, unipc2, dopri5 (adaptive), "
-    "sde-euler or sde-heun.",
+    "sde-euler, sde-heun, or meanflow (of models trained with that objective).",
 )
 _STEPS = flags.DEFINE_integer(
     "steps", 50, "Intervals; with --grid=reference the points of linspace(0, 1, N)."

@@ -74,6 +74,7 @@ def test_the_help_of_sampling_says_what_the_sampler_takes():
 
 def test_choices_of_other_commands_are_those_of_the_package():
     from ppflow_jax.convert.infer import KINDS
+    from ppflow_jax.data.sources import SOURCES
     from ppflow_jax.metrics.evaluator import METRICS
     from ppflow_jax.metrics.resize import CONVENTIONS
     from ppflow_jax.models.network import REMAT_POLICIES
@@ -83,7 +84,8 @@ def test_choices_of_other_commands_are_those_of_the_package():
         return tuple(flags.FLAGS[flag].parser.enum_values)
 
     assert choices("convert", "kind") == KINDS
-    assert choices("evaluate", "resize") == CONVENTIONS
+    assert choices("evaluate", "resize") == choices("prepare", "resize") == CONVENTIONS
+    assert choices("evaluate.probe", "source") == SOURCES
     assert set(choices("bench", "remat")) == set(REMAT_POLICIES)
     commands._load("evaluate")
     assert all(metric in flags.FLAGS["metrics"].help for metric in METRICS)

@@ -68,9 +68,11 @@ def sample_into(out: str | Path, model: Model, plan: Plan, request: Request) -> 
       RunError: images that are not finite, or a full disk.
     """
     lines = request.lines
+    size = math.prod(shape_of_a_picture(model, request.decode))
+    if (asked_for := request.num or 0) > 0:  # before anything is made for so many
+        check_room(out, asked_for * size, f"{asked_for:,} pictures")
     given = _given(model, request)
     count, told = given.num, given.told
-    size = math.prod(shape_of_a_picture(model, request.decode))
     check_room(out, count * size, f"{count:,} pictures")
     plans = _plans(lines, model, plan)
     whole("batch", request.batch)

@@ -46,8 +46,9 @@ def convert() -> None:
     paths = [_weights_path(source) for source in FLAGS.source]
     if None in paths or FLAGS.merge:
         if (bool(FLAGS.pyramid) == FLAGS.merge) or len(paths) > 1 or None not in paths:
+            source = ",".join(FLAGS.source) + (" is a folder" if None in paths else "")
             raise InputError(
-                f"--source={','.join(FLAGS.source)}: give a file of weights; or one checkpoint "
+                f"--source={source}: give a file of weights; or one checkpoint "
                 "folder with --pyramid=ppflow2 to expand a one-stage model, with --merge to fold "
                 "adapters and base into plain weights, or with --to=torch to make a file of it"
             )

@@ -166,7 +166,8 @@ def dry_run(config: ConfigDict, target: Target, *, sampler: bool = True) -> Repo
     state = jax.tree.map(_placed, program.abstract, program.shardings)
     batch = _inputs(config.data.batch_size, model, mesh)
     fields = tuple(name for name in program.steps[0].fields if name not in batch)
-    batch |= field_shapes(config.data, fields, batch_sharding(mesh))
+    shapes = field_shapes(config.data, fields)
+    batch |= {name: _placed(leaf, batch_sharding(mesh)) for name, leaf in shapes.items()}
     frozen = jax.tree.map(_placed, program.frozen, program.frozen_shardings)
     more = {"frozen": frozen} if frozen else {}
     sizes = {k: _bytes(v) for k, v in (program.abstract | more).items() if k != "step"}

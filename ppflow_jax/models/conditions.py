@@ -203,7 +203,8 @@ class Scalar(Condition):
         return values
 
     def module(self, model: ModelConfig, run: Execution, rngs: nnx.Rngs) -> nnx.Module:
-        options: Any = dict(dtype=run.dtype, init=_zeros, bias=False)
+        # As the projections of time: in bfloat16 close numbers would be one
+        options: Any = dict(dtype=jnp.float32, init=_zeros, bias=False)
         return linear(self.features, 2 * FREQUENCIES, rngs, **options)
 
     def vector(self, module: Any, values: Float[Array, " b"]) -> Float[Array, "b f"]:

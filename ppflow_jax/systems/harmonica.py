@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from ppflow_jax.flow.method import Evaluation
 from ppflow_jax.models.config import ModelConfig
-from ppflow_jax.models.flops import block_flops, ends_flops
+from ppflow_jax.models.flops import forward_flops
 from ppflow_jax.models.layers import Block
 from ppflow_jax.systems.routed import Kept, new_memory, through
 
@@ -74,7 +74,7 @@ class Mixed:
 
     def flops(self, model: ModelConfig, stage: int, full: bool, inputs: Any) -> int:
         """Of the plain network: nothing is left out."""
-        return model.depth * block_flops(model, stage) + ends_flops(model)
+        return forward_flops(model, stage)
 
 
 class Router(NamedTuple):

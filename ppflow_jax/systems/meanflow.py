@@ -7,13 +7,13 @@ evaluation jumps over the interval:
     z_r = z_t + (r - t) u(z_t, t, r).
 
 Differentiating (r - t) u along the way, r being held, gives the identity that is trained, with v
-along the way of the sample in the place of the expected one (Eq. 6; the paper's time runs the other
-way, which turns its minus into a plus):
+along the way of the sample in the place of the expected one (Sec. 4.1; the paper's time runs the
+other way, which turns its minus into a plus):
 
-    u(z_t, t, r) = v + (r - t) du/dt,   du/dt = v du/dz + du/dt at fixed z,
+    u(z_t, t, r) = v + (r - t) D u,
 
-where the right side has no gradient. The derivative is one forward-mode product. The network is
-told r - t beside t.
+where D is the derivative along the way, by v in z and by 1 in t: one forward-mode product. The
+right side has no gradient. The network is told r - t beside t.
 
 The pyramid. The patch of an evaluation belongs to the stage of its start t, so that one evaluation
 over [0, 1] is wholly on the coarsest patch. For r in the same stage the identity is all that there
@@ -82,10 +82,10 @@ class MeanFlow(Described):
     Attributes:
       points: share of samples with r = t, on which the network learns the velocity itself.
       times, mean, std: distribution of both ends of an interval, see `meanflow_times.Times`.
-      omega, kappa: guidance inside the target (Sec. 4.2 and Eq. 20): the velocity is
+      omega, kappa: guidance inside the target (Sec. 4.2, and the appendix for kappa): v is
         omega v + kappa u(z, t, t | y) + (1 - omega - kappa) u(z, t, t | null), which guides with a
         scale of omega / (1 - kappa). Samples whose label is dropped keep v.
-      power, constant: a sample's squared error e counts 1 / (e + constant)^power (Eq. 22).
+      power, constant: a sample's squared error e counts 1 / (e + constant)^power (Sec. 4.3).
 
     Raises:
       InputError: a value out of its range.

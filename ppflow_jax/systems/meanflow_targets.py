@@ -75,7 +75,7 @@ def by_turns(joined: Array, counts: list[int]) -> list[Array]:
 
 
 def identity_targets(apply: Apply, params: Params, rows: Intervals) -> Values:
-    """v + (r - t) du/dt (Eq. 10), the derivative along v with r held."""
+    """v + (r - t) D u, with the derivative along v while r is held."""
 
     def u(moving: dict[Kind, tuple[Array, Array]]) -> Values:
         now = {kind: rows[kind]._replace(z=z, t=t) for kind, (z, t) in moving.items()}

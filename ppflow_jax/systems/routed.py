@@ -99,12 +99,11 @@ class Routed:
 
         What stands around a block (a wrap) is not computed where neither branch is.
         """
-        costs = branch_flops(model, stage)
-        every = block_flops(model, stage)
-        around = every - sum(costs) - 12 * model.width**2
-        total = ends_flops(model)
+        costs, around = branch_flops(model, stage), _wrap_flops(model, _tokens(model, stage))
+        modulation = block_flops(model, stage) - sum(costs) - around
+        total = ends_flops(model, stage)
         for pair in self.patterns[int(inputs["pattern"])]:
-            total += 12 * model.width**2 + around * any(pair)
+            total += modulation + around * any(pair)
             total += sum(cost for cost, computed in zip(costs, pair) if computed)
         return total
 
@@ -145,10 +144,21 @@ def _computed(
 
 
 def branch_flops(model: ModelConfig, stage: int) -> tuple[int, int]:
-    """FLOPs of the attention and the MLP branch of a block, without modulation."""
+    """FLOPs of the attention and the MLP branch of a block, without modulation and wrap."""
+    neither = block_flops(model, stage, attention=0, mlp=0)
+    wrap = _wrap_flops(model, _tokens(model, stage)) - _wrap_flops(model, 0)
+    attention = block_flops(model, stage, mlp=0) - neither
+    return attention, block_flops(model, stage, attention=0) - neither - wrap
+
+
+def _wrap_flops(model: ModelConfig, tokens: int) -> int:
+    """Of what stands around a block."""
+    return 0 if model.block.wrap is None else model.block.wrap.flops(model, tokens)
+
+
+def _tokens(model: ModelConfig, stage: int) -> int:
     rows, cols = model.pyramid.grid(stage, model.latent_size)
-    attention = block_flops(model, stage, mlp=0) - block_flops(model, stage, attention=0, mlp=0)
-    return attention, model.block.ffn.flops(model, rows * cols)
+    return rows * cols
 
 
 @dataclass(frozen=True)

@@ -118,9 +118,7 @@ def _source(data: ConfigDict, fields: tuple[str, ...], size: int = 0) -> Source:
     )
 
 
-def field_shapes(
-    data: ConfigDict, names: tuple[str, ...], place: jax.sharding.Sharding
-) -> dict[str, jax.ShapeDtypeStruct]:
+def field_shapes(data: ConfigDict, names: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:
     """Fields in a batch as an example of the data has them.
 
     Raises:
@@ -129,8 +127,10 @@ def field_shapes(
     if not names:
         return {}
     one = _source(data, names).read(np.arange(1), np.zeros(1, bool))
-    shapes = {name: (data.batch_size, *one[name].shape[1:]) for name in names}
-    return {n: jax.ShapeDtypeStruct(s, one[n].dtype, sharding=place) for n, s in shapes.items()}
+    return {
+        name: jax.ShapeDtypeStruct((data.batch_size, *one[name].shape[1:]), one[name].dtype)
+        for name in names
+    }
 
 
 def shown_to(

@@ -35,6 +35,7 @@ from ppflow_jax.flow.plan import SamplerConfig, plan
 from ppflow_jax.flow.sampler import Sampler
 from ppflow_jax.flow.solvers import DIFFUSIONS, ODE_SOLVERS
 from ppflow_jax.flow.tables import Facts, Networks, Tables
+from ppflow_jax.models.conditions import split
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.layers import modulate, timestep_features
 from ppflow_jax.models.network import PPFlow, make_apply, nnx
@@ -178,7 +179,8 @@ def intermediates(case: Case, ref: dict) -> Iterator[Row]:
     def run(params, x, t, y, stage):
         model: PPFlow = nnx.merge(graph, params)
         first = jax.tree.map(lambda leaf: leaf[0], model.blocks)
-        tokens, (c,) = model.tokens(x, stage), model.conditions((t,), (y,), (stage,))
+        told = split((), y)
+        tokens, (c,) = model.tokens(x, stage, told), model.embeddings((t,), (told,), (stage,))
         silu = jax.nn.silu(c)
         shift, scale, gate, shift2, scale2, _ = mods = first.modulation(silu)
         attended = first.attention(modulate(tokens, shift, scale))

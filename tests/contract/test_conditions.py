@@ -24,6 +24,10 @@ from ppflow_jax.devices.sharding import leaf_path, make_mesh
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.generate.run_pictures import RunPictures
 from ppflow_jax.models.conditions import Channels
+from ppflow_jax.models.config import SIZES, ModelConfig
+from ppflow_jax.models.network import abstract_params
+from ppflow_jax.pyramid import PPFLOW3
+from ppflow_jax.systems.registry import take_conditions
 from ppflow_jax.systems.tasks import Inpainting
 from ppflow_jax.train.experiment import Experiment
 from ppflow_jax.train.inputs import make_inputs, shown_to
@@ -36,8 +40,9 @@ DROPPED = ("channels:name=known,channels=2,drop=0.5",)
 
 def experiment_of(**mesh):
     config = digits_tasks.get_config("inpainting")
-    config.model.update(dict(width=32, depth=2, heads=4, conditions=DROPPED))
+    config.model.update(dict(width=16, depth=1, heads=2, conditions=DROPPED))
     config.data.batch_size = 32
+    config.sample.update(dict(solver="euler", steps=2))
     config.mesh.update(mesh)
     return config
 
@@ -49,6 +54,16 @@ def test_a_dry_run_finds_nothing_unexplained():
         causes = report.causes(program)
         assert not [c for c in causes if c[0].startswith("unexplained")], causes
     assert len(report.programs) == 2
+
+
+def test_rules_cover_every_large_leaf():
+    known = tuple(kind.replace("2,", "16,") for kind in DROPPED)  # channels of large latents
+    conditions = take_conditions({"conditions": (*known, "scalar:name=w")})
+    model = ModelConfig(PPFLOW3, 32, 4, **SIZES["B"], num_classes=1000, conditions=conditions)
+    params = abstract_params(model)
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params["conditions"]):
+        assert leaf.size < 0.01 * total, leaf_path(path)  # on every device, like patch projections
 
 
 def test_one_device_and_eight_agree():

@@ -54,7 +54,8 @@ def experiment_of(name, **mesh):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, small_run):
-    """MeanFlow, and a student of the small run and its student: the commands of the docs."""
+    """MeanFlow, and a student of the small run and its student: the commands of docs/meanflow.md
+    and docs/guided_distillation.md."""
     folder, teachers = tmp_path_factory.mktemp("few"), {"guided": small_run}
     teachers["halved"] = folder / "guided"
     for name in VARIANTS:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.cost import sampling_flops
@@ -17,6 +18,7 @@ from ppflow_jax.generate.explain import explain
 from ppflow_jax.models.conditions import Channels, Scalar
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import make_apply
+from ppflow_jax.models.parts import Execution
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT
 from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated, with_preset
 from tests.systems.checks import random_params
@@ -116,6 +118,16 @@ def test_a_network_without_what_the_sampler_knows_takes_zero():
     assert np.abs(moved - one).max() > 1e-3
     with pytest.raises(InputError, match="conditions are interval, guidance, low"):
         apply(params, x, jnp.full(2, 0.3), jnp.arange(2), 0)
+
+
+def test_close_intervals_are_told_apart_whatever_the_dtype():
+    values, found = jnp.float32([0.5, 0.501]), []
+    for dtype in (jnp.float32, jnp.bfloat16):
+        module = JUMPS.conditions[0].module(JUMPS, Execution(dtype), nnx.Rngs(0))
+        module.kernel[...] = jax.random.normal(jax.random.key(0), module.kernel.shape)
+        found.append(JUMPS.conditions[0].vector(module, values))
+    np.testing.assert_array_equal(*found)
+    assert np.abs(found[0][0] - found[0][1]).max() > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig, plan
 from ppflow_jax.flow.sampler import Sampler
 from ppflow_jax.generate.explain import explain, memory_bytes
+from ppflow_jax.models.adapters import parse
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import make_apply
 from ppflow_jax.pyramid import PPFLOW2, SIT
@@ -131,7 +132,8 @@ def test_other_branches_are_what_was_computed_last():
 
 
 def test_blocks_of_other_parts_are_taken_apart_as_they_are():
-    model = replace(MODEL, depth=2, block=take_block(dict(TOGETHER)))
+    parts = {"block": take_block(dict(TOGETHER)), "adapters": parse("affiner:rank=2,on=.*")}
+    model = replace(MODEL, depth=2, **parts)
     params, config = random_params(model), SamplerConfig("euler", 2)
     segments = plan(config, model.pyramid, Flow())
     every = RoutedTables(2, np.ones((2, 2, 2), bool)).applied(segments)

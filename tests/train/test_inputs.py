@@ -1,6 +1,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -8,7 +9,7 @@ from configs import digits
 from ppflow_jax.autoencoders.autoencoder import Autoencoder
 from ppflow_jax.autoencoders.autoencoder_kl import AutoencoderKLConfig
 from ppflow_jax.autoencoders.decode import save_autoencoder
-from ppflow_jax.autoencoders.encode import Encoder
+from ppflow_jax.autoencoders.encode import Encoder, moments
 from ppflow_jax.checkpoints.card import read_card
 from ppflow_jax.data.sources import open_source
 from ppflow_jax.devices.sharding import batch_sharding, make_mesh
@@ -122,6 +123,29 @@ def test_pixels_of_a_folder(root):
     assert x.min() < -0.5 and x.max() > 0.5
 
 
+@pytest.mark.parametrize("text", ["colourisation", "edges:threshold=0.1"])
+def test_a_model_of_latents_is_told_the_encoding_of_grey_and_of_edges(root, text):
+    data = dict(source="folder", path=str(root / "train"), vae=f"vae:{root}/vae", task=text)
+    c = config(**data)
+    experiment = Experiment.from_config(c)
+    task, (condition,) = experiment.task, experiment.card.model.conditions
+    source, encoder, _ = open_inputs(c.data, experiment.card)
+    batch = source.read(np.arange(8), np.zeros(8, bool))
+    images = jnp.asarray(batch["image"])
+    told = {}
+    for sizes in ((1, 1, 1), (4, 2, 1)):
+        mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+        here = {k: jax.device_put(batch[k], batch_sharding(mesh)) for k in ("image", "label")}
+        told[sizes] = np.asarray(make_inputs(encoder, mesh, 0, task)(here, 1)[condition.name])
+    one, eight = told.values()
+    assert one.shape == (8, *condition.shape(experiment.card.model)) == (8, 8, 8, 4)
+    np.testing.assert_allclose(one, eight, atol=1e-5)
+    picture = np.asarray(task(images / 127.5 - 1, jax.random.key(0)))
+    grey = np.round(127.5 * (picture + 1)).astype(np.uint8).repeat(3, axis=-1)
+    mean, _ = moments(encoder.autoencoder, encoder.params, jnp.asarray(grey))
+    np.testing.assert_allclose(one, mean, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("data", "model", "words"),
     [
@@ -138,6 +162,7 @@ def test_pixels_of_a_folder(root):
         (dict(source="cache", path="train"), {}, "no latent cache, or not complete"),
         (dict(source="digits", vae="vae:@/vae"), {}, "no pictures to encode"),
         (dict(source="cache"), {}, "config.data.path is empty"),
+        (dict(source="cache", path="cache", task="edges"), {}, "source=cache has none: use folder"),
     ],
 )
 def test_what_does_not_fit_is_refused(root, data, model, words):

@@ -24,6 +24,10 @@ MODEL = ModelConfig(PPFLOW2, latent_size=8, channels=1, width=16, depth=1, heads
 EVAL = ["--config.eval.every=4", "--config.optim.schedule=constant"]
 
 
+def labels(count):
+    return np.arange(count, dtype=np.int32) % 10
+
+
 def evaluations(workdir):
     rows = read_metrics(workdir / "metrics.jsonl")
     return {r["step"]: r for r in rows if "eval_small_features/fid" in r}
@@ -56,7 +60,7 @@ def test_metrics_are_written_beside_the_others_and_evaluate_finds_the_same(tmp_p
     config = get_config()
     config.eval.every = 4
     card = Card(MODEL, Flow(), "pixels")
-    assert validate.make_judge(config, card, digits(), make_mesh(), tmp_path)
+    assert validate.make_judge(config, card, digits(), make_mesh(), tmp_path, labels)
     assert calls == [0]
 
     # and the command, on the checkpoint that this run left
@@ -88,4 +92,4 @@ def test_bad_settings_stop_before_the_first_step(tmp_path, space, settings, word
     config.eval.update({"every": 4} | settings)
     card = Card(MODEL, Flow(), space)
     with pytest.raises(InputError, match=words):
-        validate.make_judge(config, card, digits(), make_mesh(), tmp_path)
+        validate.make_judge(config, card, digits(), make_mesh(), tmp_path, labels)

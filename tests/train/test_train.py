@@ -156,8 +156,8 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_pa
     def poisoned(*args, **options):
         step = real(*args, **options)
 
-        def wrapped(state, batch, key):
-            new, metrics = step(state, batch, key)
+        def wrapped(state, batch, key, frozen):
+            new, metrics = step(state, batch, key, frozen)
             bad = jnp.where(state["step"] == 4, jnp.nan, 1.0)
             return new | {"params": jax.tree.map(lambda p: p * bad, new["params"])}, metrics | {
                 "loss": metrics["loss"] * bad
