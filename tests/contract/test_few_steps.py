@@ -37,10 +37,11 @@ some = pytest.mark.parametrize("name", ["meanflow", "guided"])
 
 def train(workdir, name, *flags):
     config = f"--config={commands.ROOT}/configs/digits_few_steps.py:{name}"
-    halved = ["--config.flow.objective=halved:steps=2"] if name == "halved" else []
-    heun = ["--config.sample.solver=meanflow"] if name == "meanflow" else []
+    objective = {"meanflow": "meanflow:points=0.5", "halved": "halved:steps=2"}.get(name)
+    chosen = [f"--config.flow.objective={objective}"] if objective else []
+    jumps = ["--config.sample.solver=meanflow"] if name == "meanflow" else []
     batch = ["--config.data.batch_size=128", "--config.train.steps=4"]
-    args = [config, f"--workdir={workdir}", *commands.SMALL, *batch, *halved, *heun, *flags]
+    args = [config, f"--workdir={workdir}", *commands.SMALL, *batch, *chosen, *jumps, *flags]
     return commands.run("main", *args)
 
 
@@ -145,7 +146,6 @@ def test_what_is_wrong_ends_in_a_line(runs, small_run, tmp_path):
         (lambda: pf.load(small_run).plan(solver="meanflow", steps=2), "trained with the objective"),
         (lambda: student.plan(solver="meanflow", steps=2), "trained with the objective"),
         (lambda: jumping.plan(solver="meanflow", steps=2, cfg=2), "leave cfg out, not 2"),
-        (lambda: jumping.plan(solver="heun", cfg=2), "a guidance of 2 inside"),
         (lambda: jumping.plan(solver="meanflow", accelerate="fast"), "not meanflow"),
         (lambda: halved.plan(), "distilled to 2 steps, and knows no others"),
         (lambda: student.plan(cfg=2, weak=student), "leave the weak model out"),
@@ -198,9 +198,9 @@ def test_one_device_and_eight_agree(name):
         assert np.abs(a - b).max() < 2e-3 * np.abs(a).max(), leaf_path(path)
 
 
-@some
-def test_a_dry_run_finds_nothing_unexplained(name):
-    config = experiment_of(name, data=2, fsdp=2, tensor=2)
+def test_a_dry_run_finds_nothing_unexplained():
+    """Of derivatives by forward mode on weights that are gathered."""
+    config = experiment_of("meanflow", data=2, fsdp=2, tensor=2)
     report = dry_run(config, Target("cpu:8", tuple(jax.devices()), None), sampler=False)
     (step,) = report.programs
     causes = report.causes(step)
