@@ -123,14 +123,8 @@ class FlowObjective:
         Raises:
           InputError: it does not.
         """
-        unit = len(self.pattern) * shards
-        if batch_size < 1 or batch_size % unit:
-            below = max(unit, batch_size // unit * unit)
-            raise InputError(
-                f"batch of {batch_size} cannot be divided among {shards} data shard(s) with "
-                f"stage shares {':'.join(map(str, self.stage_share or self.pyramid.shares()))}: "
-                f"choose a multiple of {unit}, e.g. {below}"
-            )
+        shares = ":".join(map(str, self.stage_share or self.pyramid.shares()))
+        check_batch(self.pattern, batch_size, shards, f"stage shares {shares}")
 
     def init(self, model: ModelConfig, key: Key[Array, ""]) -> Params:
         """The leaves of the terms."""
@@ -150,10 +144,7 @@ class FlowObjective:
         x1, labels = batch["x"], batch["label"]
         k_noise, k_time, k_drop = jax.random.split(key, 3)
         size = x1.shape[0]
-        lo, hi = np.asarray(self.time_ranges, np.float32)[list(self.pattern)].T
-        repeats = size // len(self.pattern)
-        u = jax.random.uniform(k_time, (size,))
-        t = jnp.tile(lo, repeats) + jnp.tile(hi - lo, repeats) * u
+        t = self.times(jax.random.uniform(k_time, (size,)))
         drop = jax.random.uniform(k_drop, (size,))
         dropped = drop < self.label_drop
         return Draws(
@@ -161,6 +152,12 @@ class FlowObjective:
             t=t,
             labels=self.told(jnp.where(dropped, self.null_label, labels), drop, batch),
         )
+
+    def times(self, u: Float[Array, " b"]) -> Float[Array, " b"]:
+        """Times of a batch, uniform in each stage's range, from numbers uniform in [0, 1)."""
+        lo, hi = np.asarray(self.time_ranges, np.float32)[list(self.pattern)].T
+        repeats = len(u) // len(self.pattern)
+        return jnp.tile(lo, repeats) + jnp.tile(hi - lo, repeats) * u
 
     def told(self, labels: Int[Array, " b"], drop: Float[Array, " b"], batch: Batch) -> Cond:
         """Labels, or these and the values of conditions; `drop` decides on what is dropped."""
@@ -244,6 +241,24 @@ class FlowObjective:
             *(self.flow, self.weighting, view.noise, view.velocity, output.prediction, view.t)
         )
         return jnp.mean(jnp.square(error), axis=(1, 2, 3))
+
+
+def check_batch(pattern: tuple[int, ...], batch_size: int, shards: int, rows: str) -> None:
+    """Every one of `shards` equal parts of a batch must hold whole patterns.
+
+    Args:
+      rows: what the pattern comes from, for the message.
+
+    Raises:
+      InputError: it does not.
+    """
+    unit = len(pattern) * shards
+    if batch_size < 1 or batch_size % unit:
+        below = max(unit, batch_size // unit * unit)
+        raise InputError(
+            f"batch of {batch_size} cannot be divided among {shards} data shard(s) with {rows}: "
+            f"choose a multiple of {unit}, e.g. {below}"
+        )
 
 
 def over_time(

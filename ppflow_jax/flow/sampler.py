@@ -28,7 +28,7 @@ from ppflow_jax.flow.tables import (
     tables_of,
     unwritten,
 )
-from ppflow_jax.models.conditions import Cond, known
+from ppflow_jax.models.conditions import Cond, supplied
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Apply, Params
 
@@ -100,7 +100,7 @@ class Sampler:
         cfg = Cfg(model.null_label, channels, model.conditions)
         self.guidance = cfg if weak is None else Auto(channels)
         self.segments = segments_of(config, model, flow) if segments is None else segments
-        self.told = known(model.conditions)
+        self.told = supplied(model.conditions)
         self.compiled = jax.jit(self.run, static_argnames="facts")
 
     def __call__(

@@ -8,7 +8,7 @@ from ppflow_jax.errors import InputError
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig, Segment, plan
 from ppflow_jax.flow.solvers import JUMPS
-from ppflow_jax.models.conditions import GUIDANCE, INTERVAL, known
+from ppflow_jax.models.conditions import GUIDANCE, INTERVAL, supplied
 from ppflow_jax.models.config import ModelConfig
 
 
@@ -20,7 +20,7 @@ def segments_of(config: SamplerConfig, model: ModelConfig, flow: Flow) -> tuple[
     Raises:
       InputError: settings that do not fit the model.
     """
-    told = known(model.conditions)
+    told = supplied(model.conditions)
     if config.solver in JUMPS:
         if INTERVAL not in told:
             raise InputError(

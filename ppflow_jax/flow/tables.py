@@ -98,7 +98,7 @@ class Facts(NamedTuple):
     """What a program is compiled for.
 
     Attributes:
-      told: conditions of the network that the sampler knows (see `models.conditions.KNOWN`).
+      told: conditions of the network that the sampler supplies (see `models.conditions.SUPPLIED`).
     """
 
     kind: str

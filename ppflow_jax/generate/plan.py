@@ -17,7 +17,7 @@ from ppflow_jax.flow.plan import ADAPTIVE, FITTED, SamplerConfig, Segment, evalu
 from ppflow_jax.flow.sampler import Sampler
 from ppflow_jax.generate.explain import explain
 from ppflow_jax.generate.plan_file import PlanFile
-from ppflow_jax.models.conditions import known
+from ppflow_jax.models.conditions import supplied
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Apply, make_apply
 from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
@@ -161,7 +161,7 @@ def check_tunable(model: ModelConfig) -> None:
     Raises:
       InputError: plan files are not for such models.
     """
-    if names := known(model.conditions):
+    if names := supplied(model.conditions):
         raise InputError(
             f"plan files are not for models that are told the {' and the '.join(names)}: give a "
             "solver and steps"

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from ppflow_jax.pyramid import Pyramid
 
 LABEL = "label"
-# Scalars that the sampler knows, so that nobody is asked for them: the length of the interval whose
-# average velocity is wanted, and the guidance scale minus 1. A network that is called without them
-# takes 0, which is the velocity itself, and no guidance.
-INTERVAL, GUIDANCE = KNOWN = ("interval", "guidance")
+# Scalars that the sampler supplies, so that nobody is asked for them: the length of the interval
+# whose average velocity is wanted, and the guidance scale minus 1. A network that is called without
+# them takes 0, which is the velocity itself, and no guidance.
+INTERVAL, GUIDANCE = SUPPLIED = ("interval", "guidance")
 # Labels, int32, or {"label": labels, name: values} with a leading axis of images
 Cond = Int[Array, " b"] | Int[np.ndarray, " b"] | dict[str, Any]
 # Names of what a batch holds besides conditions
@@ -259,7 +259,7 @@ def split(conditions: tuple[Condition, ...], y: Cond) -> Told:
     labels, values = (y[LABEL], dict(y)) if isinstance(y, dict) else (y, {LABEL: y})
     del values[LABEL]
     names = [condition.name for condition in conditions]
-    for name in known(conditions):
+    for name in supplied(conditions):
         values.setdefault(name, jnp.zeros(len(labels)))
     if sorted(values) != sorted(names):
         raise InputError(
@@ -269,9 +269,9 @@ def split(conditions: tuple[Condition, ...], y: Cond) -> Told:
     return Told(labels, values)
 
 
-def known(conditions: tuple[Condition, ...]) -> tuple[str, ...]:
-    """Those of the conditions that the sampler knows."""
-    return tuple(c.name for c in conditions if isinstance(c, Scalar) and c.name in KNOWN)
+def supplied(conditions: tuple[Condition, ...]) -> tuple[str, ...]:
+    """Those of the conditions that the sampler supplies."""
+    return tuple(c.name for c in conditions if isinstance(c, Scalar) and c.name in SUPPLIED)
 
 
 def null(conditions: tuple[Condition, ...], null_label: int, y: Cond) -> Cond:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.adapters import NONE, Adapter, beside, parse, text
-from ppflow_jax.models.conditions import Condition, known
+from ppflow_jax.models.conditions import Condition, supplied
 from ppflow_jax.models.parts import DIT, BlockSpec
 from ppflow_jax.pyramid import Pyramid
 
@@ -85,7 +85,7 @@ class ModelConfig:
     @property
     def asked(self) -> tuple[Condition, ...]:
         """Conditions whose values must be given; the others the sampler knows."""
-        return tuple(c for c in self.conditions if c.name not in known(self.conditions))
+        return tuple(c for c in self.conditions if c.name not in supplied(self.conditions))
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -36,7 +36,7 @@ from ppflow_jax.flow.loss import FlowObjective, over_time, strided
 from ppflow_jax.flow.path import Flow, expand, interpolate
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.terms import Batch, Metrics, Weights, network_leaves
-from ppflow_jax.models.conditions import GUIDANCE, known
+from ppflow_jax.models.conditions import GUIDANCE, supplied
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Apply, Params
 from ppflow_jax.models.parts import Described
@@ -93,9 +93,7 @@ class Guided(Described):
 
     def times(self, base: FlowObjective, u: Float[Array, " b"]) -> tuple[Array, Array]:
         """Times of a batch, uniform in each stage, from uniform numbers."""
-        low, high = np.asarray(base.time_ranges, np.float32)[list(base.pattern)].T
-        repeats = len(u) // len(base.pattern)
-        t = jnp.tile(low, repeats) + jnp.tile(high - low, repeats) * u
+        t = base.times(u)
         return t, t
 
     def targets(
@@ -266,7 +264,7 @@ def _check_student(settings: Guided | Halved, base: FlowObjective, model: ModelC
             f"objective {settings.kind} has no terms or tasks: leave config.flow.terms and "
             "config.data.task out"
         )
-    if GUIDANCE not in known(model.conditions):
+    if GUIDANCE not in supplied(model.conditions):
         raise InputError(
             f"objective {settings.kind} needs a model that is told the guidance scale: set "
             "config.model.conditions to ('scalar:name=guidance',)"

@@ -36,11 +36,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from ppflow_jax.errors import InputError
-from ppflow_jax.flow.loss import FlowObjective, strided, with_block_terms
+from ppflow_jax.flow.loss import FlowObjective, check_batch, strided, with_block_terms
 from ppflow_jax.flow.path import LINEAR, Flow, interpolate
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.terms import Batch, Metrics, Weights, network_leaves
-from ppflow_jax.models.conditions import INTERVAL, known
+from ppflow_jax.models.conditions import INTERVAL, supplied
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Apply, Params
 from ppflow_jax.models.parts import Described
@@ -142,7 +142,7 @@ class MeanFlow(Described):
                 "objective meanflow draws times of its own and has no terms or tasks: leave "
                 "config.flow.stage_times, stage_share, terms and config.data.task out"
             )
-        if INTERVAL not in known(model.conditions):
+        if INTERVAL not in supplied(model.conditions):
             raise InputError(
                 "objective meanflow needs a model that is told the interval: set "
                 "config.model.conditions to ('scalar:name=interval,scale=1',)"
@@ -194,14 +194,8 @@ class MeanFlowObjective:
 
     def check_batch(self, batch_size: int, shards: int) -> None:
         """See `FlowObjective.check_batch`."""
-        unit = len(self.pattern) * shards
-        if batch_size < 1 or batch_size % unit:
-            below = max(unit, batch_size // unit * unit)
-            raise InputError(
-                f"batch of {batch_size} cannot be divided among {shards} data shard(s) with the "
-                f"{len(self.pattern)} rows of objective meanflow: choose a multiple of {unit}, "
-                f"e.g. {below}"
-            )
+        rows = f"the {len(self.pattern)} rows of objective meanflow"
+        check_batch(self.pattern, batch_size, shards, rows)
 
     def init(self, model: ModelConfig, key: Key[Array, ""]) -> Params:
         return {}
