@@ -1,4 +1,4 @@
-"""The rows of the study: what is trained, how it is sampled, and what the paper claims of it."""
+"""The rows of the study: what is trained, how it is sampled, and what is claimed of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from ppflow_jax.train.experiment import Experiment
 
 COARSE_END = 0.5  # where the coarsest stage of the main rows ends
 TWO, THREE = "4x4@0.5,2x2@1", "4x4@0.5,4x2@0.75,2x2@1"
-FINE_TUNE = 0.1  # of SiT's steps
+REPA = {
+    "data.fields": ("teacher",),
+    "flow.terms": ("repa:layer=3,dims=64,hidden=128",),
+}
+MOE = "moe:experts=4,shared=0,expert=gelu"
 
 
 @dataclass(frozen=True)
@@ -23,23 +27,28 @@ class Row:
       title: in the table.
       pyramid: stages.
       changes: further settings, as `model.level_embedding`.
-      expands: SiT of the same seed, expanded, is where training starts.
-      equal_flops: as many steps as cost what SiT's cost, instead of as many steps as SiT has.
+      starts_from: the row of the same seed with whose weights training starts; they are expanded
+        where the pyramid is another.
+      steps: as a share of the budget.
+      costs_as: the row whose training costs as many FLOPs, where that sets the number of steps.
+      phases: weights of terms, each until a share of the steps.
     """
 
     title: str
     pyramid: str
     changes: dict[str, Any] = field(default_factory=dict)
-    expands: bool = False
-    equal_flops: bool = False
+    starts_from: str = ""
+    steps: float = 1.0
+    costs_as: str = ""
+    phases: tuple[tuple[float, dict[str, float]], ...] = ()
 
 
 ROWS = {
     "sit": Row("SiT", "2x2@1"),
     "levels2": Row("2 levels", TWO),
     "levels3": Row("3 levels", THREE),
-    "levels2_flops": Row("2 levels, SiT's training FLOPs", TWO, equal_flops=True),
-    "levels3_flops": Row("3 levels, SiT's training FLOPs", THREE, equal_flops=True),
+    "levels2_flops": Row("2 levels, SiT's training FLOPs", TWO, costs_as="sit"),
+    "levels3_flops": Row("3 levels, SiT's training FLOPs", THREE, costs_as="sit"),
     "no_level": Row("2 levels, no level embedding", TWO, {"model.level_embedding": False}),
     "early": Row("2 levels, boundary 0.25", "4x4@0.25,2x2@1"),
     "late": Row("2 levels, boundary 0.75", "4x4@0.75,2x2@1"),
@@ -48,32 +57,50 @@ ROWS = {
         "2 levels, every patch size trained on all times", TWO,
         {"flow.stage_times": ((0.0, 1.0), (0.0, 1.0))},
     ),
-    "expand2": Row("SiT, expanded to 2 levels, 10% more steps", TWO, expands=True),
-    "expand3": Row("SiT, expanded to 3 levels, 10% more steps", THREE, expands=True),
+    "expand2": Row(
+        "SiT, expanded to 2 levels, 10% more steps", TWO, starts_from="sit", steps=0.1
+    ),
+    "expand3": Row(
+        "SiT, expanded to 3 levels, 10% more steps", THREE, starts_from="sit", steps=0.1
+    ),
+    "repa": Row("2 levels, REPA", TWO, REPA, phases=((1.0, {"repa": 0.5}),)),
+    "repa_half": Row(
+        "2 levels, REPA for half of the steps", TWO, REPA, phases=((0.5, {"repa": 0.5}), (1.0, {}))
+    ),
+    "longer": Row("2 levels, 50% more steps", TWO, starts_from="levels2", steps=0.5),
+    "moe1": Row(
+        "2 levels, upcycled to 1 of 4 experts, 50% more steps", TWO,
+        {"model.ffn": f"{MOE},top_k=1"}, starts_from="levels2", costs_as="longer",
+    ),
+    "moe2": Row(
+        "2 levels, upcycled to 2 of 4 experts, FLOPs of 50% more steps", TWO,
+        {"model.ffn": f"{MOE},top_k=2,renormalise=true"}, starts_from="levels2", costs_as="longer",
+    ),
 }  # fmt: skip
 
 
 def configured(base: ConfigDict, row: Row, seed: int) -> ConfigDict:
     """`base` with the row's model, steps and seed.
 
-    Fine-tuning has FINE_TUNE of the steps, and so the horizon of its EMA and its warm-up are that
-    much shorter.
+    The horizon of the EMA and the warm-up are as much shorter as a run that starts from another.
     """
     config = base.copy_and_resolve_references().unlock()
     config.seed = seed
-    config.model.pyramid = "2x2@1"
-    of_sit = _step_flops(config)
     config.model.pyramid = row.pyramid
     for name, value in row.changes.items():
         part, name = name.split(".")
         config[part][name] = value
-    steps = config.train.steps
-    if row.expands:
-        config.train.steps = max(1, round(steps * FINE_TUNE))
-        config.train.ema = 1 - min(1.0, (1 - config.train.ema) / FINE_TUNE)
-        config.optim.warmup_steps = round(config.optim.warmup_steps * FINE_TUNE)
-    if row.equal_flops:
-        config.train.steps = round(steps * of_sit / _step_flops(config))
+    config.train.steps = max(1, round(config.train.steps * row.steps))
+    if row.phases:
+        ends = [(round(config.train.steps * share), weights) for share, weights in row.phases]
+        config.train.phases = tuple(ends)
+    if row.costs_as:
+        wanted = training_cost(configured(base, ROWS[row.costs_as], seed))
+        config.train.steps = round(wanted / _step_flops(config))
+    if row.starts_from:
+        share = config.train.steps / base.train.steps
+        config.train.ema = 1 - min(1.0, (1 - config.train.ema) / share)
+        config.optim.warmup_steps = round(config.optim.warmup_steps * share)
     config.train.save_every = config.train.steps
     config.sample.every, config.sample.count = 0, 20  # the study makes its own
     return config
@@ -155,4 +182,9 @@ CLAIMS = (
     Claim("a boundary at 0.5 beats one at 0.25", ("levels2", "one"), ("early", "one")),
     Claim("a boundary at 0.5 beats one at 0.75", ("levels2", "one"), ("late", "one")),
     Claim("4x4 first beats 8x8 first", ("levels2", "one"), ("large", "one")),
+    Claim("REPA helps", ("repa", "one"), ("levels2", "one"), "1.9 against 2.1 (SiT-XL, 4M steps)"),
+    Claim("REPA for half of the steps helps", ("repa_half", "one"), ("levels2", "one")),
+    Claim("REPA for half of the steps beats REPA for all", ("repa_half", "one"), ("repa", "one")),
+    Claim("1 of 4 experts beats dense at equal FLOPs", ("moe1", "one"), ("longer", "one")),
+    Claim("2 of 4 experts beat dense at equal training FLOPs", ("moe2", "one"), ("longer", "one")),
 )  # fmt: skip

@@ -72,7 +72,6 @@ def collect(
     """All lines, and one whole evaluation for what is said about all of them."""
     lines: list[Line] = []
     evaluation: dict[str, Any] = {}
-    cost = {name: json.loads((out / "0" / name / "cost.json").read_text()) for name in rows}
     base = None
     for name in rows:
         levels = len(read_card(find_checkpoint(out / "0" / name)).model.pyramid)
@@ -83,12 +82,19 @@ def collect(
             ]
             evaluation = found[0]
             flops = evaluation["samples"]["card"]["flops"]
-            base = base or (cost["sit"]["training_flops"], flops)
-            training = cost[name]["training_flops"] / base[0] + float(ROWS[name].expands)
+            base = base or (_total(out, "sit"), flops)
+            training = _total(out, name) / base[0]
             metrics = {m: [e["metrics"][m] for e in found] for m in ("fid", "kid")}
             time = times.get(f"{name} {key}")
             lines.append(Line(name, key, training, flops / base[1], time, metrics))
     return lines, evaluation
+
+
+def _total(out: Path, name: str) -> int:
+    """Training FLOPs of a row, with those of what it started from."""
+    own = json.loads((out / "0" / name / "cost.json").read_text())["training_flops"]
+    before = ROWS[name].starts_from
+    return own + (_total(out, before) if before else 0)
 
 
 def interval(differences: list[float]) -> tuple[float, float] | None:
@@ -151,7 +157,8 @@ def markdown(
         f"{s['steps']}, guidance scale {s['cfg'][0]:g}; FID and KID against "
         f"{known['count']:,} pictures of {Path(known['name']).name}, features: {made}. "
         "Mean ± standard deviation over training seeds. FLOPs and times are shares of SiT's "
-        "with one scale; training FLOPs of fine-tuned rows include the SiT they start from.",
+        "with one scale; training FLOPs of rows that start from another include those of the "
+        "other.",
         "",
         "| row | guidance | training FLOPs | sampling FLOPs | sampling time | FID | KID |",
         "|---|---|---|---|---|---|---|",
