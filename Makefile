@@ -1,5 +1,6 @@
 # make demo   train on handwritten digits and sample them
 # make test   run the tests
+# make long   run those that take long: whole runs, killed, on several devices, as published
 # make oldest run them with every requirement at its lower bound
 # make docs   build the site in site/
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN := runs/digits
 
-.PHONY: setup demo test oldest lint docs
+.PHONY: setup demo test long oldest lint docs
 setup: $(STAMP)
 
 $(STAMP): requirements.txt pyproject.toml
@@ -26,6 +27,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+long: $(STAMP)
+	$(BIN)/python -m pytest -m long -n 2 --dist loadfile --no-loadscope-reorder
 
 # name>=1.2,<2 becomes name==1.2
 oldest:

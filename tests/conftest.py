@@ -75,11 +75,12 @@ def pytest_collection_finish():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests marked `bits` are run by test_bits.py, by programs as users compile them."""
+    """Tests marked `bits` are run by test_bits.py, by programs as users compile them; those marked
+    `long` by `make long`."""
     if not config.option.markexpr:
-        bits = [item for item in items if item.get_closest_marker("bits")]
-        config.hook.pytest_deselected(items=bits)
-        items[:] = [item for item in items if item not in bits]
+        left = [i for i in items if i.get_closest_marker("bits") or i.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
     order = {name: place for place, name in enumerate(_LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 

@@ -77,6 +77,7 @@ def test_the_command_measures_and_writes_json(tmp_path):
     assert "matmul ceiling" in done.stdout
 
 
+@pytest.mark.long
 def test_tasks_are_trained_sampled_and_measured(tmp_path):
     command = [sys.executable, "-c", TINY_TASKS, f"--out={tmp_path}", "--steps=2", "--num=40"]
     done = subprocess.run(command, capture_output=True, text=True)

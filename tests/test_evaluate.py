@@ -87,6 +87,7 @@ def test_batch_devices_and_order_do_not_matter(network, pictures):
         assert distance(images, **options) == pytest.approx(first, rel=1e-6)
 
 
+@pytest.mark.long
 def test_a_set_is_next_to_itself_and_noise_takes_it_away(network, pictures):
     pictures = pictures[:600]
     evaluator = Evaluator(network, Reference("digits", array_images("digits", pictures)))

@@ -53,6 +53,7 @@ def stepped(name, sizes):
     return program.step(0)(start, batch, key, frozen)
 
 
+@pytest.mark.long
 def test_one_device_and_eight_agree():
     found = [stepped("diffscaler", sizes) for sizes in ((1, 1, 1), (1, 4, 2))]
     (state, metrics), (other, measured) = found
@@ -67,6 +68,7 @@ def test_one_device_and_eight_agree():
         assert np.abs(a - theirs[path]).max() < 1e-3 * np.abs(a).max(), joined(path)
 
 
+@pytest.mark.long
 def test_a_dry_run_shows_what_is_saved():
     target = Target("cpu:8", tuple(jax.devices()), None)
     full, part = (

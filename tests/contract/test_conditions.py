@@ -47,6 +47,7 @@ def experiment_of(**mesh):
     return config
 
 
+@pytest.mark.long
 def test_a_dry_run_finds_nothing_unexplained():
     config = experiment_of(data=2, fsdp=2, tensor=2)
     report = dry_run(config, Target("cpu:8", tuple(jax.devices()), None))
@@ -66,6 +67,7 @@ def test_rules_cover_every_large_leaf():
         assert leaf.size < 0.01 * total, leaf_path(path)  # on every device, like patch projections
 
 
+@pytest.mark.long
 def test_one_device_and_eight_agree():
     """With accumulation on eight: the rows of conditions stay with their images."""
     model, key = Experiment.from_config(experiment_of()).card.model, jax.random.key(0)
@@ -122,6 +124,7 @@ def runs(tmp_path_factory, small_run):
     return root
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_with_the_same_bits(runs):
     whole, killed = (commands.weights(runs / run) for run in ("whole", "killed"))
     assert whole.keys() == killed.keys()
@@ -130,11 +133,13 @@ def test_a_killed_run_goes_on_with_the_same_bits(runs):
     assert all(np.abs(whole[f"conditions/known/{i}/kernel"]).max() > 0 for i in range(2))
 
 
+@pytest.mark.long
 def test_another_task_is_another_run(runs):
     code, _, err = commands.train(runs / "whole", "--config.data.task=inpainting:least=0.5")
     assert code == 1 and "data.task: inpainting:least=0.25,most=0.75 -> inpainting:least=0.5" in err
 
 
+@pytest.mark.long
 def test_a_run_shows_what_it_makes_of_the_first_examples(runs):
     model = pf.load(runs / "whole")
     assert model.config.conditions == (Channels("known", 2),)

@@ -74,6 +74,7 @@ def test_every_kind_is_here():
     assert isinstance(plain, FlowObjective) and not plain.frozen
 
 
+@pytest.mark.long
 @each
 def test_the_card_says_which_objective_trained_it(runs, name):
     card = pf.load(runs / name).card
@@ -83,6 +84,7 @@ def test_the_card_says_which_objective_trained_it(runs, name):
     assert condition.name == {"meanflow": "interval"}.get(name, "guidance")
 
 
+@pytest.mark.long
 @some
 def test_a_killed_run_goes_on_with_the_same_bits(runs, tmp_path, name):
     shutil.copytree(runs / name, tmp_path / "killed")
@@ -96,6 +98,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(runs, tmp_path, name):
         assert leaf.tobytes() == killed[path].tobytes(), path
 
 
+@pytest.mark.long
 def test_jumps_from_a_run(runs):
     model = pf.load(runs / "meanflow")
     for steps in (1, 2, 4):
@@ -116,6 +119,7 @@ def test_jumps_from_a_run(runs):
     np.testing.assert_array_equal(model(x, t, [3]), model.velocity(x, t, [3]))
 
 
+@pytest.mark.long
 def test_guidance_is_one_evaluation_of_a_student(runs, small_run):
     student, teacher = pf.load(runs / "guided"), pf.load(small_run)
     two, one = (m.plan(steps=4, solver="euler", cfg=2) for m in (teacher, student))
@@ -140,6 +144,7 @@ def test_guidance_is_one_evaluation_of_a_student(runs, small_run):
     assert note == ("guidance 9 is outside 1 to 4, on which the model was distilled",)
 
 
+@pytest.mark.long
 def test_what_is_wrong_ends_in_a_line(runs, small_run, tmp_path):
     jumping, student, halved = (pf.load(runs / name) for name in VARIANTS)
     for make, words in (
@@ -173,6 +178,7 @@ def test_kernels_without_forward_mode_are_not_chosen():
         for_training("splash", forward_mode=True)
 
 
+@pytest.mark.long
 @some
 def test_one_device_and_eight_agree(name):
     experiment = Experiment.from_config(experiment_of(name))
@@ -198,6 +204,7 @@ def test_one_device_and_eight_agree(name):
         assert np.abs(a - b).max() < 2e-3 * np.abs(a).max(), leaf_path(path)
 
 
+@pytest.mark.long
 def test_a_dry_run_finds_nothing_unexplained():
     """Of derivatives by forward mode on weights that are gathered."""
     config = experiment_of("meanflow", data=2, fsdp=2, tensor=2)

@@ -136,6 +136,7 @@ def test_rules_cover_every_large_leaf(name):
         assert any(re.search(pattern, leaf_path(path)) for path, _ in leaves) or "moe" in pattern
 
 
+@pytest.mark.long
 def test_a_dry_run_finds_nothing_unexplained():
     config = experiment_of(data=2, fsdp=2, tensor=2)
     report = dry_run(config, Target("cpu:8", tuple(jax.devices()), None), sampler=False)
@@ -145,6 +146,7 @@ def test_a_dry_run_finds_nothing_unexplained():
     assert report.whole["params"] / report.parts["params"] > 1.5
 
 
+@pytest.mark.long
 def test_one_device_and_eight_agree():
     experiment = Experiment.from_config(experiment_of())
     model, key = experiment.card.model, jax.random.key(0)
@@ -183,6 +185,7 @@ def test_they_start_from_a_plain_run_and_compute_the_same(small_run):
         np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_with_the_same_bits_and_samples(tmp_path, small_run):
     """The commands of docs/moe.md and docs/switch.md that start from a run."""
     flags = [f"--config.model.{field}={text}" for field, text in FROM_PLAIN.items()]

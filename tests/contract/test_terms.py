@@ -108,6 +108,7 @@ def test_rules_cover_every_large_leaf(name):
         assert known or leaf.size < 0.01 * total, leaf_path(path)
 
 
+@pytest.mark.long
 def test_a_dry_run_finds_nothing_unexplained(tmp_path):
     config = config_of(list(CASES), data=2, fsdp=2, tensor=2)
     model = Experiment.from_config(config).card.model
@@ -123,6 +124,7 @@ def test_a_dry_run_finds_nothing_unexplained(tmp_path):
     assert causes and not [c for c in causes if c[0].startswith("unexplained")], causes
 
 
+@pytest.mark.long
 def test_one_device_and_eight_agree():
     experiment = Experiment.from_config(config_of(list(CASES)))
     model, key, found = experiment.card.model, jax.random.key(0), []

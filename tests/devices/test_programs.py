@@ -114,6 +114,7 @@ def trained(found, monkeypatch, steps=2):
     return np.array(rows), "scan[" in text
 
 
+@pytest.mark.long
 def test_the_scanned_step_is_the_unrolled_one(monkeypatch):
     """A CPU trains with unrolled blocks; what accelerators run gives the same."""
     unrolled, loops = trained(

@@ -53,6 +53,7 @@ def expected(params):
     return {t: np.asarray(sampler(t, make_apply(MODEL))(params, NOISE, LABELS)) for t in SETTINGS}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("text", SETTINGS)
 def test_bfloat16_is_close_to_float32(text, params, expected):
     out = sampler(text, make_apply(MODEL, dtype=jnp.bfloat16))(params, NOISE, LABELS)
@@ -61,6 +62,7 @@ def test_bfloat16_is_close_to_float32(text, params, expected):
     assert 1e-4 < np.sqrt(error) < 0.02
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("text", "axes"),
     [(SETTINGS[0], dict(fsdp=2, tensor=2)), *((t, dict(data=1, fsdp=8)) for t in SETTINGS[1:])],

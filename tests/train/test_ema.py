@@ -82,6 +82,7 @@ def test_without_warmup_the_program_is_the_one_of_a_constant_decay():
     assert large[0] == large[1]
 
 
+@pytest.mark.long
 def test_a_short_run_samples_what_it_learnt(small_sit, tmp_path):
     """The default of new runs: after 6 steps the EMA is near the parameters."""
     runs, far = {"on": small_sit, "off": tmp_path / "off"}, {}

@@ -167,6 +167,7 @@ def changed(**fields):
     return lambda values: values | fields
 
 
+@pytest.mark.long
 def test_scales_of_guided_steps_are_fitted_and_others_stay(model):
     draw = np.random.default_rng(0)
     params = jax.tree.map(lambda p: p + 0.2 * draw.normal(size=p.shape), model.params)
