@@ -268,7 +268,8 @@ SYSTEMS = (
         "original; rsLoRA too",
         "no dropout",
         "tests/systems/test_adapters.py",
-        NOT_MEASURED,
+        "digits, SiT to 2 levels, 3 seeds: FID 7.7 by training 7.3%, 5.4 by training all "
+        "([adapters.md](adapters.md#what-they-gained-here))",
     ),
     System(
         "DiffFit and BitFit",
@@ -282,7 +283,8 @@ SYSTEMS = (
         "the kernel of adaLN stays as it is, which the port trains by the accident of a name; "
         "epsilon 1e-6 in every norm",
         "tests/systems/test_adapters.py",
-        NOT_MEASURED,
+        "digits, SiT to 2 levels, 3 seeds: FID 7.8 by training 1.3% or 1.0%, 5.4 by training all "
+        "([adapters.md](adapters.md#what-they-gained-here))",
     ),
     System(
         "Diffscaler",
