@@ -95,6 +95,7 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     # saved again: see docs/adapters.md
     c.train.trainable = (".*",)
     c.train.phases = ()  # weights of terms over time: ((until_step, {"repa": 0.5}), (until, {}))
+    c.train.skip_nonfinite = 0  # steps in a row that are left out if loss or gradient is not finite
     c.train.accumulate = 1  # microbatches of one step
     c.train.log_every = 100
     c.train.save_every = 10_000

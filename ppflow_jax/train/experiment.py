@@ -188,6 +188,11 @@ def _check(config: ConfigDict) -> None:
             "config.sample.count must be at least 1, config.sample.every and config.eval.every at "
             "least 0 (off)"
         )
+    if type(t.skip_nonfinite) is not int or t.skip_nonfinite < 0:
+        raise InputError(
+            f"config.train.skip_nonfinite must be a whole number, 0 (off) or more, got "
+            f"{t.skip_nonfinite}"
+        )
     if not 0 <= t.ema < 1:
         raise InputError(f"config.train.ema must be in [0, 1), got {t.ema}")
     if config.model.dtype not in ("float32", "bfloat16"):

@@ -33,7 +33,7 @@ from ppflow_jax.devices.sharding import (
     to_global,
 )
 from ppflow_jax.devices.stop import StopRequest
-from ppflow_jax.errors import RunError, Stopped, stream_seed
+from ppflow_jax.errors import Stopped, stream_seed
 from ppflow_jax.files.disk import locked, writable_directory
 from ppflow_jax.files.store import FOLDER
 from ppflow_jax.flow.sampler import image_noise
@@ -50,6 +50,7 @@ from ppflow_jax.train.metrics_log import MetricWriter, read_metrics, save_loss_p
 from ppflow_jax.train.optimizer import learning_rate
 from ppflow_jax.train.program import Program, make_program
 from ppflow_jax.train.resume import going_on, record
+from ppflow_jax.train.skip import SKIPPED, Watch
 from ppflow_jax.train.state import TrainState, whole
 from ppflow_jax.train.validate import make_judge
 
@@ -117,7 +118,6 @@ def _run(
     inputs = _inputs(stream, see, mesh, first)
     draw_samples = _sample_grid(experiment, program, mesh, root, shown)
     judge = make_judge(config, experiment.card, source, mesh, root, shown)
-    finite = functools.partial(_finite, stream, checkpoints)
     schedule = learning_rate(experiment.optim, steps)
     clock, logged = time.monotonic(), first
     pending: tuple[int, Metrics] | None = None
@@ -127,6 +127,7 @@ def _run(
         contextlib.closing(MetricWriter(root, first)) as writer,
         contextlib.closing(progress(steps * batch_size, first * batch_size, "img", "train")) as bar,
     ):
+        watch = Watch(stream, checkpoints, writer, every.skip_nonfinite)
         while step < steps and not stopped:
             step += 1
             state, metrics = program.step(step - 1)(state, next(inputs), key, frozen)
@@ -135,17 +136,18 @@ def _run(
             log, save = step % every.log_every == 0, step % every.save_every == 0
             last, sample = step == steps, config.sample.every and step % config.sample.every == 0
             judged = judge is not None and (last or step % config.eval.every == 0)
-            values = finite(*pending) if pending else {}
+            values = watch(*pending) if pending else {}
             pending = (step, metrics)
             if log or save or sample or judged or last or stopped:
-                values, pending = finite(*pending), None
+                values, pending = watch(*pending), None
             bar.update(batch_size)
             if log or last or stopped:
                 checkpoints.check()
                 speed = (step - logged) * batch_size / ((now := time.monotonic()) - clock)
-                values |= {"lr": float(schedule(step - 1)), "images_per_s": speed}
+                done = step - int(values.get(SKIPPED, 0))
+                values |= {"lr": float(schedule(done - 1)), "images_per_s": speed}
                 writer.write(step, values)
-                bar.set_postfix(step=step, loss=f"{values['loss']:.4f}")
+                bar.set_postfix(step=step, loss=f"{values.get('loss', np.nan):.4f}")
                 clock, logged = now, step
             if save or last or stopped:
                 checkpoints.save(step, state)
@@ -230,34 +232,6 @@ def _announce(
         flush=True,
     )
     return first
-
-
-def _finite(
-    stream: Stream, checkpoints: Checkpoints, step: int, metrics: Metrics
-) -> dict[str, float]:
-    """Metrics of a step on the host.
-
-    Raises:
-      RunError: loss or gradient is not finite; nothing of that step has been saved.
-    """
-    values = {k: float(v) for k, v in metrics.items()}
-    bad = [k for k, v in values.items() if not np.isfinite(v)]
-    if bad:
-        checkpoints.wait()
-        latest = checkpoints.latest()
-        kept = (
-            "no checkpoint was saved"
-            if latest is None
-            else f"the checkpoint of step {latest} is good"
-        )
-        example = stream.suspect(step - 1)
-        remedy = (
-            f"{example}: mend or remove it"
-            if example
-            else "lower config.optim.lr, set config.optim.clip=1, or use config.model.dtype=float32"
-        )
-        raise RunError(f"{', '.join(bad)} not finite at step {step}; {kept}: {remedy}")
-    return values
 
 
 def _sample_grid(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -36,10 +37,15 @@ class MetricWriter:
 
         if not self._writes:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        self.note(step, values)
         summary = [Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
         self._events.add_event(Event(step=step, summary=Summary(value=summary)))
+
+    def note(self, step: int, facts: dict[str, Any]) -> None:
+        """What happened in a step, in `metrics.jsonl` alone."""
+        if self._writes:
+            self._file.write(json.dumps({"step": step, **facts}) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         if self._writes:
@@ -47,7 +53,7 @@ class MetricWriter:
             self._events.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, int | float]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of a `metrics.jsonl`; a last line cut off by a kill is left out."""
     if not path.exists():
         return []
@@ -60,7 +66,7 @@ def read_metrics(path: Path) -> list[dict[str, int | float]]:
     return rows
 
 
-def save_loss_plot(path: Path, rows: list[dict[str, int | float]]) -> None:
+def save_loss_plot(path: Path, rows: list[dict[str, Any]]) -> None:
     """Loss over steps, total and by stage."""
     from matplotlib.figure import Figure
 

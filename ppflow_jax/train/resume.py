@@ -22,6 +22,7 @@ FREE = (
     *("init_from", "sample", "eval", "mesh", "model.attention", "model.remat"),
     *("data.path", "data.vae", "data.workers", "data.unreadable"),
     *("train.accumulate", "train.log_every", "train.save_every", "train.keep"),
+    "train.skip_nonfinite",
 )
 # Settings that are younger than some runs, with the value that those had.
 BEFORE = {
@@ -39,6 +40,7 @@ BEFORE = {
     "train.teacher": "",
     "data.fields": [],
     "train.phases": [],
+    "train.skip_nonfinite": 0,
 }
 _DATA = "trained_on."
 _LABELS = "trained_on.labels."  # follow from the rest of the data's identity
@@ -68,7 +70,9 @@ def changes(before: dict[str, Any], now: dict[str, Any], step: int) -> list[Chan
     Of the data's identity only what both have is compared: an older one has less to say. The
     number of steps is free but for the schedule of the steps that are left.
     """
-    old, new = flat(before), flat(now)
+    new = flat(now)
+    # what is free may begin late
+    old = {name: BEFORE[name] for name in FREE if name in BEFORE and name in new} | flat(before)
     cosine = "cosine" in (old.get("optim.schedule"), new.get("optim.schedule"))
 
     def free(name: str) -> bool:
@@ -131,7 +135,7 @@ def going_on(experiment: Experiment, step: int, stored: Card, path: Path) -> Exp
             "trained: give them as they were, use another --workdir, or add "
             "--config.resume_changed=true to continue with the new ones"
         )
-    younger = BEFORE.keys() - flat(stored.experiment).keys()
+    younger = BEFORE.keys() - flat(stored.experiment).keys() - set(FREE)
     if jax.process_index() == 0:
         if found:
             print(f"changed since step {step}: {_listed(found)}", flush=True)

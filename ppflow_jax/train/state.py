@@ -8,14 +8,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
 from ppflow_jax.checkpoints.card import ALL
 from ppflow_jax.flow.terms import OWN, Objective, network_leaves
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Params, init_params
 from ppflow_jax.models.trees import join, split
+from ppflow_jax.train.skip import SKIPPED, no_counts
 
-# {"step": int32, "params": ..., "ema": ..., "opt_state": ...}, all but the step of what is trained
+# {"step": int32, "params": ..., "ema": ..., "opt_state": ...}, all but the step of what is trained;
+# see `extended` for more
 TrainState = dict[str, Any]
 
 
@@ -32,6 +35,11 @@ def state_from(params: Params, tx: optax.GradientTransformation) -> TrainState:
         "ema": jax.tree.map(jnp.copy, network_leaves(params)),
         "opt_state": tx.init(params),
     }
+
+
+def extended(state: TrainState, train: ConfigDict) -> TrainState:
+    """What `config.train` has a state of step 0 keep beside: the counts of skipped steps."""
+    return state | ({SKIPPED: no_counts()} if train.skip_nonfinite else {})
 
 
 def with_terms(params: Params, objective: Objective, model: ModelConfig, key: jax.Array) -> Params:
