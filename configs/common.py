@@ -77,8 +77,10 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.data.task = "none"
 
     c.optim = ConfigDict()
+    c.optim.name = "adamw"  # adamw, muon (for the matrices of the blocks, with AdamW for the rest)
     c.optim.lr = 1e-4
-    c.optim.schedule = "constant"  # constant, cosine
+    c.optim.schedule = "constant"  # constant, cosine, wsd, wsd_sqrt: see docs/train.md
+    c.optim.decay_share = 0.2  # of the steps, at the end: in which wsd decays
     c.optim.warmup_steps = 0
     c.optim.b1 = 0.9
     c.optim.b2 = 0.999

@@ -31,6 +31,7 @@ from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.flops import block_traffic
 from ppflow_jax.train.experiment import Experiment
 from ppflow_jax.train.inputs import field_shapes
+from ppflow_jax.train.optimizer import MUON
 from ppflow_jax.train.program import Program, make_program
 from ppflow_jax.train.state import whole
 
@@ -128,6 +129,8 @@ def cause(c: Collective, mesh: Mesh, weights: frozenset[int]) -> str:
     where = " (blocks)" if c.times > 1 else " (others)"
     if "tensor" in axes:
         return "tensor parallelism"
+    if f"/{MUON}/" in c.op_name:
+        return "matrices of Muon"
     if c.kind == "all-gather" and weights.issuperset(c.elements):
         return "weights gathered" + where
     if c.size <= 4096:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from ppflow_jax.checkpoints.card import ALL, Card
@@ -26,7 +27,7 @@ from ppflow_jax.systems.registry import notes_of, take_block, take_conditions, t
 from ppflow_jax.systems.registry import objective as objective_of
 from ppflow_jax.systems.registry import task as task_of
 from ppflow_jax.systems.tasks import Task
-from ppflow_jax.train.optimizer import OptimConfig
+from ppflow_jax.train.optimizer import OptimConfig, muon_axes
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ class Experiment:
         notes_of(config.flow.objective, sampler)
         _check(config)
         _check_trainable(model, tuple(config.train.trainable))
+        optim = OptimConfig(**config.optim)
+        _check_muon(optim, model, tuple(config.train.trainable))
         values = json.loads(config.to_json_best_effort())
         values.pop("resume_changed", None)
         values["model"] |= block.to_json()  # as checkpoints have it
@@ -101,7 +104,7 @@ class Experiment:
         values["data"]["task"] = str(task or "none")
         values["model"]["adapters"] = text(model.adapters)
         card = Card(model, flow, config.data.space, values)
-        return cls(card, objective, phases, OptimConfig(**config.optim), sampler, config, task)
+        return cls(card, objective, phases, optim, sampler, config, task)
 
 
 def _told(model: ModelConfig, task: Task, space: str) -> ModelConfig:
@@ -155,6 +158,17 @@ def _check_trainable(model: ModelConfig, patterns: tuple[str, ...]) -> None:
             raise InputError(
                 f"config.train.trainable: {pattern!r} is no leaf; their paths begin with {names}"
             )
+
+
+def _check_muon(optim: OptimConfig, model: ModelConfig, patterns: tuple[str, ...]) -> None:
+    if optim.name != "muon":
+        return
+    axes = muon_axes(split(abstract_params(model), patterns)[0], model.block.matrices)
+    if not jax.tree.leaves(axes):
+        raise InputError(
+            "config.optim.name=muon: it is for the matrices of the blocks, and config.train."
+            "trainable has none of them: use config.optim.name=adamw"
+        )
 
 
 def sampler_of(sample: Mapping[str, Any] | ConfigDict) -> SamplerConfig:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -121,27 +122,24 @@ def _run(
     schedule = learning_rate(experiment.optim, steps)
     clock, logged = time.monotonic(), first
     pending: tuple[int, Metrics] | None = None
-    step, stopped, every = first, first < steps and stop.reached(first), config.train
+    step, stopped = first, first < steps and stop.reached(first)
     with (
         contextlib.closing(checkpoints),
         contextlib.closing(MetricWriter(root, first)) as writer,
         contextlib.closing(progress(steps * batch_size, first * batch_size, "img", "train")) as bar,
     ):
-        watch = Watch(stream, checkpoints, writer, every.skip_nonfinite)
+        watch = Watch(stream, checkpoints, writer, config.train.skip_nonfinite)
         while step < steps and not stopped:
             step += 1
             state, metrics = program.step(step - 1)(state, next(inputs), key, frozen)
-            stopped = stop.reached(step) and step < steps
+            due, stopped = _due(config, step), stop.reached(step) and step < steps
             # Read the step before while this one runs; wait only where it must be known.
-            log, save = step % every.log_every == 0, step % every.save_every == 0
-            last, sample = step == steps, config.sample.every and step % config.sample.every == 0
-            judged = judge is not None and (last or step % config.eval.every == 0)
             values = watch(*pending) if pending else {}
             pending = (step, metrics)
-            if log or save or sample or judged or last or stopped:
+            if any(due) or stopped:
                 values, pending = watch(*pending), None
             bar.update(batch_size)
-            if log or last or stopped:
+            if due.log or due.last or stopped:
                 checkpoints.check()
                 speed = (step - logged) * batch_size / ((now := time.monotonic()) - clock)
                 done = step - int(values.get(SKIPPED, 0))
@@ -149,15 +147,35 @@ def _run(
                 writer.write(step, values)
                 bar.set_postfix(step=step, loss=f"{values.get('loss', np.nan):.4f}")
                 clock, logged = now, step
-            if save or last or stopped:
+            if due.save or due.last or stopped:
                 checkpoints.save(step, state)
-            if sample or last:
+            if due.sample or due.last:
                 draw_samples(whole(state["ema"], frozen), step)
-            if judged:
+            if due.judge:
                 writer.write(step, judge(whole(state["ema"], frozen), step))
-            if sample or last or judged:
+            if due.sample or due.last or due.judge:
                 clock, logged = time.monotonic(), step
     _end(experiment, root, step, stopped)
+
+
+class _Due(NamedTuple):
+    """What a step is followed by."""
+
+    log: bool
+    save: bool
+    sample: bool
+    judge: bool
+    last: bool
+
+
+def _due(config: ConfigDict, step: int) -> _Due:
+    last, train = step == config.train.steps, config.train
+
+    def now(every: int) -> bool:
+        return every > 0 and step % every == 0
+
+    judge = now(config.eval.every) or (last and config.eval.every > 0)
+    return _Due(now(train.log_every), now(train.save_every), now(config.sample.every), judge, last)
 
 
 def _stream(experiment: Experiment, source: Source, mesh: Mesh) -> Stream:

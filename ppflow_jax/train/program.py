@@ -92,7 +92,7 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
     rules = model.block.rules
     place = layout(mesh, rules)
     apply = make_apply(model, dtype=dtype, remat=remat, programs=programs, layout=place)
-    optimizer = make_optimizer(experiment.optim, config.train.steps)
+    optimizer = make_optimizer(experiment.optim, config.train.steps, model.block.matrices)
     trainable = experiment.trainable
 
     def init(key: jax.Array) -> TrainState:

@@ -72,7 +72,7 @@ class Watch:
         values = {name: float(value) for name, value in metrics.items()}
         row = int(values.pop(IN_A_ROW, 0))
         bad = [name for name, value in values.items() if not np.isfinite(value)]
-        if bad and row > self._allowed or bad and not row:
+        if (bad and row > self._allowed) or (bad and not row):
             raise RunError(self._end(step, bad, row))
         if bad:
             self._tell(step, bad, row, int(values[SKIPPED]))

@@ -35,8 +35,8 @@ def make_train_step(
     `accumulate` microbatches changes only the rounding. The EMA, of the network alone, has decay
     `ema`, with `ema_warmup` less at first (see `ema.rate`). Terms without one of the `weights` stay
     as they are, and so do the network's leaves in `frozen["base"]`. With `skip` a step that is not
-    finite changes nothing but the counts in the state, see `skip.unless_finite`. Metrics, float32 scalars: those
-    of the objective and `grad_norm`.
+    finite changes nothing but the counts in the state, see `skip.unless_finite`. Metrics, float32
+    scalars: those of the objective and `grad_norm`.
     """
 
     def gradient(params, frozen, batch, draws):
@@ -46,27 +46,14 @@ def make_train_step(
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return grads, metrics
 
-    def microbatches(leaf: jax.Array) -> jax.Array:
-        period = len(objective.pattern)
-        rows = leaf.reshape(-1, accumulate, period, *leaf.shape[1:])
-        return rows.swapaxes(0, 1).reshape(accumulate, -1, *leaf.shape[1:])
-
-    def accumulated(params, frozen, *examples):
-        def body(total, micro):
-            part = gradient(params, frozen, *micro)
-            return jax.tree.map(lambda a, b: a + b / accumulate, total, part), None
-
-        micro = jax.tree.map(microbatches, examples)
-        shapes = jax.eval_shape(gradient, params, frozen, *jax.tree.map(lambda x: x[0], micro))
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return jax.lax.scan(body, zeros, micro)[0]
+    compute = _accumulated(gradient, accumulate, len(objective.pattern))
 
     def step(
         state: TrainState, batch: dict[str, Any], key: jax.Array, frozen: Mapping[str, Any] = {}
     ):
         draws = objective.draw(jax.random.fold_in(key, state["step"]), batch)
         seen = {name: value for name, value in batch.items() if name != "label"}
-        compute, before = gradient if accumulate == 1 else accumulated, state["params"]
+        before = state["params"]
         grads, metrics = compute(before, frozen, seen, draws)
         updates, opt_state = tx.update(grads, state["opt_state"], before)
         params = optax.apply_updates(before, updates)
@@ -82,6 +69,28 @@ def make_train_step(
         return unless_finite(state, after, metrics) if skip else (after, metrics)
 
     return step
+
+
+def _accumulated(gradient: Callable[..., Any], accumulate: int, period: int) -> Callable[..., Any]:
+    """`gradient` as the mean over microbatches, each of which has samples of all stages."""
+    if accumulate == 1:
+        return gradient
+
+    def microbatches(leaf: jax.Array) -> jax.Array:
+        rows = leaf.reshape(-1, accumulate, period, *leaf.shape[1:])
+        return rows.swapaxes(0, 1).reshape(accumulate, -1, *leaf.shape[1:])
+
+    def accumulated(params, frozen, *examples):
+        def body(total, micro):
+            part = gradient(params, frozen, *micro)
+            return jax.tree.map(lambda a, b: a + b / accumulate, total, part), None
+
+        micro = jax.tree.map(microbatches, examples)
+        shapes = jax.eval_shape(gradient, params, frozen, *jax.tree.map(lambda x: x[0], micro))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return jax.lax.scan(body, zeros, micro)[0]
+
+    return accumulated
 
 
 def _keep(old: Any, new: Any, idle: list[str]) -> Any:
