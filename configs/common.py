@@ -93,6 +93,8 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.train.teacher = ""  # checkpoint that a student is distilled from: see guided_distillation.md
     c.train.ema = 0.9999
     c.train.ema_warmup = True  # decay min(ema, (1 + step) / (10 + step)), for short runs
+    # Averages beside that EMA, e.g. (0.05, 0.10), kept every save_every steps: docs/train.md
+    c.train.posthoc_ema = ()
     # Patterns of the leaves that are trained; the others stay as init_from has them, and are not
     # saved again: see docs/adapters.md
     c.train.trainable = (".*",)

@@ -120,10 +120,7 @@ class Report:
 
 
 def cause(c: Collective, mesh: Mesh, weights: frozenset[int]) -> str:
-    """Why a collective is there; `unexplained: ...` is one that should not be.
-
-    `weights` are the sizes of weights that are gathered before use.
-    """
+    """Why a collective is there (none is `unexplained`); `weights`: sizes gathered before use."""
     coordinates = np.unravel_index(np.asarray(c.group), tuple(mesh.shape.values()))
     axes = {name for name, where in zip(mesh.shape, coordinates) if len(set(where.tolist())) > 1}
     where = " (blocks)" if c.times > 1 else " (others)"
@@ -146,8 +143,7 @@ def cause(c: Collective, mesh: Mesh, weights: frozenset[int]) -> str:
 
 def gathered_sizes(program: Program, mesh: Mesh, depth: int) -> frozenset[int]:
     """Elements of every weight that is split over `fsdp`, as it is when gathered."""
-    sizes = set()
-    leaves = jax.tree_util.tree_leaves_with_path(program.parameters)
+    sizes, leaves = set(), jax.tree_util.tree_leaves_with_path(program.parameters)
     places = whole(program.shardings["params"], program.frozen_shardings)
     for (path, leaf), sharding in zip(leaves, jax.tree.leaves(places)):
         if any("fsdp" in (axis or ()) for axis in sharding.spec):

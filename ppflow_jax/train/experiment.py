@@ -28,6 +28,7 @@ from ppflow_jax.systems.registry import objective as objective_of
 from ppflow_jax.systems.registry import task as task_of
 from ppflow_jax.systems.tasks import Task
 from ppflow_jax.train.optimizer import OptimConfig, muon_axes
+from ppflow_jax.train.posthoc import check_widths
 
 
 @dataclass(frozen=True)
@@ -207,6 +208,7 @@ def _check(config: ConfigDict) -> None:
             f"config.train.skip_nonfinite must be a whole number, 0 (off) or more, got "
             f"{t.skip_nonfinite}"
         )
+    check_widths(t.posthoc_ema, "config.train.posthoc_ema")
     if not 0 <= t.ema < 1:
         raise InputError(f"config.train.ema must be in [0, 1), got {t.ema}")
     if config.model.dtype not in ("float32", "bfloat16"):

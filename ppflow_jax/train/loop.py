@@ -49,6 +49,7 @@ from ppflow_jax.train.init_from import with_base
 from ppflow_jax.train.inputs import Batch, make_inputs, open_inputs, shown_to
 from ppflow_jax.train.metrics_log import MetricWriter, read_metrics, save_loss_plot
 from ppflow_jax.train.optimizer import learning_rate
+from ppflow_jax.train.posthoc import Snapshots
 from ppflow_jax.train.program import Program, make_program
 from ppflow_jax.train.resume import going_on, record
 from ppflow_jax.train.skip import SKIPPED, Watch
@@ -107,22 +108,22 @@ def _run(
     root: Path,
     stop: StopRequest,
 ) -> None:
-    config, batch_size = experiment.config, experiment.config.data.batch_size
-    steps = config.train.steps
+    config = experiment.config
+    batch_size, steps = config.data.batch_size, config.train.steps
     checkpoints = Checkpoints(root, experiment.card, keep=config.train.keep)
     frozen = open_frozen(experiment, program, mesh, root)
     state = first_state(experiment, program, checkpoints, mesh)
     first = _announce(experiment, state, frozen, mesh, root)
     key = jax.jit(jax.random.key, out_shardings=replicated(mesh))(stream_seed(config.seed, 1))
     stream = _stream(experiment, source, mesh)
-    see, shown = _sight(experiment, source, encoder, mesh)
-    inputs = _inputs(stream, see, mesh, first)
+    inputs, shown = _sight(experiment, stream, encoder, mesh, first)
     draw_samples = _sample_grid(experiment, program, mesh, root, shown)
     judge = make_judge(config, experiment.card, source, mesh, root, shown)
+    snapshots = Snapshots(root, experiment.card, config.train.posthoc_ema, first)
     schedule = learning_rate(experiment.optim, steps)
-    clock, logged = time.monotonic(), first
     pending: tuple[int, Metrics] | None = None
     step, stopped = first, first < steps and stop.reached(first)
+    clock, logged = time.monotonic(), first
     with (
         contextlib.closing(checkpoints),
         contextlib.closing(MetricWriter(root, first)) as writer,
@@ -147,6 +148,8 @@ def _run(
                 writer.write(step, values)
                 bar.set_postfix(step=step, loss=f"{values.get('loss', np.nan):.4f}")
                 clock, logged = now, step
+            if due.save or due.last:
+                snapshots.write(step, state, frozen)
             if due.save or due.last or stopped:
                 checkpoints.save(step, state)
             if due.sample or due.last:
@@ -194,11 +197,12 @@ def _stream(experiment: Experiment, source: Source, mesh: Mesh) -> Stream:
 
 
 def _sight(
-    experiment: Experiment, source: Source, encoder: Encoder | None, mesh: Mesh
-) -> tuple[Callable[[Batch, int], Batch], Callable[[int], Cond]]:
-    """What the model sees of a batch, and what it is told for so many samples."""
+    experiment: Experiment, stream: Stream, encoder: Encoder | None, mesh: Mesh, first: int
+) -> tuple[Iterator[Batch], Callable[[int], Cond]]:
+    """What the model sees from step `first` on, and what it is told for so many samples."""
     see = make_inputs(encoder, mesh, experiment.config.seed, experiment.task)
-    return see, functools.partial(shown_to, experiment.card, source, see, mesh)
+    shown = functools.partial(shown_to, experiment.card, stream.source, see, mesh)
+    return _inputs(stream, see, mesh, first), shown
 
 
 def _inputs(

@@ -113,7 +113,6 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
             ema=config.train.ema,
             ema_warmup=config.train.ema_warmup,
             accumulate=config.train.accumulate,
-            skip=bool(config.train.skip_nonfinite),
             weights=phase.active,
         )
         everywhere = replicated(mesh)

@@ -42,6 +42,7 @@ BEFORE = {
     "data.fields": [],
     "train.phases": [],
     "train.skip_nonfinite": 0,
+    "train.posthoc_ema": [],
     "optim.name": "adamw",
     "optim.decay_share": 0.2,
 }
@@ -49,6 +50,7 @@ BEFORE = {
 STATE = {
     "train.trainable": "another part of the weights",
     "optim.name": "the state of another optimizer",
+    "train.posthoc_ema": "other averages",
 }
 _DATA = "trained_on."
 _LABELS = "trained_on.labels."  # follow from the rest of the data's identity

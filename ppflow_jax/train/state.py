@@ -15,6 +15,7 @@ from ppflow_jax.flow.terms import OWN, Objective, network_leaves
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Params, init_params
 from ppflow_jax.models.trees import join, split
+from ppflow_jax.train.posthoc import POSTHOC, begin
 from ppflow_jax.train.skip import SKIPPED, no_counts
 
 # {"step": int32, "params": ..., "ema": ..., "opt_state": ...}, all but the step of what is trained;
@@ -38,8 +39,13 @@ def state_from(params: Params, tx: optax.GradientTransformation) -> TrainState:
 
 
 def extended(state: TrainState, train: ConfigDict) -> TrainState:
-    """What `config.train` has a state of step 0 keep beside: the counts of skipped steps."""
-    return state | ({SKIPPED: no_counts()} if train.skip_nonfinite else {})
+    """What `config.train` has a state of step 0 keep beside.
+
+    The counts of skipped steps, see skip.py, and averages, see posthoc.py.
+    """
+    more = {SKIPPED: no_counts()} if train.skip_nonfinite else {}
+    averages = begin(state["params"], train.posthoc_ema)
+    return state | more | ({POSTHOC: averages} if averages else {})
 
 
 def with_terms(params: Params, objective: Objective, model: ModelConfig, key: jax.Array) -> Params:

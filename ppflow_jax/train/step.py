@@ -14,7 +14,8 @@ from ppflow_jax.devices.sharding import leaf_path
 from ppflow_jax.flow.terms import OWN, Metrics, Objective, network_leaves
 from ppflow_jax.models.network import Apply
 from ppflow_jax.train.ema import rate
-from ppflow_jax.train.skip import unless_finite
+from ppflow_jax.train.posthoc import updated
+from ppflow_jax.train.skip import SKIPPED, unless_finite
 from ppflow_jax.train.state import TrainState, whole
 
 
@@ -26,7 +27,6 @@ def make_train_step(
     ema: float,
     ema_warmup: bool = False,
     accumulate: int = 1,
-    skip: bool = False,
     weights: Mapping[str, float] = {},
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """`step(state, {"x", "label", fields}, key, frozen={}) -> (state, metrics)`.
@@ -34,9 +34,9 @@ def make_train_step(
     Randomness is `fold_in(key, state["step"])` over the whole batch, so accumulating over
     `accumulate` microbatches changes only the rounding. The EMA, of the network alone, has decay
     `ema`, with `ema_warmup` less at first (see `ema.rate`). Terms without one of the `weights` stay
-    as they are, and so do the network's leaves in `frozen["base"]`. With `skip` a step that is not
-    finite changes nothing but the counts in the state, see `skip.unless_finite`. Metrics, float32
-    scalars: those of the objective and `grad_norm`.
+    as they are, and so do the network's leaves in `frozen["base"]`. What a state keeps
+    beside (`state.extended`) is updated too. Metrics, float32 scalars: those of the objective and
+    `grad_norm`.
     """
 
     def gradient(params, frozen, batch, draws):
@@ -59,14 +59,14 @@ def make_train_step(
         params = optax.apply_updates(before, updates)
         average = rate(ema, ema_warmup, state["step"])
         idle = [name for name in before.get(OWN, {}) if not weights.get(name)]
-        after = {
+        after = updated(state, params) | {
             "step": state["step"] + 1,
             "params": _keep(before, params, idle),
             "ema": optax.incremental_update(network_leaves(params), state["ema"], average),
             "opt_state": _keep(state["opt_state"], opt_state, idle),
         }
         metrics = metrics | {"grad_norm": optax.tree.norm(grads)}
-        return unless_finite(state, after, metrics) if skip else (after, metrics)
+        return unless_finite(state, after, metrics) if SKIPPED in state else (after, metrics)
 
     return step
 

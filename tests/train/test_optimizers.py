@@ -20,7 +20,7 @@ from ppflow_jax.pyramid import PPFLOW2
 from ppflow_jax.systems.registry import take_block, term
 from ppflow_jax.train.experiment import Experiment
 from ppflow_jax.train.metrics_log import read_metrics
-from ppflow_jax.train.optimizer import OptimConfig, learning_rate, make_optimizer, muon_axes
+from ppflow_jax.train.optimizer import OptimConfig, learning_rate, make_optimizer
 from ppflow_jax.train.program import make_program
 from ppflow_jax.train.resume import changes
 from ppflow_jax.train.state import init_state
