@@ -102,6 +102,7 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.train.skip_nonfinite = 0  # steps in a row that are left out if loss or gradient is not finite
     c.train.accumulate = 1  # microbatches of one step
     c.train.log_every = 100
+    c.train.trackers = ()  # of "wandb", "mlflow", "trackio", beside the files: docs/train.md
     c.train.save_every = 10_000
     c.train.keep = 3
 

@@ -29,6 +29,7 @@ from ppflow_jax.systems.registry import task as task_of
 from ppflow_jax.systems.tasks import Task
 from ppflow_jax.train.optimizer import OptimConfig, muon_axes
 from ppflow_jax.train.posthoc import check_widths
+from ppflow_jax.train.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,7 @@ def _check(config: ConfigDict) -> None:
             f"config.train.skip_nonfinite must be a whole number, 0 (off) or more, got "
             f"{t.skip_nonfinite}"
         )
+    check_trackers(t.trackers)
     check_widths(t.posthoc_ema, "config.train.posthoc_ema")
     if not 0 <= t.ema < 1:
         raise InputError(f"config.train.ema must be in [0, 1), got {t.ema}")

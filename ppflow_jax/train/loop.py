@@ -54,6 +54,7 @@ from ppflow_jax.train.program import Program, make_program
 from ppflow_jax.train.resume import going_on, record
 from ppflow_jax.train.skip import SKIPPED, Watch
 from ppflow_jax.train.state import TrainState, whole
+from ppflow_jax.train.trackers import open_trackers
 from ppflow_jax.train.validate import make_judge
 
 
@@ -126,7 +127,7 @@ def _run(
     clock, logged = time.monotonic(), first
     with (
         contextlib.closing(checkpoints),
-        contextlib.closing(MetricWriter(root, first)) as writer,
+        contextlib.closing(_writer(experiment, root, first)) as writer,
         contextlib.closing(progress(steps * batch_size, first * batch_size, "img", "train")) as bar,
     ):
         watch = Watch(stream, checkpoints, writer, config.train.skip_nonfinite)
@@ -153,12 +154,18 @@ def _run(
             if due.save or due.last or stopped:
                 checkpoints.save(step, state)
             if due.sample or due.last:
-                draw_samples(whole(state["ema"], frozen), step)
+                writer.picture(step, draw_samples(whole(state["ema"], frozen), step))
             if due.judge:
                 writer.write(step, judge(whole(state["ema"], frozen), step))
             if due.sample or due.last or due.judge:
                 clock, logged = time.monotonic(), step
     _end(experiment, root, step, stopped)
+
+
+def _writer(experiment: Experiment, root: Path, first: int) -> MetricWriter:
+    settings = experiment.card.experiment or {}
+    trackers = open_trackers(experiment.config.train.trackers, root, settings)
+    return MetricWriter(root, first, trackers)
 
 
 class _Due(NamedTuple):
@@ -270,10 +277,11 @@ def _sample_grid(
     folder = root / "samples"
     folder.mkdir(exist_ok=True)
 
-    def write(ema, step: int) -> None:
+    def write(ema, step: int) -> Path:
         images = fetch(sampler(ema, *spread(inputs, batch_sharding(mesh))))[:count]
+        path = folder / f"step_{step:07d}.png"
         if jax.process_index() == 0:
-            pictures = decoder.pictures(images)
-            save_grid(folder / f"step_{step:07d}.png", pictures, columns=min(10, count))
+            save_grid(path, decoder.pictures(images), columns=min(10, count))
+        return path
 
     return write

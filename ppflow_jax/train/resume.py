@@ -23,7 +23,7 @@ FREE = (
     *("init_from", "sample", "eval", "mesh", "model.attention", "model.remat"),
     *("data.path", "data.vae", "data.workers", "data.unreadable"),
     *("train.accumulate", "train.log_every", "train.save_every", "train.keep"),
-    "train.skip_nonfinite",
+    *("train.skip_nonfinite", "train.trackers"),
 )
 # Settings that are younger than some runs, with the value that those had.
 BEFORE = {
@@ -43,6 +43,7 @@ BEFORE = {
     "train.phases": [],
     "train.skip_nonfinite": 0,
     "train.posthoc_ema": [],
+    "train.trackers": [],
     "optim.name": "adamw",
     "optim.decay_share": 0.2,
 }

@@ -46,7 +46,7 @@ def steps_of(mesh, accumulate):
     key = jax.random.key(0)
     places = tree_shardings(jax.eval_shape(make, key), mesh)
     apply = make_apply(MODEL, layout=layout(mesh))
-    step = make_train_step(OBJECTIVE, apply, tx, ema=0.9, accumulate=accumulate, skip=True)
+    step = make_train_step(OBJECTIVE, apply, tx, ema=0.9, accumulate=accumulate)
     given = (places, batch_sharding(mesh), replicated(mesh))
     run = jax.jit(step, in_shardings=given, out_shardings=(places, replicated(mesh)))
     return jax.jit(make, out_shardings=places)(key), run
@@ -88,7 +88,7 @@ def test_a_gradient_that_is_not_finite_counts_too():
             return loss, {"loss": loss}
 
     tx = make_optimizer(OptimConfig(lr=1e-3), 9)
-    step = make_train_step(Steep(), make_apply(MODEL), tx, ema=0.9, skip=True)
+    step = make_train_step(Steep(), make_apply(MODEL), tx, ema=0.9)
     batch = {"x": jnp.zeros((4, 8, 8, 1)), "label": jnp.zeros(4, jnp.int32)}
     new, metrics = jax.jit(step)(state, batch, jax.random.key(0))
     assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"])
