@@ -19,14 +19,11 @@ from ppflow_jax.models.network import abstract_params
 from ppflow_jax.pyramid import PPFLOW2
 from ppflow_jax.systems.registry import take_block, term
 from ppflow_jax.train.experiment import Experiment
-from ppflow_jax.train.metrics_log import read_metrics
 from ppflow_jax.train.optimizer import OptimConfig, learning_rate, make_optimizer
 from ppflow_jax.train.program import make_program
 from ppflow_jax.train.resume import changes
 from ppflow_jax.train.state import init_state
-from tests import commands
 from tests.test_configs import load
-from tests.train.test_train import at_call, same
 
 MUON = OptimConfig(name="muon", lr=0.1, weight_decay=0.01)
 
@@ -143,27 +140,6 @@ def test_muon_without_a_matrix_is_refused():
     config.optim.name, config.init_from = "muon", "x"
     with pytest.raises(InputError, match="trainable has none of them"):
         Experiment.from_config(config)
-
-
-def test_a_run_with_muon_and_wsd_resumes(tmp_path, monkeypatch):
-    args = ["--config.optim.name=muon", "--config.optim.schedule=wsd_sqrt"]
-    args += ["--config.optim.decay_share=0.5", "--config.optim.warmup_steps=1"]
-    args += ["--config.train.save_every=9", "--config.train.steps=4"]
-    train = lambda name, *more: commands.train(tmp_path / name, *args, *more, variant=":sit")
-    code, _, err = train("whole")
-    assert code == 0, err
-    at_call(monkeypatch, "to_global", 2)
-    assert train("stopped")[0] == 75
-    monkeypatch.undo()
-    code, out, err = train("stopped")
-    assert code == 0 and "continuing from step 2" in out, err
-    for which in ("params", "ema"):
-        one, other = (commands.weights(tmp_path / n, which) for n in ("whole", "stopped"))
-        assert same(one, other)
-    rates = [r["lr"] for r in read_metrics(tmp_path / "stopped" / "metrics.jsonl")]
-    assert rates == pytest.approx([0, 1e-3, 1e-3, 1e-3 * (1 - np.sqrt(0.5))], rel=1e-5)
-    code, _, err = train("whole", "--config.optim.name=adamw", "--config.resume_changed=true")
-    assert code == 1 and "holds the state of another optimizer (optim.name: muon -> adamw)" in err
 
 
 @pytest.mark.parametrize(("schedule", "half"), [("wsd", 0.5), ("wsd_sqrt", 1 - np.sqrt(0.5))])

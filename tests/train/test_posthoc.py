@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import ppflow_jax as pf
 from ppflow_jax.errors import InputError
-from ppflow_jax.files.store import CONFIG
 from ppflow_jax.flow.loss import FlowObjective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.models.config import ModelConfig
@@ -32,7 +27,6 @@ from ppflow_jax.train.posthoc import (
 from ppflow_jax.train.skip import no_counts
 from ppflow_jax.train.state import init_state
 from ppflow_jax.train.step import make_train_step
-from tests import commands
 
 MODEL = ModelConfig(SIT, latent_size=8, channels=1, width=16, depth=1, heads=2, num_classes=10)
 WIDTHS = (0.05, 0.1)
@@ -137,89 +131,3 @@ def test_a_step_that_is_left_out_is_no_update():
 def test_what_is_no_width(values):
     with pytest.raises(InputError, match="config"):
         check_widths(values, "config.train.posthoc_ema")
-
-
-ARGS = ["--config.train.steps=4", "--config.train.save_every=2", "--config.sample.steps=1"]
-ON = [*ARGS, "--config.train.posthoc_ema=(0.05,0.1)"]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("posthoc") / "run"
-    code, _, err = commands.train(folder, *ON, variant=":sit")
-    assert code == 0 and "post-hoc EMA of sigma_rel 0.05, 0.1: kept in" in err, err
-    return folder
-
-
-def snapshots(folder):
-    return sorted(str(p.relative_to(folder / POSTHOC)) for p in (folder / POSTHOC).glob("*/*"))
-
-
-def test_a_run_keeps_averages_that_every_reader_loads(run):
-    expected = [f"{s}/step_000000{n}" for s in WIDTHS for n in (2, 4)]
-    assert snapshots(run) == expected
-    for name in expected:
-        ours = commands.weights(run / POSTHOC / name, "ema")
-        assert len(ours) > 10
-    assert pf.load(run / POSTHOC / expected[-1]).sample(1).latents.shape == (1, 8, 8, 1)
-    early, late = (commands.weights(run / POSTHOC / expected[n], "ema") for n in (0, 1))
-    assert any(not np.array_equal(early[k], late[k]) for k in early)
-
-
-def test_a_killed_run_keeps_the_same(run, tmp_path):
-    """As one that was killed after it had written averages and before the checkpoint."""
-    copy = shutil.copytree(run, tmp_path / "run")
-    shutil.rmtree(copy / "checkpoints" / "4")
-    half = copy / POSTHOC / "0.1" / ".step_0000004.123.partial"
-    (copy / POSTHOC / "0.1" / "step_0000004").rename(half)
-    kept = copy / POSTHOC / "0.05" / "step_0000004"
-    (kept / "mark").touch()
-    code, out, err = commands.train(copy, *ON, variant=":sit")
-    assert code == 0 and "continuing from step 2" in out, err
-    assert snapshots(copy) == snapshots(run) and not (kept / "mark").exists()
-    for name in snapshots(run):
-        ours, theirs = (commands.weights(f / POSTHOC / name, "ema") for f in (copy, run))
-        assert all(np.array_equal(ours[k], theirs[k]) for k in theirs)
-    for which in ("params", "ema"):
-        ours, theirs = (commands.weights(f, which) for f in (copy, run))
-        assert all(np.array_equal(ours[k], theirs[k]) for k in theirs)
-    code, _, err = commands.train(copy, *ARGS, "--config.resume_changed=true", variant=":sit")
-    assert code == 1 and "holds other averages (train.posthoc_ema: [0.05, 0.1] -> [])" in err
-
-
-def convert(source, target, *args):
-    return commands.run("convert", f"--source={source}", f"--target={target}", *args)
-
-
-def test_the_command_makes_one_of_another_length(run, tmp_path):
-    code, out, err = convert(run, tmp_path / "a", "--posthoc_ema=0.1")
-    assert code == 0 and "sigma_rel 0.1 after 4 updates, of 4 averages" in out, err
-    ours = commands.weights(tmp_path / "a", "ema")
-    theirs = commands.weights(run / POSTHOC / "0.1" / "step_0000004", "ema")
-    for name in theirs:
-        np.testing.assert_allclose(ours[name], theirs[name], atol=1e-7, err_msg=name)
-    code, out, err = convert(run, tmp_path / "b", "--posthoc_ema=0.25")
-    assert code == 0 and "that is far: the run kept sigma_rel 0.05, 0.1" in out, err
-    code, out, err = commands.run(
-        "sample", f"--checkpoint={tmp_path}/b", f"--out={tmp_path}/s", "--num=1", "--steps=1"
-    )
-    assert code == 0 and "the weights that the run began with" not in out, err
-
-
-def test_what_the_command_refuses(run, small_sit, tmp_path):
-    for source, args, words in (
-        (small_sit, ["--posthoc_ema=0.1"], "train with --config.train.posthoc_ema"),
-        (run, ["--posthoc_ema=0.5"], "in (0, 0.28]"),
-        (run, ["--posthoc_ema=0.1", "--merge"], "in a second command"),
-        (run, ["--posthoc_ema=0.1", "--to=torch"], "in a second command"),
-    ):
-        code, _, err = convert(source, tmp_path / "x", *args)
-        assert code == 1 and words in err and err.strip().count("\n") == 0, err
-    copy = shutil.copytree(run, tmp_path / "run")
-    state = next((copy / POSTHOC / "0.05" / "step_0000002").glob("checkpoints/0/state/d/*"))
-    state.write_bytes(b"x" * state.stat().st_size)
-    code, _, err = convert(copy, tmp_path / "x", "--posthoc_ema=0.07")
-    assert code == 1 and "step_0000002" in err and "damaged" in err, err
-    assert not (tmp_path / "x").exists()
-    config = copy / POSTHOC / "0.1" / "step_0000002" / "checkpoints" / "0" / CONFIG
-    assert json.loads(config.read_text())[POSTHOC] == {"sigma_rel": 0.1, "updates": 2}

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppflow_jax.data.sources import open_source
 from ppflow_jax.devices.sharding import (
     batch_sharding,
     layout,
@@ -18,20 +15,17 @@ from ppflow_jax.devices.sharding import (
     tree_shardings,
 )
 from ppflow_jax.errors import InputError
-from ppflow_jax.files.store import find_checkpoint, load_stored, stored_tree
 from ppflow_jax.flow.loss import FlowObjective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import make_apply
 from ppflow_jax.pyramid import SIT
 from ppflow_jax.train.experiment import Experiment
-from ppflow_jax.train.metrics_log import read_metrics
 from ppflow_jax.train.optimizer import OptimConfig, make_optimizer
 from ppflow_jax.train.program import make_program
 from ppflow_jax.train.skip import no_counts
 from ppflow_jax.train.state import init_state
 from ppflow_jax.train.step import make_train_step
-from tests import commands
 from tests.test_configs import load
 
 MODEL = ModelConfig(SIT, latent_size=8, channels=1, width=16, depth=1, heads=2, num_classes=10)
@@ -113,67 +107,3 @@ def test_what_is_no_number_of_steps(value):
     config.train.skip_nonfinite = value
     with pytest.raises(InputError, match="skip_nonfinite must be a whole number"):
         Experiment.from_config(config)
-
-
-def data(path, bad=(BAD,)):
-    path.mkdir()
-    x = np.random.default_rng(0).normal(size=(60, 8, 8, 1)).astype(np.float32)
-    x[list(bad)] = 1e30
-    np.save(path / "latents.npy", x)
-    np.save(path / "labels.npy", np.arange(60) % 10)
-    return path
-
-
-def train(workdir, source, *args):
-    args = ["--config.data.source=arrays", f"--config.data.path={source}", *args]
-    more = ["--config.optim.schedule=constant", "--config.train.save_every=9"]
-    more += ["--config.train.steps=4", "--config.sample.count=1", "--config.sample.steps=1"]
-    return commands.train(workdir, *more, *args, variant=":sit")
-
-
-def counts(workdir):
-    folder = find_checkpoint(workdir)
-    stored = load_stored(folder, {"skipped": stored_tree(folder)["skipped"]})["skipped"]
-    return {name: int(value) for name, value in stored.items()}
-
-
-def test_a_run_goes_on_without_a_bad_example(tmp_path):
-    source = data(tmp_path / "data")
-    code, out, err = train(tmp_path / "whole", source, SKIP)
-    assert code == 0 and "done: step 4" in out, err
-    notes = [r for r in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "not_finite" in r]
-    assert len(notes) == counts(tmp_path / "whole")["total"] > 0
-    for number, note in enumerate(notes, 1):
-        assert BAD in note["examples"] and len(note["examples"]) == 16
-        assert note["skipped"] == number and "loss" in note["not_finite"]
-        label = BAD % 10
-        assert re.search(rf"step {note['step']} is left out, .*loss.* not finite\b", err)
-        assert f"example {BAD} (label {label}) of {source}" in err
-    rows = [r for r in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "lr" in r]
-    assert [r["step"] for r in rows] == [1, 2, 3, 4]
-    assert all(np.isfinite(list(r.values())).all() for r in rows)
-    left_out = notes[0]["step"]
-    # warm-up of 50 steps to 1e-3, as the optimizer has it: without the step that was left out
-    assert rows[left_out]["lr"] == pytest.approx(1e-3 * (left_out - 1) / 50, rel=1e-5)
-
-    # without the setting it ends there, and goes on from there when it is set
-    code, _, err = train(tmp_path / "late", source, "--config.train.save_every=1")
-    assert code == 1 and f"not finite at step {left_out};" in err.strip().splitlines()[-1]
-    code, out, err = train(tmp_path / "late", source, SKIP)
-    assert code == 0, err
-    assert "train.skip_nonfinite: 0 -> 1" in out and f"step {left_out - 1}\n" in out
-    assert counts(tmp_path / "late") == counts(tmp_path / "whole")
-    for which in ("params", "ema"):
-        one, other = (commands.weights(tmp_path / n, which) for n in ("whole", "late"))
-        assert all(np.array_equal(one[k], other[k]) for k in one)
-    # and off again
-    code, out, err = train(tmp_path / "late", source, "--config.train.steps=5")
-    assert "train.skip_nonfinite: 1 -> 0" in out and "continuing from step 4" in out, err
-
-
-def test_too_many_in_a_row_end_the_run(tmp_path):
-    source = data(tmp_path / "data", range(60))
-    code, _, err = train(tmp_path / "run", source, SKIP)
-    line = err.strip().splitlines()[-1]
-    assert code == 1 and "at step 2, 2 steps in a row (config.train.skip_nonfinite=1)" in line
-    assert open_source("arrays", str(source)).name in line

@@ -8,15 +8,13 @@ import importlib.util
 import json
 import struct
 from pathlib import Path
-from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 from PIL import Image
 
 from ppflow_jax.errors import InputError
 from ppflow_jax.train import trackers as module
-from ppflow_jax.train.metrics_log import MetricWriter, read_metrics
+from ppflow_jax.train.metrics_log import MetricWriter
 from ppflow_jax.train.trackers import FILE, PROJECT, TRACKERS, check_trackers, open_trackers
 from tests import commands
 
@@ -171,53 +169,6 @@ def test_a_folder_of_logs_is_no_package(monkeypatch, tmp_path):
 def test_unknown_names(names, words):
     with pytest.raises(InputError, match=words):
         check_trackers(names)
-
-
-class Fake:
-    """Notes what it is told; breaks at step 3."""
-
-    name = "fake"
-    made: ClassVar[list[Fake]] = []
-
-    def __init__(self, workdir, known, experiment):
-        self.told, self.experiment = [], experiment
-        known["fake"] = known.get("fake", "its own id")
-        Fake.made.append(self)
-
-    def scalars(self, step, values):
-        self.told.append((step, sorted(values)))
-        if step == 3 and len(Fake.made) == 1:
-            raise ConnectionError("the wire was cut")
-
-    def picture(self, step, path):
-        assert path.exists()
-        self.told.append((step, path.name))
-
-    def close(self):
-        self.told.append("closed")
-
-
-def test_a_tracker_that_fails_does_not_end_the_run(monkeypatch, tmp_path):
-    monkeypatch.setitem(module.TRACKERS, "fake", Fake)
-    monkeypatch.setattr(module, "find_spec", lambda name: SimpleNamespace(origin="somewhere"))
-    monkeypatch.setattr(Fake, "made", [])
-    arg = "--config.train.trackers=('fake',)"
-    code, _, err = commands.train(tmp_path, arg, "--config.train.steps=4", variant=":sit")
-    assert code == 0, err
-    assert err.count("fake failed at step 3 (the wire was cut): the run goes on without it") == 1
-    (first,) = Fake.made
-    assert [s for s, _ in first.told] == [1, 2, 3] and first.experiment["train"]["steps"] == 4
-    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
-    known = json.loads((tmp_path / FILE).read_text())
-    assert known["fake"] == "its own id" and len(known["id"]) == 8
-    # taken out or added, a run is the same
-    schedule = ["--config.train.steps=5", "--config.resume_changed=true"]
-    code, out, err = commands.train(tmp_path, arg, *schedule, variant=":sit")
-    assert code == 0 and "continuing from step 4" in out, err
-    assert Fake.made[1].told == [
-        (5, first.told[0][1]), (5, "step_0000005.png"), "closed"
-    ]  # fmt: skip
-    assert json.loads((tmp_path / FILE).read_text()) == known
 
 
 def test_one_that_does_not_open_is_said(monkeypatch, tmp_path):
