@@ -5,8 +5,8 @@
         [--config.train.steps=600]
 
 With every seed a model is trained by each optimizer on the same batches, with post-hoc EMA beside
-the EMA of the configuration. Its last parameters, that EMA and an average of each length are sampled
-from the same noise and judged by `evaluate`'s metrics. Runs and judgements are kept in
+the EMA of the configuration. Its last parameters, that EMA and an average of each length are
+sampled from the same noise and judged by `evaluate`'s metrics. Runs and judgements are kept in
 DIR/SEED/OPTIMIZER, so that the same command continues where it stopped; seeds may be added. Writes
 DIR/optimizers.md and DIR/optimizers.json.
 """

@@ -179,6 +179,7 @@ class Snapshots:
         Raises:
           InputError: the disk is full.
         """
+        skipped = int(state[SKIPPED]["total"]) if SKIPPED in state else 0
         for sigma in map(str, self._widths):
             params: Params = {}
             for tree in (state[POSTHOC][sigma], frozen.get("base", {})):
@@ -186,7 +187,6 @@ class Snapshots:
                     put(params, path, fetch(leaf))
             if jax.process_index():
                 continue
-            skipped = int(fetch(state[SKIPPED]["total"])) if SKIPPED in state else 0
             facts = {"sigma_rel": float(sigma), "updates": step - skipped}
             card = self._card.alone.to_json()
             target = self._folder / sigma / f"step_{step:07d}"

@@ -1,4 +1,4 @@
-"""One run with every recipe: Muon, wsd, steps left out, post-hoc EMA and a tracker.
+"""docs/recipes.md: one run with Muon, wsd, steps left out, post-hoc EMA and a tracker.
 
 It is made whole, and in pieces: without the step that is left out, stopped, and resumed.
 """
