@@ -107,7 +107,10 @@ class Stream:
             yield batch
 
     def examples(self, step: int) -> Int[np.ndarray, " b"]:
-        """Numbers of the examples in the global batch of `step`, counted from 0, in its order."""
+        """Numbers of the examples in the global batch of `step`, counted from 0, in its order.
+
+        For one that cannot be read another may stand in.
+        """
         return _Batch.of(replace(self, rows=None)).indices(step)
 
     def suspect(self, step: int) -> str | None:

@@ -72,7 +72,7 @@ class Watch:
         values = {name: float(value) for name, value in metrics.items()}
         row = int(values.pop(IN_A_ROW, 0))
         bad = [name for name, value in values.items() if not np.isfinite(value)]
-        if (bad and row > self._allowed) or (bad and not row):
+        if bad and (row > self._allowed or not row):
             raise RunError(self._end(step, bad, row))
         if bad:
             self._tell(step, bad, row, int(values[SKIPPED]))
@@ -106,5 +106,7 @@ class Watch:
             if example
             else "lower config.optim.lr, set config.optim.clip=1, or use config.model.dtype=float32"
         )
-        often = f", {row} steps in a row (config.train.skip_nonfinite={self._allowed})" * bool(row)
-        return f"{', '.join(bad)} not finite at step {step}{often}; {kept}: {remedy}"
+        where = f"at step {step}"
+        if row:
+            where += f", {row} steps in a row (config.train.skip_nonfinite={self._allowed})"
+        return f"{', '.join(bad)} not finite {where}; {kept}: {remedy}"

@@ -7,16 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ppflow_jax.checkpoints.card import Base, Card
+from ppflow_jax.devices.sharding import leaf_path
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.loss import FlowObjective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.models.config import ModelConfig
-from ppflow_jax.models.network import make_apply
+from ppflow_jax.models.network import init_params, make_apply
+from ppflow_jax.models.trees import split
 from ppflow_jax.pyramid import SIT
 from ppflow_jax.train.optimizer import OptimConfig, make_optimizer
 from ppflow_jax.train.posthoc import (
     POSTHOC,
     Profile,
+    Snapshots,
     begin,
     check_widths,
     combination,
@@ -27,10 +31,10 @@ from ppflow_jax.train.posthoc import (
 from ppflow_jax.train.skip import no_counts
 from ppflow_jax.train.state import init_state
 from ppflow_jax.train.step import make_train_step
+from tests import commands
 
 MODEL = ModelConfig(SIT, latent_size=8, channels=1, width=16, depth=1, heads=2, num_classes=10)
 WIDTHS = (0.05, 0.1)
-LAYER = ("blocks", "fc1", "kernel")
 
 
 def weights_of(sigma, t, dtype=np.float64):
@@ -125,6 +129,19 @@ def test_a_step_that_is_left_out_is_no_update():
     found = updated(state, {"w": two})[POSTHOC]["0.1"]["w"]
     np.testing.assert_allclose(found, 1 + (1 - 0.5 ** (exponent(0.1) + 1)), rtol=1e-5)
     assert updated({"step": jnp.int32(4)}, {"w": two}) == {}
+
+
+def test_a_snapshot_has_what_is_not_trained_too(tmp_path):
+    params = init_params(MODEL, jax.random.key(0))
+    trained, base = split(params, ("blocks/.*",))
+    card = Card(
+        MODEL, Flow(), "pixels", {"train": {"trainable": ["blocks/.*"]}}, base=Base("/", "")
+    )
+    Snapshots(tmp_path, card, (0.1,), 0).write(3, {POSTHOC: {"0.1": trained}}, {"base": base})
+    loaded = commands.weights(tmp_path / POSTHOC / "0.1" / "step_0000003", "ema")
+    assert loaded.keys() == {leaf_path(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        np.testing.assert_array_equal(loaded[leaf_path(path)], leaf)
 
 
 @pytest.mark.parametrize("values", [(0,), (0.3,), (0.1, 0.1), ("x",), (float("nan"),)])
