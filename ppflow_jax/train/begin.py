@@ -7,11 +7,10 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from ppflow_jax.checkpoints.run import Checkpoints
+from ppflow_jax.checkpoints.run import Checkpoints, latest_card
 from ppflow_jax.checkpoints.weights import load_frozen
 from ppflow_jax.devices.sharding import replicated
 from ppflow_jax.errors import InputError
-from ppflow_jax.files.store import stored_tree
 from ppflow_jax.models.network import Params
 from ppflow_jax.models.trees import split
 from ppflow_jax.train.experiment import Experiment
@@ -77,11 +76,16 @@ def first_state(
 
 def _restored(checkpoints: Checkpoints, step: int, target: TrainState, mesh: Mesh) -> TrainState:
     """The state of `step`; the counts of skipped steps begin, and end, with their setting."""
+    _, card = latest_card(checkpoints.folder.parent)
+    kept = bool(card.experiment["train"].get("skip_nonfinite"))
+    if kept == (SKIPPED in target):
+        return checkpoints.restore(step, target)
     fresh = jax.jit(no_counts, out_shardings=replicated(mesh))()
-    kept = SKIPPED in stored_tree(checkpoints.folder / str(step))
+    if not kept:
+        others = {name: tree for name, tree in target.items() if name != SKIPPED}
+        return checkpoints.restore(step, others) | {SKIPPED: fresh}
     placed = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), fresh
     )
-    others = {name: tree for name, tree in target.items() if name != SKIPPED}
-    state = checkpoints.restore(step, others | ({SKIPPED: placed} if kept else {}))
-    return {name: state.get(name, fresh) for name in target}
+    state = checkpoints.restore(step, target | {SKIPPED: placed})
+    return {name: state[name] for name in target}
