@@ -169,7 +169,9 @@ class Snapshots:
         if not widths or jax.process_index():
             return
         for path in self._folder.glob("*/*step_*"):
-            if path.name.startswith(".") or int(path.name.removeprefix("step_")) > first:
+            number = path.name.removeprefix("step_")
+            half = path.name.startswith(".") and path.name.endswith(".partial")
+            if half or (number.isdigit() and int(number) > first):
                 shutil.rmtree(path)
         say(f"post-hoc EMA of sigma_rel {', '.join(map(str, widths))}: kept in {self._folder}")
 
