@@ -75,10 +75,10 @@ class Watch:
         if bad and (row > self._allowed or not row):
             raise RunError(self._end(step, bad, row))
         if bad:
-            self._tell(step, bad, row, int(values[SKIPPED]))
+            self._tell(step, bad, row, values[SKIPPED])
         return {name: value for name, value in values.items() if name not in bad}
 
-    def _tell(self, step: int, bad: list[str], row: int, total: int) -> None:
+    def _tell(self, step: int, bad: list[str], row: int, total: float) -> None:
         if jax.process_index():
             return
         examples = self._stream.examples(step - 1).tolist()
@@ -88,7 +88,7 @@ class Watch:
         suspect = self._stream.suspect(step - 1)
         say(
             f"step {step} is left out, {', '.join(bad)} not finite ({row} in a row, at most "
-            f"{self._allowed}; {total} in all): {f'{suspect}; ' if suspect else ''}"
+            f"{self._allowed}; {total:.0f} in all): {f'{suspect}; ' if suspect else ''}"
             f"examples {shown}{more}"
         )
 
