@@ -77,8 +77,10 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.data.task = "none"
 
     c.optim = ConfigDict()
+    c.optim.name = "adamw"  # adamw, muon (for the matrices of the blocks, with AdamW for the rest)
     c.optim.lr = 1e-4
-    c.optim.schedule = "constant"  # constant, cosine
+    c.optim.schedule = "constant"  # constant, cosine, wsd, wsd_sqrt: see docs/recipes.md
+    c.optim.decay_share = 0.2  # of the steps, at the end: in which wsd decays
     c.optim.warmup_steps = 0
     c.optim.b1 = 0.9
     c.optim.b2 = 0.999
@@ -91,12 +93,16 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.train.teacher = ""  # checkpoint that a student is distilled from: see guided_distillation.md
     c.train.ema = 0.9999
     c.train.ema_warmup = True  # decay min(ema, (1 + step) / (10 + step)), for short runs
+    # Averages beside that EMA, e.g. (0.05, 0.10), kept every save_every steps: docs/recipes.md
+    c.train.posthoc_ema = ()
     # Patterns of the leaves that are trained; the others stay as init_from has them, and are not
     # saved again: see docs/adapters.md
     c.train.trainable = (".*",)
     c.train.phases = ()  # weights of terms over time: ((until_step, {"repa": 0.5}), (until, {}))
+    c.train.skip_nonfinite = 0  # steps in a row that are left out if loss or gradient is not finite
     c.train.accumulate = 1  # microbatches of one step
     c.train.log_every = 100
+    c.train.trackers = ()  # of "wandb", "mlflow", "trackio", beside the files: docs/recipes.md
     c.train.save_every = 10_000
     c.train.keep = 3
 

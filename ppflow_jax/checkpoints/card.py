@@ -14,7 +14,7 @@ there, and is only then renamed. Every reading compares them, so that damage is 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,11 @@ class Card:
     def trainable(self) -> tuple[str, ...]:
         """Patterns of the leaves that are trained and in the state, see `models.trees.split`."""
         return tuple((self.experiment or {}).get("train", {}).get("trainable", ALL))
+
+    @property
+    def alone(self) -> Card:
+        """Of the same weights, all in one place, without the run that made them."""
+        return replace(self, experiment=None, base=None)
 
     @property
     def classes(self) -> Classes:

@@ -3,12 +3,14 @@
     python -m ppflow_jax.convert --source=SiT-XL-2-256.pt --target=DIR [--pyramid=ppflow3]
     python -m ppflow_jax.convert --source=DIR --target=DIR --pyramid=ppflow2
     python -m ppflow_jax.convert --source=DIR --target=DIR --merge
+    python -m ppflow_jax.convert --source=RUN --target=DIR --posthoc_ema=0.15
     python -m ppflow_jax.convert --source=DIR --target=FILE --to=torch
 
 The first makes a checkpoint of a SiT, PPFlow, AutoencoderKL, TAESD or FID Inception file (.pt,
 .pth, .bin, .safetensors, an index of several, or a folder with one); nothing in it is run. The
 second expands a SiT that was trained or converted here, the third folds adapters into plain
-weights, the last goes back to PyTorch.
+weights, the fourth makes the EMA of another length from those that a run kept, the last goes back
+to PyTorch.
 """
 
 from __future__ import annotations
@@ -41,6 +43,9 @@ _PYRAMID = flags.DEFINE_string(
     "pyramid", None, "Expand a one-stage model: ppflow2, ppflow3, or as 4x4@0.5,4x2@0.75,2x2@1."
 )
 _MERGE = flags.DEFINE_bool("merge", False, "Fold adapters, and what a base has, into the weights.")
+_POSTHOC = flags.DEFINE_float(
+    "posthoc_ema", None, "sigma_rel of the EMA to make of those that the run kept, as 0.15."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the level table when expanding.")
 _HEADS = flags.DEFINE_integer("heads", None, "Attention heads, where the width is not public.")
 _LATENT = flags.DEFINE_integer("latent_size", None, "Where the file has no positions.")

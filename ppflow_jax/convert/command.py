@@ -22,6 +22,7 @@ from ppflow_jax.convert.infer import find_kind
 from ppflow_jax.convert.known import ADD_ONS, BOOKKEEPING
 from ppflow_jax.convert.load import DTYPES, EXACT
 from ppflow_jax.convert.names import Wanted
+from ppflow_jax.convert.posthoc import make_average
 from ppflow_jax.convert.reading import Reading, read_model
 from ppflow_jax.convert.shards import find_weights
 from ppflow_jax.convert.source import Source, open_source
@@ -38,6 +39,14 @@ FLAGS = flags.FLAGS
 def convert() -> None:
     """What the flags of the command say, see `__main__`."""
     target = check_new(FLAGS.target)
+    if FLAGS.posthoc_ema is not None:
+        if FLAGS.to != "orbax" or FLAGS.pyramid or FLAGS.merge or len(FLAGS.source) > 1:
+            raise InputError(
+                "--posthoc_ema takes one run as --source, without --to, --pyramid and --merge: "
+                "give these in a second command"
+            )
+        make_average(FLAGS.source[0], target, FLAGS.posthoc_ema)
+        return
     if FLAGS.to != "orbax":
         if len(FLAGS.source) > 1:
             raise InputError(f"--to={FLAGS.to} takes one checkpoint folder as --source")

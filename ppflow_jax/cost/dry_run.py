@@ -31,6 +31,7 @@ from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.flops import block_traffic
 from ppflow_jax.train.experiment import Experiment
 from ppflow_jax.train.inputs import field_shapes
+from ppflow_jax.train.optimizer import MUON
 from ppflow_jax.train.program import Program, make_program
 from ppflow_jax.train.state import whole
 
@@ -119,15 +120,14 @@ class Report:
 
 
 def cause(c: Collective, mesh: Mesh, weights: frozenset[int]) -> str:
-    """Why a collective is there; `unexplained: ...` is one that should not be.
-
-    `weights` are the sizes of weights that are gathered before use.
-    """
+    """Why a collective is there (none is `unexplained`); `weights`: sizes gathered before use."""
     coordinates = np.unravel_index(np.asarray(c.group), tuple(mesh.shape.values()))
     axes = {name for name, where in zip(mesh.shape, coordinates) if len(set(where.tolist())) > 1}
     where = " (blocks)" if c.times > 1 else " (others)"
     if "tensor" in axes:
         return "tensor parallelism"
+    if f"/{MUON}/" in c.op_name:
+        return "matrices of Muon"
     if c.kind == "all-gather" and weights.issuperset(c.elements):
         return "weights gathered" + where
     if c.size <= 4096:
@@ -143,8 +143,7 @@ def cause(c: Collective, mesh: Mesh, weights: frozenset[int]) -> str:
 
 def gathered_sizes(program: Program, mesh: Mesh, depth: int) -> frozenset[int]:
     """Elements of every weight that is split over `fsdp`, as it is when gathered."""
-    sizes = set()
-    leaves = jax.tree_util.tree_leaves_with_path(program.parameters)
+    sizes, leaves = set(), jax.tree_util.tree_leaves_with_path(program.parameters)
     places = whole(program.shardings["params"], program.frozen_shardings)
     for (path, leaf), sharding in zip(leaves, jax.tree.leaves(places)):
         if any("fsdp" in (axis or ()) for axis in sharding.spec):

@@ -106,6 +106,13 @@ class Stream:
                 )
             yield batch
 
+    def examples(self, step: int) -> Int[np.ndarray, " b"]:
+        """Numbers of the examples in the global batch of `step`, counted from 0, in its order.
+
+        For one that cannot be read another may stand in.
+        """
+        return _Batch.of(replace(self, rows=None)).indices(step)
+
     def suspect(self, step: int) -> str | None:
         """The example of the global batch of `step` with the largest values, if they are absurd.
 

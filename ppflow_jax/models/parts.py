@@ -33,6 +33,8 @@ Leaves = dict[str, Any]
 Aux = dict[str, Array]
 # Pattern of paths such as `blocks/fc1/kernel`, and the mesh axes of such a leaf, depth first
 Rule = tuple[str, P]
+# Pattern of paths, and the axes of inputs and of outputs of the matrices that such a leaf holds
+Matrix = tuple[str, tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -114,10 +116,12 @@ class Part(Described):
 
     Attributes:
       rules: shardings of its leaves, see `devices.sharding`.
+      matrices: those of its leaves that are linear maps between features, for Muon.
       term_names: of `terms`.
     """
 
     rules: ClassVar[tuple[Rule, ...]] = ()
+    matrices: ClassVar[tuple[Matrix, ...]] = ()
     term_names: ClassVar[tuple[str, ...]] = ()
 
     def modules(self, model: ModelConfig, run: Execution, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
@@ -259,6 +263,10 @@ class BlockSpec:
     @property
     def rules(self) -> tuple[Rule, ...]:
         return tuple(rule for part in self.parts for rule in part.rules)
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        return tuple(matrix for part in self.parts for matrix in part.matrices)
 
     def keys(self, layer: int) -> Iterator[Key]:
         for part in self.parts:

@@ -121,7 +121,8 @@ def _differences(runs: Sequence[Run]) -> str:
 
 
 def _curves(runs: Sequence[Run]) -> str:
-    names = dict.fromkeys(key for run in runs for row in run.metrics for key in row)
+    numbers = lambda row: (key for key, value in row.items() if not isinstance(value, list))
+    names = dict.fromkeys(key for run in runs for row in run.metrics for key in numbers(row))
     figures = []
     for name in names:
         lines = {

@@ -59,6 +59,10 @@ class MoE(Ffn):
         (r"blocks/moe/shared/(gate|up)$", P(None, None, ("tensor", "fsdp"))),
         (r"blocks/moe/shared/down$", P(None, ("tensor", "fsdp"))),
     )
+    matrices = (
+        (r"blocks/moe/(gate|up|down)$", (2,), (3,)),
+        (r"blocks/moe/shared/(gate|up|down)$", (1,), (2,)),
+    )
 
     def __post_init__(self):
         if self.experts < 1 or not 1 <= self.top_k <= self.experts or self.shared < 0:

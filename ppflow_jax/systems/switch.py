@@ -51,6 +51,7 @@ class Switch(Wrap):
     kind = "switch"
     term_names = ("prior",)
     rules = ((r"blocks/switch/w$", P(None, None, None, "fsdp")),)
+    matrices = ((r"blocks/switch/w$", (2,), (3,)),)
 
     def __post_init__(self):
         if not 1 <= self.top_k <= self.experts:

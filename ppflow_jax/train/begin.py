@@ -7,15 +7,17 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from ppflow_jax.checkpoints.run import Checkpoints
+from ppflow_jax.checkpoints.run import Checkpoints, latest_card
 from ppflow_jax.checkpoints.weights import load_frozen
+from ppflow_jax.devices.sharding import replicated
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.network import Params
 from ppflow_jax.models.trees import split
 from ppflow_jax.train.experiment import Experiment
 from ppflow_jax.train.init_from import open_start
 from ppflow_jax.train.program import Program
-from ppflow_jax.train.state import TrainState, state_from, with_terms
+from ppflow_jax.train.skip import SKIPPED, no_counts
+from ppflow_jax.train.state import TrainState, extended, state_from, with_terms
 
 
 def open_frozen(
@@ -59,14 +61,31 @@ def first_state(
             program.abstract,
             shardings,
         )
-        return checkpoints.restore(latest, target)
+        return _restored(checkpoints, latest, target, mesh)
     if experiment.origin:
         params, start = open_start(experiment.origin, experiment.card, mesh)
 
         def begin(params, key):
             params, _ = split(start(params, key), experiment.trainable)
             params = with_terms(params, experiment.objective, experiment.card.model, key)
-            return state_from(params, program.optimizer)
+            return extended(state_from(params, program.optimizer), config.train)
 
         return jax.jit(begin, out_shardings=shardings)(params, jax.random.key(config.seed))
     return jax.jit(program.init, out_shardings=shardings)(jax.random.key(config.seed))
+
+
+def _restored(checkpoints: Checkpoints, step: int, target: TrainState, mesh: Mesh) -> TrainState:
+    """The state of `step`; the counts of skipped steps begin, and end, with their setting."""
+    _, card = latest_card(checkpoints.folder.parent)
+    kept = bool(card.experiment["train"].get("skip_nonfinite"))
+    if kept == (SKIPPED in target):
+        return checkpoints.restore(step, target)
+    fresh = jax.jit(no_counts, out_shardings=replicated(mesh))()
+    if not kept:
+        others = {name: tree for name, tree in target.items() if name != SKIPPED}
+        return checkpoints.restore(step, others) | {SKIPPED: fresh}
+    placed = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), fresh
+    )
+    state = checkpoints.restore(step, target | {SKIPPED: placed})
+    return {name: state[name] for name in target}

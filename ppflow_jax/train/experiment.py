@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from ppflow_jax.checkpoints.card import ALL, Card
@@ -26,7 +27,9 @@ from ppflow_jax.systems.registry import notes_of, take_block, take_conditions, t
 from ppflow_jax.systems.registry import objective as objective_of
 from ppflow_jax.systems.registry import task as task_of
 from ppflow_jax.systems.tasks import Task
-from ppflow_jax.train.optimizer import OptimConfig
+from ppflow_jax.train.optimizer import OptimConfig, muon_axes
+from ppflow_jax.train.posthoc import check_widths
+from ppflow_jax.train.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,8 @@ class Experiment:
         notes_of(config.flow.objective, sampler)
         _check(config)
         _check_trainable(model, tuple(config.train.trainable))
+        optim = OptimConfig(**config.optim)
+        _check_muon(optim, model, tuple(config.train.trainable))
         values = json.loads(config.to_json_best_effort())
         values.pop("resume_changed", None)
         values["model"] |= block.to_json()  # as checkpoints have it
@@ -101,7 +106,7 @@ class Experiment:
         values["data"]["task"] = str(task or "none")
         values["model"]["adapters"] = text(model.adapters)
         card = Card(model, flow, config.data.space, values)
-        return cls(card, objective, phases, OptimConfig(**config.optim), sampler, config, task)
+        return cls(card, objective, phases, optim, sampler, config, task)
 
 
 def _told(model: ModelConfig, task: Task, space: str) -> ModelConfig:
@@ -157,6 +162,17 @@ def _check_trainable(model: ModelConfig, patterns: tuple[str, ...]) -> None:
             )
 
 
+def _check_muon(optim: OptimConfig, model: ModelConfig, patterns: tuple[str, ...]) -> None:
+    if optim.name != "muon":
+        return
+    axes = muon_axes(split(abstract_params(model), patterns)[0], model.block.matrices)
+    if not jax.tree.leaves(axes):
+        raise InputError(
+            "config.optim.name=muon: it is for the matrices of the blocks, and config.train."
+            "trainable has none of them: use config.optim.name=adamw"
+        )
+
+
 def sampler_of(sample: Mapping[str, Any] | ConfigDict) -> SamplerConfig:
     """How a run samples, from the `sample` of its configuration.
 
@@ -188,6 +204,13 @@ def _check(config: ConfigDict) -> None:
             "config.sample.count must be at least 1, config.sample.every and config.eval.every at "
             "least 0 (off)"
         )
+    if type(t.skip_nonfinite) is not int or t.skip_nonfinite < 0:
+        raise InputError(
+            f"config.train.skip_nonfinite must be a whole number, 0 (off) or more, got "
+            f"{t.skip_nonfinite}"
+        )
+    check_trackers(t.trackers)
+    check_widths(t.posthoc_ema, "config.train.posthoc_ema")
     if not 0 <= t.ema < 1:
         raise InputError(f"config.train.ema must be in [0, 1), got {t.ema}")
     if config.model.dtype not in ("float32", "bfloat16"):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -33,7 +34,7 @@ from ppflow_jax.devices.sharding import (
     to_global,
 )
 from ppflow_jax.devices.stop import StopRequest
-from ppflow_jax.errors import RunError, Stopped, stream_seed
+from ppflow_jax.errors import Stopped, stream_seed
 from ppflow_jax.files.disk import locked, writable_directory
 from ppflow_jax.files.store import FOLDER
 from ppflow_jax.flow.sampler import image_noise
@@ -48,9 +49,12 @@ from ppflow_jax.train.init_from import with_base
 from ppflow_jax.train.inputs import Batch, make_inputs, open_inputs, shown_to
 from ppflow_jax.train.metrics_log import MetricWriter, read_metrics, save_loss_plot
 from ppflow_jax.train.optimizer import learning_rate
+from ppflow_jax.train.posthoc import Snapshots
 from ppflow_jax.train.program import Program, make_program
 from ppflow_jax.train.resume import going_on, record
+from ppflow_jax.train.skip import SKIPPED, Watch
 from ppflow_jax.train.state import TrainState, whole
+from ppflow_jax.train.trackers import open_trackers
 from ppflow_jax.train.validate import make_judge
 
 
@@ -105,57 +109,83 @@ def _run(
     root: Path,
     stop: StopRequest,
 ) -> None:
-    config, batch_size = experiment.config, experiment.config.data.batch_size
-    steps = config.train.steps
+    config = experiment.config
+    batch_size, steps = config.data.batch_size, config.train.steps
     checkpoints = Checkpoints(root, experiment.card, keep=config.train.keep)
     frozen = open_frozen(experiment, program, mesh, root)
     state = first_state(experiment, program, checkpoints, mesh)
     first = _announce(experiment, state, frozen, mesh, root)
     key = jax.jit(jax.random.key, out_shardings=replicated(mesh))(stream_seed(config.seed, 1))
     stream = _stream(experiment, source, mesh)
-    see, shown = _sight(experiment, source, encoder, mesh)
-    inputs = _inputs(stream, see, mesh, first)
+    inputs, shown = _sight(experiment, stream, encoder, mesh, first)
     draw_samples = _sample_grid(experiment, program, mesh, root, shown)
     judge = make_judge(config, experiment.card, source, mesh, root, shown)
-    finite = functools.partial(_finite, stream, checkpoints)
+    snapshots = Snapshots(root, experiment.card, config.train.posthoc_ema, first)
     schedule = learning_rate(experiment.optim, steps)
-    clock, logged = time.monotonic(), first
     pending: tuple[int, Metrics] | None = None
-    step, stopped, every = first, first < steps and stop.reached(first), config.train
+    step, stopped = first, first < steps and stop.reached(first)
+    clock, logged = time.monotonic(), first
     with (
         contextlib.closing(checkpoints),
-        contextlib.closing(MetricWriter(root, first)) as writer,
+        contextlib.closing(_writer(experiment, root, first)) as writer,
         contextlib.closing(progress(steps * batch_size, first * batch_size, "img", "train")) as bar,
     ):
+        watch = Watch(stream, checkpoints, writer, config.train.skip_nonfinite)
         while step < steps and not stopped:
             step += 1
             state, metrics = program.step(step - 1)(state, next(inputs), key, frozen)
-            stopped = stop.reached(step) and step < steps
+            due, stopped = _due(config, step), stop.reached(step) and step < steps
             # Read the step before while this one runs; wait only where it must be known.
-            log, save = step % every.log_every == 0, step % every.save_every == 0
-            last, sample = step == steps, config.sample.every and step % config.sample.every == 0
-            judged = judge is not None and (last or step % config.eval.every == 0)
-            values = finite(*pending) if pending else {}
+            values = watch(*pending) if pending else {}
             pending = (step, metrics)
-            if log or save or sample or judged or last or stopped:
-                values, pending = finite(*pending), None
+            if any(due) or stopped:
+                values, pending = watch(*pending), None
             bar.update(batch_size)
-            if log or last or stopped:
+            if due.log or due.last or stopped:
                 checkpoints.check()
                 speed = (step - logged) * batch_size / ((now := time.monotonic()) - clock)
-                values |= {"lr": float(schedule(step - 1)), "images_per_s": speed}
+                done = step - int(values.get(SKIPPED, 0))
+                values |= {"lr": float(schedule(done - 1)), "images_per_s": speed}
                 writer.write(step, values)
-                bar.set_postfix(step=step, loss=f"{values['loss']:.4f}")
+                bar.set_postfix(step=step, loss=f"{values.get('loss', np.nan):.4f}")
                 clock, logged = now, step
-            if save or last or stopped:
+            if due.save or due.last:
+                snapshots.write(step, state, frozen)
+            if due.save or due.last or stopped:
                 checkpoints.save(step, state)
-            if sample or last:
-                draw_samples(whole(state["ema"], frozen), step)
-            if judged:
+            if due.sample or due.last:
+                writer.picture(step, draw_samples(whole(state["ema"], frozen), step))
+            if due.judge:
                 writer.write(step, judge(whole(state["ema"], frozen), step))
-            if sample or last or judged:
+            if due.sample or due.last or due.judge:
                 clock, logged = time.monotonic(), step
     _end(experiment, root, step, stopped)
+
+
+def _writer(experiment: Experiment, root: Path, first: int) -> MetricWriter:
+    settings = experiment.card.experiment or {}
+    trackers = open_trackers(experiment.config.train.trackers, root, settings)
+    return MetricWriter(root, first, trackers)
+
+
+class _Due(NamedTuple):
+    """What a step is followed by."""
+
+    log: bool
+    save: bool
+    sample: bool
+    judge: bool
+    last: bool
+
+
+def _due(config: ConfigDict, step: int) -> _Due:
+    last, train = step == config.train.steps, config.train
+
+    def now(every: int) -> bool:
+        return every > 0 and step % every == 0
+
+    judge = now(config.eval.every) or (last and config.eval.every > 0)
+    return _Due(now(train.log_every), now(train.save_every), now(config.sample.every), judge, last)
 
 
 def _stream(experiment: Experiment, source: Source, mesh: Mesh) -> Stream:
@@ -174,11 +204,12 @@ def _stream(experiment: Experiment, source: Source, mesh: Mesh) -> Stream:
 
 
 def _sight(
-    experiment: Experiment, source: Source, encoder: Encoder | None, mesh: Mesh
-) -> tuple[Callable[[Batch, int], Batch], Callable[[int], Cond]]:
-    """What the model sees of a batch, and what it is told for so many samples."""
+    experiment: Experiment, stream: Stream, encoder: Encoder | None, mesh: Mesh, first: int
+) -> tuple[Iterator[Batch], Callable[[int], Cond]]:
+    """What the model sees from step `first` on, and what it is told for so many samples."""
     see = make_inputs(encoder, mesh, experiment.config.seed, experiment.task)
-    return see, functools.partial(shown_to, experiment.card, source, see, mesh)
+    shown = functools.partial(shown_to, experiment.card, stream.source, see, mesh)
+    return _inputs(stream, see, mesh, first), shown
 
 
 def _inputs(
@@ -232,34 +263,6 @@ def _announce(
     return first
 
 
-def _finite(
-    stream: Stream, checkpoints: Checkpoints, step: int, metrics: Metrics
-) -> dict[str, float]:
-    """Metrics of a step on the host.
-
-    Raises:
-      RunError: loss or gradient is not finite; nothing of that step has been saved.
-    """
-    values = {k: float(v) for k, v in metrics.items()}
-    bad = [k for k, v in values.items() if not np.isfinite(v)]
-    if bad:
-        checkpoints.wait()
-        latest = checkpoints.latest()
-        kept = (
-            "no checkpoint was saved"
-            if latest is None
-            else f"the checkpoint of step {latest} is good"
-        )
-        example = stream.suspect(step - 1)
-        remedy = (
-            f"{example}: mend or remove it"
-            if example
-            else "lower config.optim.lr, set config.optim.clip=1, or use config.model.dtype=float32"
-        )
-        raise RunError(f"{', '.join(bad)} not finite at step {step}; {kept}: {remedy}")
-    return values
-
-
 def _sample_grid(
     experiment: Experiment, program: Program, mesh: Mesh, root: Path, shown: Callable[[int], Cond]
 ):
@@ -274,10 +277,11 @@ def _sample_grid(
     folder = root / "samples"
     folder.mkdir(exist_ok=True)
 
-    def write(ema, step: int) -> None:
+    def write(ema, step: int) -> Path:
         images = fetch(sampler(ema, *spread(inputs, batch_sharding(mesh))))[:count]
+        path = folder / f"step_{step:07d}.png"
         if jax.process_index() == 0:
-            pictures = decoder.pictures(images)
-            save_grid(folder / f"step_{step:07d}.png", pictures, columns=min(10, count))
+            save_grid(path, decoder.pictures(images), columns=min(10, count))
+        return path
 
     return write

@@ -1,26 +1,43 @@
-"""Metrics of a run: files, TensorBoard events, the loss plot."""
+"""Metrics of a run: files, TensorBoard events, trackers, the loss plot."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
+from ppflow_jax.console import say
 from ppflow_jax.files.disk import atomic
+from ppflow_jax.files.store import reason
+
+
+@runtime_checkable
+class Tracker(Protocol):
+    """Another place that a run tells of itself, see trackers.py."""
+
+    name: str
+
+    def scalars(self, step: int, values: dict[str, float]) -> None: ...
+
+    def picture(self, step: int, path: Path) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class MetricWriter:
-    """Scalars to `metrics.jsonl` and to TensorBoard event files.
+    """Scalars to `metrics.jsonl`, to TensorBoard event files and to trackers.
 
     On resume, lines of steps after `step` are dropped, so that the file is that of one run. Only
-    process 0 reads and writes.
+    process 0 reads and writes. A tracker that fails is left out from then on, and that is said.
     """
 
-    def __init__(self, workdir: Path, step: int):
+    def __init__(self, workdir: Path, step: int, trackers: Sequence[Tracker] = ()):
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self._writes = jax.process_index() == 0
+        self._writes, self._trackers = jax.process_index() == 0, list(trackers)
         if not self._writes:
             return
         self.path = workdir / "metrics.jsonl"
@@ -36,18 +53,40 @@ class MetricWriter:
 
         if not self._writes:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        self.note(step, values)
         summary = [Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
         self._events.add_event(Event(step=step, summary=Summary(value=summary)))
+        self._each(lambda tracker: tracker.scalars(step, values), f"at step {step}")
+
+    def picture(self, step: int, path: Path) -> None:
+        """A sample grid, for the trackers."""
+        self._each(lambda tracker: tracker.picture(step, path), f"at step {step}")
+
+    def _each(self, tell: Callable[[Tracker], None], when: str) -> None:
+        for tracker in tuple(self._trackers):
+            try:
+                tell(tracker)
+            except Exception as e:  # each library has its own
+                self._trackers.remove(tracker)
+                say(
+                    f"{tracker.name} failed {when} ({reason(e)}): the run goes on without it, "
+                    "metrics.jsonl has all of it"
+                )
+
+    def note(self, step: int, facts: dict[str, Any]) -> None:
+        """What happened in a step, in `metrics.jsonl` alone."""
+        if self._writes:
+            self._file.write(json.dumps({"step": step, **facts}) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         if self._writes:
             self._file.close()
             self._events.close()
+            self._each(lambda tracker: tracker.close(), "at the end")
 
 
-def read_metrics(path: Path) -> list[dict[str, int | float]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of a `metrics.jsonl`; a last line cut off by a kill is left out."""
     if not path.exists():
         return []
@@ -60,7 +99,7 @@ def read_metrics(path: Path) -> list[dict[str, int | float]]:
     return rows
 
 
-def save_loss_plot(path: Path, rows: list[dict[str, int | float]]) -> None:
+def save_loss_plot(path: Path, rows: list[dict[str, Any]]) -> None:
     """Loss over steps, total and by stage."""
     from matplotlib.figure import Figure
 

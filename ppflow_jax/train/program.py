@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from ppflow_jax.models.network import Apply, Params, abstract_params, make_apply
 from ppflow_jax.models.trees import split
 from ppflow_jax.train.experiment import Experiment
 from ppflow_jax.train.optimizer import make_optimizer
-from ppflow_jax.train.state import TrainState, init_state, whole
+from ppflow_jax.train.state import TrainState, extended, init_state, whole
 from ppflow_jax.train.step import compiled, make_train_step
 
 
@@ -93,9 +92,12 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
     rules = model.block.rules
     place = layout(mesh, rules)
     apply = make_apply(model, dtype=dtype, remat=remat, programs=programs, layout=place)
-    optimizer = make_optimizer(experiment.optim, config.train.steps)
+    optimizer = make_optimizer(experiment.optim, config.train.steps, model.block.matrices)
     trainable = experiment.trainable
-    init = functools.partial(init_state, model, optimizer, objective=objective, trainable=trainable)
+
+    def init(key: jax.Array) -> TrainState:
+        return extended(init_state(model, optimizer, key, objective, trainable), config.train)
+
     abstract = jax.eval_shape(init, jax.random.key(0))
     shardings = tree_shardings(abstract, mesh, rules)
     base = split(abstract_params(model), trainable)[1]

@@ -14,6 +14,7 @@ from ppflow_jax.checkpoints.card import Card, flat
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.disk import atomic
 from ppflow_jax.train.experiment import Experiment
+from ppflow_jax.train.optimizer import DECAYING, decay_start
 
 CONFIG = "config.json"
 # How a run is computed, watched and stored, not what: the numbers are equal but for rounding. What
@@ -22,6 +23,7 @@ FREE = (
     *("init_from", "sample", "eval", "mesh", "model.attention", "model.remat"),
     *("data.path", "data.vae", "data.workers", "data.unreadable"),
     *("train.accumulate", "train.log_every", "train.save_every", "train.keep"),
+    *("train.skip_nonfinite", "train.trackers"),
 )
 # Settings that are younger than some runs, with the value that those had.
 BEFORE = {
@@ -39,6 +41,17 @@ BEFORE = {
     "train.teacher": "",
     "data.fields": [],
     "train.phases": [],
+    "train.skip_nonfinite": 0,
+    "train.posthoc_ema": [],
+    "train.trackers": [],
+    "optim.name": "adamw",
+    "optim.decay_share": 0.2,
+}
+# Settings with which a run has other arrays, and what a checkpoint of others holds
+STATE = {
+    "train.trainable": "another part of the weights",
+    "optim.name": "the state of another optimizer",
+    "train.posthoc_ema": "other averages",
 }
 _DATA = "trained_on."
 _LABELS = "trained_on.labels."  # follow from the rest of the data's identity
@@ -68,14 +81,15 @@ def changes(before: dict[str, Any], now: dict[str, Any], step: int) -> list[Chan
     Of the data's identity only what both have is compared: an older one has less to say. The
     number of steps is free but for the schedule of the steps that are left.
     """
-    old, new = flat(before), flat(now)
-    cosine = "cosine" in (old.get("optim.schedule"), new.get("optim.schedule"))
+    new = flat(now)
+    # what is free may begin late
+    old = {name: BEFORE[name] for name in FREE if name in BEFORE and name in new} | flat(before)
 
     def free(name: str) -> bool:
         if name.startswith(_DATA):
             return _place(name)
         if name == "train.steps":
-            return not cosine or new[name] == step
+            return new[name] == step or not (_schedules_end(old, step) or _schedules_end(new, step))
         return any(name == f or name.startswith(f"{f}.") for f in FREE)
 
     found = []
@@ -89,6 +103,14 @@ def changes(before: dict[str, Any], now: dict[str, Any], step: int) -> list[Chan
         elif old[name] != new[name]:
             found.append(Change(name, old[name], new[name], free(name)))
     return found
+
+
+def _schedules_end(values: dict[str, Any], step: int) -> bool:
+    """Whether the learning rates up to `step` depend on the number of steps, in flat settings."""
+    schedule = values.get("optim.schedule")
+    if schedule in DECAYING:
+        return step > decay_start(values["train.steps"], values["optim.decay_share"])
+    return schedule == "cosine"
 
 
 def _place(name: str) -> bool:
@@ -120,10 +142,10 @@ def going_on(experiment: Experiment, step: int, stored: Card, path: Path) -> Exp
             f"{path} is a checkpoint of another model ({', '.join([difference, *others])}): use "
             "another --workdir, or the configuration it was made with"
         )
-    if other := next((c for c in found if c.name == "train.trainable"), None):
+    if other := next((c for c in found if c.name in STATE), None):
         raise InputError(
-            f"{path} holds another part of the weights ({other}): use another --workdir, with this "
-            "one as --config.init_from"
+            f"{path} holds {STATE[other.name]} ({other}): use another --workdir, with this one as "
+            "--config.init_from"
         )
     if refused and not config.get("resume_changed"):
         raise InputError(
@@ -131,7 +153,7 @@ def going_on(experiment: Experiment, step: int, stored: Card, path: Path) -> Exp
             "trained: give them as they were, use another --workdir, or add "
             "--config.resume_changed=true to continue with the new ones"
         )
-    younger = BEFORE.keys() - flat(stored.experiment).keys()
+    younger = BEFORE.keys() - flat(stored.experiment).keys() - set(FREE)
     if jax.process_index() == 0:
         if found:
             print(f"changed since step {step}: {_listed(found)}", flush=True)

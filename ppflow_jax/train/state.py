@@ -8,14 +8,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
 from ppflow_jax.checkpoints.card import ALL
 from ppflow_jax.flow.terms import OWN, Objective, network_leaves
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Params, init_params
 from ppflow_jax.models.trees import join, split
+from ppflow_jax.train.posthoc import POSTHOC, begin
+from ppflow_jax.train.skip import SKIPPED, no_counts
 
-# {"step": int32, "params": ..., "ema": ..., "opt_state": ...}, all but the step of what is trained
+# {"step": int32, "params": ..., "ema": ..., "opt_state": ...}, all but the step of what is trained;
+# see `extended` for more
 TrainState = dict[str, Any]
 
 
@@ -32,6 +36,16 @@ def state_from(params: Params, tx: optax.GradientTransformation) -> TrainState:
         "ema": jax.tree.map(jnp.copy, network_leaves(params)),
         "opt_state": tx.init(params),
     }
+
+
+def extended(state: TrainState, train: ConfigDict) -> TrainState:
+    """What `config.train` has a state of step 0 keep beside.
+
+    The counts of skipped steps, see skip.py, and averages, see posthoc.py.
+    """
+    more = {SKIPPED: no_counts()} if train.skip_nonfinite else {}
+    averages = begin(state["params"], train.posthoc_ema)
+    return state | more | ({POSTHOC: averages} if averages else {})
 
 
 def with_terms(params: Params, objective: Objective, model: ModelConfig, key: jax.Array) -> Params:

@@ -14,6 +14,8 @@ from ppflow_jax.devices.sharding import leaf_path
 from ppflow_jax.flow.terms import OWN, Metrics, Objective, network_leaves
 from ppflow_jax.models.network import Apply
 from ppflow_jax.train.ema import rate
+from ppflow_jax.train.posthoc import updated
+from ppflow_jax.train.skip import SKIPPED, unless_finite
 from ppflow_jax.train.state import TrainState, whole
 
 
@@ -32,8 +34,9 @@ def make_train_step(
     Randomness is `fold_in(key, state["step"])` over the whole batch, so accumulating over
     `accumulate` microbatches changes only the rounding. The EMA, of the network alone, has decay
     `ema`, with `ema_warmup` less at first (see `ema.rate`). Terms without one of the `weights` stay
-    as they are, and so do the network's leaves in `frozen["base"]`. Metrics, float32 scalars: those
-    of the objective and `grad_norm`.
+    as they are, and so do the network's leaves in `frozen["base"]`. What a state keeps
+    beside (`state.extended`) is updated too. Metrics, float32 scalars: those of the objective and
+    `grad_norm`.
     """
 
     def gradient(params, frozen, batch, draws):
@@ -43,8 +46,37 @@ def make_train_step(
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return grads, metrics
 
+    compute = _accumulated(gradient, accumulate, len(objective.pattern))
+
+    def step(
+        state: TrainState, batch: dict[str, Any], key: jax.Array, frozen: Mapping[str, Any] = {}
+    ):
+        draws = objective.draw(jax.random.fold_in(key, state["step"]), batch)
+        seen = {name: value for name, value in batch.items() if name != "label"}
+        before = state["params"]
+        grads, metrics = compute(before, frozen, seen, draws)
+        updates, opt_state = tx.update(grads, state["opt_state"], before)
+        params = optax.apply_updates(before, updates)
+        average = rate(ema, ema_warmup, state["step"])
+        idle = [name for name in before.get(OWN, {}) if not weights.get(name)]
+        after = updated(state, params) | {
+            "step": state["step"] + 1,
+            "params": _keep(before, params, idle),
+            "ema": optax.incremental_update(network_leaves(params), state["ema"], average),
+            "opt_state": _keep(state["opt_state"], opt_state, idle),
+        }
+        metrics = metrics | {"grad_norm": optax.tree.norm(grads)}
+        return unless_finite(state, after, metrics) if SKIPPED in state else (after, metrics)
+
+    return step
+
+
+def _accumulated(gradient: Callable[..., Any], accumulate: int, period: int) -> Callable[..., Any]:
+    """`gradient` as the mean over microbatches, each of which has samples of all stages."""
+    if accumulate == 1:
+        return gradient
+
     def microbatches(leaf: jax.Array) -> jax.Array:
-        period = len(objective.pattern)
         rows = leaf.reshape(-1, accumulate, period, *leaf.shape[1:])
         return rows.swapaxes(0, 1).reshape(accumulate, -1, *leaf.shape[1:])
 
@@ -58,25 +90,7 @@ def make_train_step(
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return jax.lax.scan(body, zeros, micro)[0]
 
-    def step(
-        state: TrainState, batch: dict[str, Any], key: jax.Array, frozen: Mapping[str, Any] = {}
-    ):
-        draws = objective.draw(jax.random.fold_in(key, state["step"]), batch)
-        seen = {name: value for name, value in batch.items() if name != "label"}
-        compute, before = gradient if accumulate == 1 else accumulated, state["params"]
-        grads, metrics = compute(before, frozen, seen, draws)
-        updates, opt_state = tx.update(grads, state["opt_state"], before)
-        params = optax.apply_updates(before, updates)
-        average = rate(ema, ema_warmup, state["step"])
-        idle = [name for name in before.get(OWN, {}) if not weights.get(name)]
-        return {
-            "step": state["step"] + 1,
-            "params": _keep(before, params, idle),
-            "ema": optax.incremental_update(network_leaves(params), state["ema"], average),
-            "opt_state": _keep(state["opt_state"], opt_state, idle),
-        }, metrics | {"grad_norm": optax.tree.norm(grads)}
-
-    return step
+    return accumulated
 
 
 def _keep(old: Any, new: Any, idle: list[str]) -> Any:
