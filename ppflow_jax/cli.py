@@ -19,7 +19,12 @@ from absl import flags
 from ml_collections import ConfigDict
 
 import ppflow_jax
-from ppflow_jax.errors import InputError, RunError, Stopped, check_local, check_seed
+from ppflow_jax.errors import InputError, RunError, Stopped, check_address, check_seed
+
+# Flags (and arguments, by their name) that take gs:// and s3://
+STORES = {
+    "main": {"workdir", "config.init_from", "config.train.teacher"},
+}
 
 
 def run(main: Callable[..., None], required: tuple[str, ...] = (), positional: str = "") -> None:
@@ -85,7 +90,11 @@ def _parse(program: str, required: tuple[str, ...], positional: str) -> list[str
     try:
         for argument in sys.argv[1:]:
             name, equals, value = argument.partition("=")
-            check_local(value if equals else argument, name if equals else "argument")
+            check_address(
+                value if equals else argument,
+                name if equals else "argument",
+                _takes_stores(program, name.lstrip("-") if equals else positional),
+            )
     except InputError as e:
         _fail(program, e, 1)
     try:
@@ -104,6 +113,10 @@ def _parse(program: str, required: tuple[str, ...], positional: str) -> list[str
     except (flags.Error, TypeError, ValueError, ImportError, OSError) as e:
         # absl quotes the whole traceback of a config file that raised: its last line says why
         _fail(program, str(e).strip().splitlines()[-1] if "Traceback" in str(e) else e, 2)
+
+
+def _takes_stores(program: str, name: str) -> bool:
+    return name in STORES.get(program, ())
 
 
 def _unknown_key(arguments: list[str]) -> str:
@@ -210,7 +223,7 @@ def _check_flags() -> None:
         if name == "--config.seed":
             check_seed(value, name)
         elif isinstance(value, str):
-            check_local(value, name)
+            check_address(value, name, name.removeprefix("--") in STORES["main"])
 
 
 def numbers(name: str, texts: list[str]) -> tuple[float, ...]:

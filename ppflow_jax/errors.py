@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 
+EXTRAS = {"gs": "gcs", "s3": "s3"}  # object stores, and what pip calls that which reads them
 SEEDS = 2**32  # the key of a seed takes 32 bits of it
 _SCHEME = re.compile(r"(?:^|[:,=])([A-Za-z][A-Za-z0-9+.-]+)://")
 # With one slash too: what a typing error or a path library leaves of an address
@@ -39,14 +40,28 @@ def stream_seed(seed: int, stream: int) -> np.uint32:
     return np.uint32((seed + stream) % SEEDS)
 
 
-def check_local(text: str, name: str) -> None:
+def check_address(text: str, name: str, stores: bool) -> None:
     """
+    Args:
+      stores: whether `name` takes addresses in an object store.
+
     Raises:
-      InputError: the address of a remote store, which would become a local folder of that name.
+      InputError: an address that is not supported, which would become a local folder of that name.
     """
-    if found := _SCHEME.search(text) or _KNOWN.search(text):
-        scheme = found[1]
-        do = "leave it out" if scheme == "file" else "copy the data here, or mount the store"
+    if not (found := _SCHEME.search(text) or _KNOWN.search(text)):
+        return
+    scheme = found[1]
+    if stores and scheme in EXTRAS:
+        if not re.search(rf"(?:^|[:,=]){scheme}://[^/]{{3,}}", text):
+            raise InputError(f"{name}={text}: write {scheme}://BUCKET/NAME")
+        return
+    if scheme in EXTRAS:
+        do = "copy the data here, or mount the store"
         raise InputError(
-            f"{name}={text}: {scheme}:// addresses are not supported, only local paths: {do}"
+            f"{name}={text}: addresses in an object store are not supported here: {do}"
         )
+    do = "leave it out" if scheme == "file" else "copy the data here, or mount the store"
+    raise InputError(
+        f"{name}={text}: {scheme}:// addresses are not supported, only local paths, gs:// and "
+        f"s3://: {do}"
+    )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ppflow_jax.errors import InputError, check_local, check_seed
+from ppflow_jax.errors import InputError, check_address, check_seed
 from tests.commands import ROOT, run
 
 
@@ -24,20 +24,37 @@ def test_seeds_in_range(seed):
 )  # fmt: skip
 def test_addresses(text):
     with pytest.raises(InputError, match="not supported"):
-        check_local(text, "--out")
+        check_address(text, "--out", stores=False)
+
+
+@pytest.mark.parametrize("text", ["gs:/bucket/x", "gs://", "s3:///x", "vae:gs:/b", "gs://ab/x"])
+def test_addresses_without_a_bucket(text):
+    with pytest.raises(InputError, match=r"write (gs|s3)://BUCKET/NAME"):
+        check_address(text, "--workdir", stores=True)
+
+
+@pytest.mark.parametrize("text", ["gs://bucket/x", "vae:gs://bucket/vae", "a,s3://bucket"])
+def test_addresses_in_object_stores(text):
+    check_address(text, "--workdir", stores=True)
+
+
+@pytest.mark.parametrize("text", ["hdfs://a/b", "http://h/x", "abfss://c@a/x", "file:///x"])
+def test_addresses_of_other_stores(text):
+    with pytest.raises(InputError, match="not supported"):
+        check_address(text, "--workdir", stores=True)
 
 
 @pytest.mark.parametrize(
     "text", ["runs/b2", "/a/b", "vae:/a/b", "taesd:weights", "4x4@0.5,2x2@1", "a:b", "C:/x", ""]
 )
 def test_paths(text):
-    check_local(text, "--out")
+    check_address(text, "--out", stores=False)
 
 
 @pytest.mark.parametrize(
     ("command", "args"),
     [
-        ("main", ["--config=configs/digits.py", "--workdir=gs://b/run"]),
+        ("main", ["--config=configs/digits.py", "--workdir=gs:/bucket/run"]),
         ("main", ["--config=configs/digits.py", "--workdir=x", "--config.seed=-1"]),
         ("main", ["--config=configs/digits.py", "--workdir=x", "--config.data.path=hf://a"]),
         ("sample", ["--checkpoint=x", "--out=x", "--seed=4294967296"]),

@@ -19,7 +19,7 @@ from ppflow_jax.convert.reading import Reading, read_model
 from ppflow_jax.convert.shards import find_weights
 from ppflow_jax.convert.source import open_source
 from ppflow_jax.data.images import ImageSet, array_images, open_images
-from ppflow_jax.errors import InputError, check_local
+from ppflow_jax.errors import InputError, check_address
 from ppflow_jax.metrics.evaluator import Evaluator, open_reference
 from ppflow_jax.metrics.networks import load_features
 
@@ -44,7 +44,7 @@ def load(
     Raises:
       InputError: not there, damaged, or no SiT or PPFlow model.
     """
-    check_local(str(path), "path")
+    check_address(str(path), "path", stores=True)
     if weights not in ("ema", "params") or dtype not in DTYPES:
         raise InputError(
             f"weights={weights!r}, dtype={dtype!r}: weights are ema or params, dtype is "

@@ -15,22 +15,30 @@ from absl import logging as absl_logging
 
 from ppflow_jax.checkpoints.card import Card, read_card
 from ppflow_jax.errors import InputError, RunError
-from ppflow_jax.files import checksums
-from ppflow_jax.files.store import EXEMPT, FOLDER, readable, reason, steps_in, verify
+from ppflow_jax.files import checksums, lease
+from ppflow_jax.files.copies import upload_folder
+from ppflow_jax.files.place import ObjectPath
+from ppflow_jax.files.scratch import scratch
+from ppflow_jax.files.store import EXEMPT, FOLDER, here, readable, reason, steps_in, verify
 
 
 class Checkpoints:
-    """The checkpoints of one workdir, saved in the background, the newest `keep` kept."""
+    """The checkpoints of one workdir, saved in the background, the newest `keep` kept.
+
+    Those of an object store are written on this machine first, and uploaded in the background.
+    """
 
     def __init__(self, workdir: Path, card: Card, *, keep: int):
         self.card = card
-        self.folder = workdir / FOLDER
+        self.folder, self._keep = workdir / FOLDER, keep
+        self._uploads = isinstance(self.folder, ObjectPath)
+        self._written_in = scratch(FOLDER) if self._uploads else self.folder
         self._saving = 0
         _one_line_for_a_failed_write()
         self.manager = ocp.CheckpointManager(
-            self.folder,
+            self._written_in,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
+                max_to_keep=1 if self._uploads else keep,
                 enable_async_checkpointing=True,
                 cleanup_tmp_directories=True,  # what a killed run was writing
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
@@ -74,6 +82,9 @@ class Checkpoints:
         path = self.folder / str(step)
         with _saying_what_is_intact(self.folder, step):
             verify(path, together=True)
+        if self._uploads:
+            with readable(path), here(path) as folder:
+                return ocp.StandardCheckpointer().restore(folder / "state", abstract)
         with readable(path):
             return self.manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
@@ -96,8 +107,22 @@ class Checkpoints:
     def _seal(self) -> None:
         # Orbax calls this in process 0, in the background, when all hosts have written and
         # before it renames the folder.
-        folder = self.folder / f"{self._saving}{ocp.utils.TMP_DIR_SUFFIX}"
+        folder = self._written_in / f"{self._saving}{ocp.utils.TMP_DIR_SUFFIX}"
         checksums.write(folder, exempt=EXEMPT)
+        if self._uploads:
+            self._upload(folder)
+
+    def _upload(self, folder: Path) -> None:
+        """The step is there when its checksums are; then older ones go, their checksums first."""
+        target = self.folder / str(self._saving)
+        lease.check(target)
+        target.rmtree()  # what a killed run was writing
+        upload_folder(folder, target, checksums.NAME)
+        newest = [str(step) for step in steps_in(self.folder)[-self._keep :]]
+        for path, _ in self.folder.children():
+            if path.name.isdigit() and path.name not in newest:
+                (path / checksums.NAME).unlink(missing_ok=True)
+                path.rmtree()
 
     @contextlib.contextmanager
     def _written(self) -> Iterator[None]:

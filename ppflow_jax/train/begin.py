@@ -10,12 +10,31 @@ from jax.sharding import Mesh
 from ppflow_jax.checkpoints.run import Checkpoints
 from ppflow_jax.checkpoints.weights import load_frozen
 from ppflow_jax.errors import InputError
+from ppflow_jax.files.disk import writable_directory
+from ppflow_jax.files.place import is_object
 from ppflow_jax.models.network import Params
 from ppflow_jax.models.trees import split
 from ppflow_jax.train.experiment import Experiment
 from ppflow_jax.train.init_from import open_start
 from ppflow_jax.train.program import Program
 from ppflow_jax.train.state import TrainState, state_from, with_terms
+
+
+def tried_store(workdir: str) -> Path | None:
+    """A workdir in an object store, tried before anything is compiled; None: it is on a disk.
+
+    Raises:
+      InputError: it cannot be written; several processes, each of which would have a part of the
+        checkpoints on its own disk.
+    """
+    if not is_object(workdir):
+        return None
+    if jax.process_count() > 1:
+        raise InputError(
+            f"{workdir}: {jax.process_count()} processes cannot write checkpoints to an object "
+            "store together: mount it (gcsfuse, mount-s3) and give the folder"
+        )
+    return writable_directory(workdir)
 
 
 def open_frozen(

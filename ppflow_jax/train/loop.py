@@ -41,7 +41,7 @@ from ppflow_jax.flow.terms import Metrics
 from ppflow_jax.generate.plan import make_plan
 from ppflow_jax.models.conditions import Cond
 from ppflow_jax.models.network import Params
-from ppflow_jax.train.begin import first_state, open_frozen
+from ppflow_jax.train.begin import first_state, open_frozen, tried_store
 from ppflow_jax.train.ema import reminder
 from ppflow_jax.train.experiment import Experiment
 from ppflow_jax.train.init_from import with_base
@@ -67,6 +67,7 @@ def train(config: ConfigDict, workdir: str) -> None:
       RunError: the loss is not finite, or a checkpoint cannot be written.
       Stopped: SIGTERM or Ctrl-C came; the step is finished and saved.
     """
+    root = tried_store(workdir)
     experiment = Experiment.from_config(config)
     mesh = make_mesh(**config.mesh)
     program = make_program(experiment, mesh)
@@ -76,7 +77,7 @@ def train(config: ConfigDict, workdir: str) -> None:
         for line in describe(source, experiment.card.model.num_classes):
             print(line, flush=True)
 
-    root = writable_directory(workdir)
+    root = root or writable_directory(workdir)
     lock = locked(root) if jax.process_index() == 0 else contextlib.nullcontext()
     with lock, StopRequest() as stop:
         if (latest := latest_card(root)) is not None:
@@ -119,8 +120,7 @@ def _run(
     judge = make_judge(config, experiment.card, source, mesh, root, shown)
     finite = functools.partial(_finite, stream, checkpoints)
     schedule = learning_rate(experiment.optim, steps)
-    clock, logged = time.monotonic(), first
-    pending: tuple[int, Metrics] | None = None
+    clock, logged, pending = time.monotonic(), first, None
     step, stopped, every = first, first < steps and stop.reached(first), config.train
     with (
         contextlib.closing(checkpoints),
@@ -148,6 +148,7 @@ def _run(
                 bar.set_postfix(step=step, loss=f"{values['loss']:.4f}")
                 clock, logged = now, step
             if save or last or stopped:
+                writer.flush()
                 checkpoints.save(step, state)
             if sample or last:
                 draw_samples(whole(state["ema"], frozen), step)

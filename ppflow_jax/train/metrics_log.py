@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import jax
 
 from ppflow_jax.files.disk import atomic
+from ppflow_jax.files.place import ObjectPath
+from ppflow_jax.files.scratch import scratch
+
+EVERY = 30.0  # seconds at least between two uploads
 
 
 class MetricWriter:
     """Scalars to `metrics.jsonl` and to TensorBoard event files.
 
     On resume, lines of steps after `step` are dropped, so that the file is that of one run. Only
-    process 0 reads and writes.
+    process 0 reads and writes. Objects cannot grow: those of an object store are uploaded whole, now
+    and then, and by `flush`.
     """
 
     def __init__(self, workdir: Path, step: int):
@@ -25,10 +31,14 @@ class MetricWriter:
             return
         self.path = workdir / "metrics.jsonl"
         kept = [r for r in read_metrics(self.path) if r["step"] <= step]
-        with atomic(self.path) as temporary:
+        self._workdir, self._local, self._uploaded = workdir, workdir, time.monotonic()
+        if isinstance(workdir, ObjectPath):
+            self._local = scratch("log")
+            self._local.mkdir()
+        with atomic(self._local / self.path.name) as temporary:
             temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        self._file = self.path.open("a")
-        self._events = EventFileWriter(str(workdir / "tensorboard"))
+        self._file = (self._local / self.path.name).open("a")
+        self._events = EventFileWriter(str(self._local / "tensorboard"))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -40,9 +50,25 @@ class MetricWriter:
         self._file.flush()
         summary = [Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
         self._events.add_event(Event(step=step, summary=Summary(value=summary)))
+        if time.monotonic() - self._uploaded > EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        """Upload what is new, if it is for an object store: before a checkpoint of its steps counts.
+
+        Raises:
+          OSError: the store does not take it.
+        """
+        if self._writes and isinstance(self._workdir, ObjectPath):
+            self._events.flush()
+            for file in sorted(self._local.rglob("*")):
+                if file.is_file():
+                    (self._workdir / str(file.relative_to(self._local))).upload(file)
+            self._uploaded = time.monotonic()
 
     def close(self) -> None:
         if self._writes:
+            self.flush()
             self._file.close()
             self._events.close()
 
