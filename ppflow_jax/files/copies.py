@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ppflow_jax.errors import InputError
 from ppflow_jax.files import checksums
 from ppflow_jax.files.objects import Damaged
-from ppflow_jax.files.place import ObjectPath
+from ppflow_jax.files.place import ObjectPath, place
 from ppflow_jax.files.scratch import scratch
 
 AT_ONCE = 8  # objects
@@ -55,6 +56,18 @@ def _each(function: Callable[[str], None], names: Iterable[str]) -> None:
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for _ in pool.map(function, sorted(names)):
             pass
+
+
+def given(text: str) -> Path:
+    """The file that a user names, on this machine.
+
+    Raises:
+      InputError: it cannot be read.
+    """
+    try:
+        return local_file(place(text))
+    except OSError as e:
+        raise InputError(f"cannot read {text} ({e.strerror})") from e
 
 
 @functools.cache

@@ -94,6 +94,14 @@ def check_room(path: str | Path, size: int, what: str) -> None:
         )
 
 
+def remove_tree(folder: Path) -> None:
+    """Remove a folder with all that is in it, as far as that is possible."""
+    if isinstance(folder, ObjectPath):
+        folder.rmtree()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes that ask the same out of `folder` until the block ends.

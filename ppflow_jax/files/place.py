@@ -9,8 +9,8 @@ both sides, by other means:
 
 * Nothing half-written (`disk.atomic`). Local: a temporary name and a rename. Store: a file on this
   machine, then one upload; an object is there whole or not at all.
-* A folder counts when it is whole. Local: it is renamed. Store: its last object counts, `SHA256SUMS`
-  or a manifest, which is uploaded when all others are there.
+* A folder counts when it is whole. Local: it is renamed. Store: its last object counts,
+  `SHA256SUMS` or a manifest, which is uploaded when all others are there.
 * One writer (`disk.locked`). Local: `flock`. Store: a lease, an object that only one process can
   create, with a heartbeat (lease.py).
 * Damage is never used. Both: `SHA256SUMS` and sizes. Store: besides, every object that is read is

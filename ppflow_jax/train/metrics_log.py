@@ -19,8 +19,8 @@ class MetricWriter:
     """Scalars to `metrics.jsonl` and to TensorBoard event files.
 
     On resume, lines of steps after `step` are dropped, so that the file is that of one run. Only
-    process 0 reads and writes. Objects cannot grow: those of an object store are uploaded whole, now
-    and then, and by `flush`.
+    process 0 reads and writes. Objects cannot grow: those of an object store are uploaded whole,
+    now and then, and by `flush`.
     """
 
     def __init__(self, workdir: Path, step: int):
@@ -54,7 +54,7 @@ class MetricWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Upload what is new, if it is for an object store: before a checkpoint of its steps counts.
+        """Upload what is for an object store: before a checkpoint of these steps counts.
 
         Raises:
           OSError: the store does not take it.
