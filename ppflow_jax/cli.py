@@ -23,7 +23,14 @@ from ppflow_jax.errors import InputError, RunError, Stopped, check_address, chec
 
 # Flags (and arguments, by their name) that take gs:// and s3://
 STORES = {
-    "main": {"workdir", "config.init_from", "config.train.teacher"},
+    "main": {
+        "workdir",
+        "config.init_from",
+        "config.train.teacher",
+        "config.data.path",
+        "config.data.vae",
+    },
+    "prepare": {"out", "path", "vae", "fields"},
     "sample": {"checkpoint", "out", "noise", "requests", "weak", "plan", "decode"},
 }
 

@@ -70,6 +70,24 @@ def given(text: str) -> Path:
         raise InputError(f"cannot read {text} ({e.strerror})") from e
 
 
+@contextlib.contextmanager
+def borrowed(path: Path) -> Iterator[Path]:
+    """`path` itself, or a copy of an object on this machine while the block lasts.
+
+    Raises:
+      OSError: see `objects.ask`.
+    """
+    if not isinstance(path, ObjectPath):
+        yield path
+        return
+    copy = scratch(path.name)
+    path.download(copy)
+    try:
+        yield copy
+    finally:
+        copy.unlink(missing_ok=True)
+
+
 @functools.cache
 def local_file(path: Path) -> Path:
     """`path` itself, or a copy of an object on this machine, made once.

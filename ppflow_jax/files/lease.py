@@ -77,11 +77,8 @@ class Lease:
         return number + 1
 
     def _numbers(self) -> list[int]:
-        try:
-            found = (self.folder / FOLDER).iterdir()
-            return [int(path.name) for path in found if path.name.isdigit()]
-        except FileNotFoundError:
-            return []
+        found = (self.folder / FOLDER).iterdir()
+        return [int(path.name) for path in found if path.name.isdigit()]
 
     def _object(self, number: int) -> ObjectPath:
         return self.folder / FOLDER / f"{number:06d}"

@@ -37,7 +37,11 @@ _RATE = re.compile(r"rate|per minute|per second|reduce", re.I)  # a quota that i
 Answer = TypeVar("Answer")
 
 
-class Damaged(OSError):
+class StoreError(OSError):
+    """A store that refuses, or does not answer; `strerror` says what to do."""
+
+
+class Damaged(StoreError):
     """What was read is not what was written."""
 
 
@@ -128,8 +132,8 @@ def ask(url: str, request: Callable[[Any], Answer], missing: str = "not found") 
 
     Raises:
       FileNotFoundError, FileExistsError: as the store says.
-      PermissionError: no permission, or no credentials.
-      OSError: its errno is EDQUOT where a quota is full, EIO where the store does not answer.
+      StoreError: its errno is EACCES without permission or credentials, EDQUOT where a quota is
+        full, EIO where the store does not answer.
       InputError: see `filesystem`.
     """
     system = filesystem(scheme_of(url))
@@ -145,7 +149,7 @@ def ask(url: str, request: Callable[[Any], Answer], missing: str = "not found") 
             if found is not None:
                 raise found from e
             if attempt == TRIES:
-                raise OSError(
+                raise StoreError(
                     errno.EIO, f"the object store does not answer: {_words(e)}", url
                 ) from e
             RETRIES.add(_words(e))
@@ -153,29 +157,30 @@ def ask(url: str, request: Callable[[Any], Answer], missing: str = "not found") 
     raise AssertionError("unreachable")
 
 
-def _meaning(error: Exception, url: str) -> OSError | None:
+def _meaning(error: Exception, url: str) -> StoreError | None:
     """What an error is, in the words of this module; None if it is worth asking again."""
     code, text = _code(error), _words(error)
     kind = type(error).__name__
     if _QUOTA.search(text) and (code not in (429, 503) or not _RATE.search(text)):
-        return OSError(errno.EDQUOT, f"the quota of the object store is full: {text}", url)
+        return StoreError(errno.EDQUOT, f"the quota of the object store is full: {text}", url)
     if kind in ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError"):
         tool = "gcloud auth application-default login" if url[0] == "g" else "aws configure"
-        return PermissionError(errno.EACCES, f"no credentials: {tool}", url)
+        return StoreError(errno.EACCES, f"no credentials: {tool}", url)
     if isinstance(error, PermissionError) or code in (401, 403) or "Forbidden" in text:
-        return PermissionError(errno.EACCES, f"no permission: {text}", url)
+        return StoreError(errno.EACCES, f"no permission: {text}", url)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return StoreError(error.errno, f"{error.strerror} on this machine", url)
     if code in _BUSY or (code is None and _no_answer(error)):
         return None
     if isinstance(error, OSError) and error.errno in (errno.EBUSY, errno.EREMOTEIO):
         return None
-    return OSError(errno.EIO, text or kind, url)
+    return StoreError(errno.EIO, text or kind, url)
 
 
 def _no_answer(error: Exception) -> bool:
     """Whether the connection failed, and not what was asked."""
     modules = {cls.__module__.partition(".")[0] for cls in type(error).__mro__}
-    local = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS)
-    return not local and (
+    return (
         bool(modules & {"aiohttp", "requests", "botocore", "urllib3", "asyncio"})
         or isinstance(error, (ConnectionError, TimeoutError))
         or type(error).__name__ in ("FSTimeoutError", "ChecksumError")

@@ -119,8 +119,14 @@ class ObjectPath(PosixPath):
         yield from (child for child, _ in self.children())
 
     def children(self) -> list[tuple[ObjectPath, bool]]:
-        """What is in the folder, by one request, and whether each is a folder itself."""
-        found = ask(str(self), lambda system: system.ls(str(self), detail=True, refresh=True))
+        """What is in the folder, by one request, and whether each is a folder itself.
+
+        Nothing where nothing is: a folder that is to be written need not be made.
+        """
+        try:
+            found = ask(str(self), lambda system: system.ls(str(self), detail=True, refresh=True))
+        except FileNotFoundError:
+            return []
         names = {e["name"].rstrip("/").rpartition("/")[2]: e["type"] for e in found}
         names.pop("", None)
         if names == {self.name: "file"}:  # the listing of a file is that file
@@ -130,11 +136,7 @@ class ObjectPath(PosixPath):
     def glob(self, pattern: str, **_: Any) -> Iterator[ObjectPath]:
         if "/" in pattern or "**" in pattern:
             raise NotImplementedError(f"glob {pattern!r} in an object store")
-        try:
-            children = self.children()
-        except FileNotFoundError:
-            return
-        yield from (path for path, _ in children if fnmatch.fnmatchcase(path.name, pattern))
+        yield from (path for path, _ in self.children() if fnmatch.fnmatchcase(path.name, pattern))
 
     def rglob(self, pattern: str, **_: Any) -> Iterator[ObjectPath]:
         """Files only: there are no folders without them."""

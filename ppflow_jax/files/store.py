@@ -27,8 +27,8 @@ from ppflow_jax.errors import InputError
 from ppflow_jax.files import checksums
 from ppflow_jax.files.copies import copied, here, upload_folder
 from ppflow_jax.files.disk import writable_directory
-from ppflow_jax.files.objects import Damaged
-from ppflow_jax.files.place import SCHEMES, ObjectPath, place
+from ppflow_jax.files.objects import Damaged, StoreError
+from ppflow_jax.files.place import ObjectPath, place
 from ppflow_jax.files.scratch import scratch
 
 FOLDER = "checkpoints"
@@ -86,8 +86,8 @@ def readable(path: Path) -> Iterator[None]:
     # Orbax and TensorStore report damage with many exception types.
     try:
         yield
-    except OSError as e:
-        if not _of_a_store(e) or isinstance(e, (FileNotFoundError, Damaged)):
+    except StoreError as e:
+        if isinstance(e, Damaged):
             raise _damaged(path, e) from e
         raise InputError(f"cannot read checkpoint {path} ({e.strerror})") from e
     except Exception as e:
@@ -101,13 +101,9 @@ def _damaged(path: Path, error: Exception) -> InputError:
     )
 
 
-def _of_a_store(error: BaseException) -> bool:
-    return isinstance(error, OSError) and str(error.filename or "").startswith(SCHEMES)
-
-
 def reason(error: BaseException) -> str:
     """The telling part of an exception: TensorStore puts the system's words last."""
-    if _of_a_store(error):
+    if isinstance(error, StoreError):
         return error.strerror
     text = str(error).strip().rsplit('": ', 1)[-1]
     return text.splitlines()[0][:200] if text else type(error).__name__

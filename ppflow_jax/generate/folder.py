@@ -28,6 +28,7 @@ from ppflow_jax.errors import InputError
 from ppflow_jax.files.arrays import load_array, rows_of
 from ppflow_jax.files.copies import local_file
 from ppflow_jax.files.disk import atomic, remove_tree, writable_directory
+from ppflow_jax.files.objects import StoreError
 from ppflow_jax.files.place import ObjectPath, place
 from ppflow_jax.files.shards import Shards
 
@@ -196,11 +197,9 @@ class SampleFolder:
             return True
         try:
             found = [rows_of(self._file(shard, kind)) for kind in kinds]
-        except (ValueError, EOFError, FileNotFoundError):
-            return False
-        except OSError:
-            if isinstance(self.path, ObjectPath):
-                raise
+        except StoreError:
+            raise
+        except (OSError, ValueError, EOFError):
             return False
         whole = all(rows == len(self.shards.records(shard)) for rows in found)
         if whole and isinstance(self.path, ObjectPath):  # where asking takes long

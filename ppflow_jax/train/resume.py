@@ -20,7 +20,7 @@ CONFIG = "config.json"
 # the data is, `trained_on` knows. All other settings must stay as they are.
 FREE = (
     *("init_from", "sample", "eval", "mesh", "model.attention", "model.remat"),
-    *("data.path", "data.vae", "data.workers", "data.unreadable"),
+    *("data.path", "data.vae", "data.workers", "data.unreadable", "data.stage"),
     *("train.accumulate", "train.log_every", "train.save_every", "train.keep"),
 )
 # Settings that are younger than some runs, with the value that those had.
@@ -39,6 +39,7 @@ BEFORE = {
     "train.teacher": "",
     "data.fields": [],
     "train.phases": [],
+    "data.stage": "",
 }
 _DATA = "trained_on."
 _LABELS = "trained_on.labels."  # follow from the rest of the data's identity
