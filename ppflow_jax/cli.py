@@ -23,15 +23,18 @@ from ppflow_jax.errors import InputError, RunError, Stopped, check_address, chec
 
 # Flags (and arguments, by their name) that take gs:// and s3://
 STORES = {
-    "main": {
-        "workdir",
-        "config.init_from",
-        "config.train.teacher",
-        "config.data.path",
-        "config.data.vae",
-    },
+    "main": {"workdir"}
+    | {f"config.{name}" for name in ("init_from", "train.teacher", "data.path", "data.vae")}
+    | {f"config.{name}" for name in ("sample.decode", "eval.decode")}
+    | {f"config.{name}" for name in ("eval.features", "eval.reference")},
+    "convert": {"source", "target", "vae_config"},
+    "evaluate": {"samples", "reference", "checkpoint", "features", "decode", "plan", "out"},
     "prepare": {"out", "path", "vae", "fields"},
+    "probe": {"checkpoint", "out", "path", "vae"},
+    "report": {"RUN...", "out", "decode"},
     "sample": {"checkpoint", "out", "noise", "requests", "weak", "plan", "decode"},
+    "serve": {"checkpoint", "decode", "plan"},
+    "tune": {"checkpoint", "out", "calibration", "data"},
 }
 
 

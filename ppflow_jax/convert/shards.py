@@ -17,6 +17,7 @@ from ppflow_jax.files.place import place as place_of
 from ppflow_jax.files.scratch import scratch
 
 INDEX = ".index.json"
+CONFIG = "config.json"  # of an AutoencoderKL, beside its weights
 _ENDINGS = (".safetensors", ".bin", ".pt", ".pth")  # in the order of preference
 _LONGEST_INDEX = 64 * 2**20
 
@@ -39,16 +40,21 @@ def find_weights(folder: str | os.PathLike[str]) -> Path | None:
 
 
 def on_disk(path: Path) -> Path:
-    """A file of weights on this machine; of an index in an object store the files it lists too.
+    """A file of weights on this machine, with a config.json that lies beside it in an object store;
+    of an index there the files it lists too.
 
     Raises:
       InputError: it cannot be read.
     """
-    if not isinstance(path, ObjectPath) or not path.name.endswith(INDEX):
-        return given(str(path))
-    folder = scratch()
+    if not isinstance(path, ObjectPath):
+        return path
+    folder, names = scratch(), [path.name]
     try:
-        for name in (path.name, *dict.fromkeys(_weight_map(given(str(path))).values())):
+        if path.name.endswith(INDEX):
+            names += dict.fromkeys(_weight_map(given(str(path))).values())
+        if path.with_name(CONFIG).is_file():
+            names.append(CONFIG)
+        for name in names:
             path.with_name(name).download(folder / name)
     except OSError as e:
         raise InputError(f"cannot read {e.filename} ({e.strerror}), of {path}") from e

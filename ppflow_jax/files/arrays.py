@@ -20,7 +20,7 @@ def load_array(path: Path) -> np.ndarray:
     """
     if isinstance(path, ObjectPath):
         return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
-    return np.load(path)
+    return np.load(path, allow_pickle=False)
 
 
 def rows_of(path: Path) -> int:

@@ -50,6 +50,11 @@ def place(path: str | Path) -> Path:
     return ObjectPath(text)
 
 
+def lexical(path: str) -> Path:
+    """`path` made absolute without following links, or an `ObjectPath`."""
+    return place(path if is_object(path) else os.path.abspath(path))
+
+
 def is_object(path: str | Path) -> bool:
     """Whether it is an address in an object store."""
     return os.fspath(path).startswith(SCHEMES)

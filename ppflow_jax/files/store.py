@@ -200,7 +200,11 @@ def check_new(target: str | Path) -> Path:
     if isinstance(target, ObjectPath):
         writable_directory(target)
         begun = target / FOLDER  # by a killed command: without checksums it does not count
-        if steps_in(begun) or not all(p.is_relative_to(begun) for p in target.rglob("*")):
+        if (
+            target.is_file()
+            or steps_in(begun)
+            or not all(p.is_relative_to(begun) for p in target.rglob("*"))
+        ):
             raise InputError(f"{target} exists: give a --target that does not, or remove it")
         return target
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
