@@ -31,11 +31,16 @@ STORES = {
     "evaluate": {"samples", "reference", "checkpoint", "features", "decode", "plan", "out"},
     "prepare": {"out", "path", "vae", "fields"},
     "probe": {"checkpoint", "out", "path", "vae"},
+    "push": {"RUN hf:OWNER/REPO"},
     "report": {"RUN...", "out", "decode"},
     "sample": {"checkpoint", "out", "noise", "requests", "weak", "plan", "decode"},
     "serve": {"checkpoint", "decode", "plan"},
     "tune": {"checkpoint", "out", "calibration", "data"},
 }
+# and those that take weights of the hub, hf:
+WEIGHTS = {"config.init_from", "config.train.teacher", "config.data.vae", "config.sample.decode"}
+WEIGHTS |= {"config.eval.decode", "config.eval.features"}
+WEIGHTS |= {"checkpoint", "weak", "source", "decode", "vae", "fields", "features"}
 
 
 def run(main: Callable[..., None], required: tuple[str, ...] = (), positional: str = "") -> None:
@@ -101,10 +106,12 @@ def _parse(program: str, required: tuple[str, ...], positional: str) -> list[str
     try:
         for argument in sys.argv[1:]:
             name, equals, value = argument.partition("=")
+            flag = name.lstrip("-") if equals else positional
             check_address(
                 value if equals else argument,
                 name if equals else "argument",
-                _takes_stores(program, name.lstrip("-") if equals else positional),
+                flag in STORES.get(program, ()),
+                _reads_hub(program, flag),
             )
     except InputError as e:
         _fail(program, e, 1)
@@ -126,8 +133,10 @@ def _parse(program: str, required: tuple[str, ...], positional: str) -> list[str
         _fail(program, str(e).strip().splitlines()[-1] if "Traceback" in str(e) else e, 2)
 
 
-def _takes_stores(program: str, name: str) -> bool:
-    return name in STORES.get(program, ())
+def _reads_hub(program: str, flag: str) -> bool:
+    if program == "push":
+        return flag == "RUN hf:OWNER/REPO"
+    return flag in WEIGHTS and (program, flag) not in (("prepare", "source"), ("probe", "source"))
 
 
 def _unknown_key(arguments: list[str]) -> str:
@@ -234,7 +243,8 @@ def _check_flags() -> None:
         if name == "--config.seed":
             check_seed(value, name)
         elif isinstance(value, str):
-            check_address(value, name, name.removeprefix("--") in STORES["main"])
+            flag = name.removeprefix("--")
+            check_address(value, name, flag in STORES["main"], flag in WEIGHTS)
 
 
 def numbers(name: str, texts: list[str]) -> tuple[float, ...]:

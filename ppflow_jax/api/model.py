@@ -218,7 +218,7 @@ class Model:
         """
         if not isinstance(decode, str):
             raise InputError(f"decode={decode!r}: write none, vae:DIR or taesd:DIR")
-        check_address(decode, "decode", stores=True)
+        check_address(decode, "decode", stores=True, hub=True)
         size = whole("microbatch", microbatch)
 
         def make() -> Generator:

@@ -26,6 +26,7 @@ from ppflow_jax.convert.reading import Reading, read_model
 from ppflow_jax.convert.shards import find_weights, on_disk
 from ppflow_jax.convert.source import Source, open_source
 from ppflow_jax.errors import InputError
+from ppflow_jax.files.hub import fetched, is_hub
 from ppflow_jax.files.place import place
 from ppflow_jax.files.store import check_new, find_checkpoint
 from ppflow_jax.metrics.networks import save_inception
@@ -72,10 +73,10 @@ def convert() -> None:
 
 def _weights_path(source: str) -> str | None:
     """The file or index of weights; None for a folder without one, such as a checkpoint."""
-    path = place(source)
+    path = fetched(source) if is_hub(source) else place(source)
     if not path.is_dir():
         return str(on_disk(path))
-    found = find_weights(source)
+    found = find_weights(path)
     return str(on_disk(found)) if found else None
 
 

@@ -27,6 +27,7 @@ from ppflow_jax.errors import InputError
 from ppflow_jax.files import checksums
 from ppflow_jax.files.copies import copied, here, upload_folder
 from ppflow_jax.files.disk import writable_directory
+from ppflow_jax.files.hub import fetched, is_hub
 from ppflow_jax.files.objects import Damaged, StoreError
 from ppflow_jax.files.place import ObjectPath, place
 from ppflow_jax.files.scratch import scratch
@@ -125,7 +126,7 @@ def find_checkpoint(path: str | Path) -> Path:
     Raises:
       InputError: there is none.
     """
-    path = place(path).absolute()
+    path = fetched(path) if is_hub(path) else place(path).absolute()
     for folder in (path / FOLDER, path):
         if steps := steps_in(folder):
             return folder / str(steps[-1])
