@@ -26,8 +26,11 @@ GRID = "samples.png"
 _REPLACED = (f"{FOLDER}/*", f"{EVALUATIONS}/*", OWN, GRID)  # by every push
 
 
-def publish(run: Run, target: str) -> str:
+def publish(run: Run, target: str, private: bool = False) -> str:
     """Upload `run` to `target`, hf:OWNER/REPO, and say where it is.
+
+    Args:
+      private: of a repository that is not there yet.
 
     Raises:
       InputError: not a repository, or one that cannot be written; a damaged run.
@@ -39,7 +42,7 @@ def publish(run: Run, target: str) -> str:
     write_folder(run, address.repo, folder)
     with one_line(target):
         client = hub.HfApi()
-        client.create_repo(address.repo, exist_ok=True)
+        client.create_repo(address.repo, private=private, exist_ok=True)
         commit = client.upload_folder(
             repo_id=address.repo,
             folder_path=str(folder),

@@ -7,8 +7,12 @@ one of `hf auth login`, or HF_TOKEN. Folders of this machine are not named in wh
 
 from __future__ import annotations
 
+from absl import flags
+
 from ppflow_jax import cli
 from ppflow_jax.errors import InputError
+
+_PRIVATE = flags.DEFINE_bool("private", False, "Make the repository private, if it is made now.")
 
 
 def main(arguments: list[str]) -> None:
@@ -17,7 +21,7 @@ def main(arguments: list[str]) -> None:
     from ppflow_jax.report.publish import publish
     from ppflow_jax.report.run import open_runs
 
-    print(publish(open_runs(arguments[:1])[0], arguments[1]))
+    print(publish(open_runs(arguments[:1])[0], arguments[1], _PRIVATE.value))
 
 
 if __name__ == "__main__":

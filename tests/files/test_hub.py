@@ -16,6 +16,8 @@ def hub(tmp_path, monkeypatch):
     """A server, a cache of its own, and a token in the environment of those that ask for it."""
     with fake_hub.hub() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        files = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.delenv("HF_TOKEN", raising=False)
         hubs.fetched.cache_clear()
