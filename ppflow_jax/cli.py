@@ -104,8 +104,11 @@ def _answer(main: Callable[..., None], required: tuple[str, ...]) -> None:
 def _parse(program: str, required: tuple[str, ...], positional: str) -> list[str]:
     """Set the flags; the program and the arguments that are none come back."""
     try:
+        before = ""
         for argument in sys.argv[1:]:
             name, equals, value = argument.partition("=")
+            if not equals and before.startswith("-") and "=" not in before:  # --name value
+                name, equals, value = before, "=", argument
             flag = name.lstrip("-") if equals else positional
             check_address(
                 value if equals else argument,
@@ -113,6 +116,7 @@ def _parse(program: str, required: tuple[str, ...], positional: str) -> list[str
                 flag in STORES.get(program, ()),
                 _reads_hub(program, flag),
             )
+            before = argument
     except InputError as e:
         _fail(program, e, 1)
     try:

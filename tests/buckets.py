@@ -49,6 +49,8 @@ def gcs(*, reached_at: str | None = None, port: int | None = None) -> Iterator[d
         yield {
             "STORAGE_EMULATOR_HOST": url,
             "FSSPEC_GCS_TOKEN": "anon",
+            "TENSORSTORE_GCS_HTTP_URL": url,
+            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x",  # of TensorStore
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # else gcsfs waits for a minute
         }
 

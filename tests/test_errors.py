@@ -56,6 +56,9 @@ def test_paths(text):
     [
         ("main", ["--config=configs/digits.py", "--workdir=gs:/bucket/run"]),
         ("main", ["--config=configs/digits.py", "--workdir=x", "--config.seed=-1"]),
+        ("main", ["--config=configs/digits.py", "--workdir", "hdfs://b/run"]),
+        ("sample", ["--checkpoint=x", "--out=hf:owner/repo"]),
+        ("bench", ["--json", "gs://bucket/x.json"]),
         ("main", ["--config=configs/digits.py", "--workdir=x", "--config.data.path=hf://a"]),
         ("sample", ["--checkpoint=x", "--out=x", "--seed=4294967296"]),
         ("sample", ["--checkpoint=x", "--out=x", "--decode=vae:s3://b/vae"]),

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
@@ -26,17 +27,19 @@ class Checkpoints:
     """The checkpoints of one workdir, saved in the background, the newest `keep` kept.
 
     Those of an object store are written on this machine first, and uploaded in the background.
+    Several processes, which have no disk in common, write theirs to `gs://` by TensorStore.
     """
 
     def __init__(self, workdir: Path, card: Card, *, keep: int):
         self.card = card
         self.folder, self._keep = workdir / FOLDER, keep
-        self._uploads = isinstance(self.folder, ObjectPath)
+        self._remote = isinstance(self.folder, ObjectPath)
+        self._uploads = self._remote and jax.process_count() == 1
         self._written_in = scratch(FOLDER) if self._uploads else self.folder
         self._saving = 0
         _one_line_for_a_failed_write()
         self.manager = ocp.CheckpointManager(
-            self._written_in,
+            str(self._written_in) if self._remote else self._written_in,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=1 if self._uploads else keep,
                 enable_async_checkpointing=True,
@@ -82,7 +85,7 @@ class Checkpoints:
         path = self.folder / str(step)
         with _saying_what_is_intact(self.folder, step):
             verify(path, together=True)
-        if self._uploads:
+        if self._remote:
             with readable(path), here(path) as folder:
                 return ocp.StandardCheckpointer().restore(folder / "state", abstract)
         with readable(path):
@@ -107,6 +110,9 @@ class Checkpoints:
     def _seal(self) -> None:
         # Orbax calls this in process 0, in the background, when all hosts have written and
         # before it renames the folder.
+        if self._remote and not self._uploads:  # where nothing is renamed
+            checksums.write(self.folder / str(self._saving), exempt=EXEMPT)
+            return
         folder = self._written_in / f"{self._saving}{ocp.utils.TMP_DIR_SUFFIX}"
         checksums.write(folder, exempt=EXEMPT)
         if self._uploads:

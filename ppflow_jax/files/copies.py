@@ -114,6 +114,8 @@ def copied(path: ObjectPath) -> Path:
     """
     if str(path) not in _copies:
         folder, sums = scratch(path.name), checksums.read(path)
+        if odd := [name for name in sums if name[:1] in ("", "/") or ".." in name.split("/")]:
+            raise ValueError(f"{checksums.NAME} names {odd[0]!r}, which is not in the folder")
         if bad := download_folder(path, folder, sums):
             shutil.rmtree(folder, ignore_errors=True)
             raise ValueError(f"{bad[0]} is not as it was written: see {checksums.NAME}")

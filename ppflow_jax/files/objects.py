@@ -100,6 +100,8 @@ def _filesystem(scheme: str, process: int) -> Any:
         )
     import fsspec
 
+    # Orbax's file systems too: other processes write what these list
+    fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
     if scheme == "gs":
         made = fsspec.filesystem("gcs", use_listings_cache=False, consistency="md5")
     else:  # its own retries are not counted, ours are

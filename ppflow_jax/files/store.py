@@ -24,9 +24,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from ppflow_jax.errors import InputError
-from ppflow_jax.files import checksums
+from ppflow_jax.files import checksums, lease
 from ppflow_jax.files.copies import copied, here, upload_folder
-from ppflow_jax.files.disk import writable_directory
+from ppflow_jax.files.disk import locked, writable_directory
 from ppflow_jax.files.hub import fetched, is_hub
 from ppflow_jax.files.objects import Damaged, StoreError
 from ppflow_jax.files.place import ObjectPath, place
@@ -200,12 +200,10 @@ def check_new(target: str | Path) -> Path:
     target = place(target).absolute()
     if isinstance(target, ObjectPath):
         writable_directory(target)
-        begun = target / FOLDER  # by a killed command: without checksums it does not count
-        if (
-            target.is_file()
-            or steps_in(begun)
-            or not all(p.is_relative_to(begun) for p in target.rglob("*"))
-        ):
+        # What a killed command has left there: without checksums it does not count
+        begun = (target / FOLDER, target / lease.FOLDER)
+        others = (p for p in target.rglob("*") if not any(map(p.is_relative_to, begun)))
+        if target.is_file() or steps_in(begun[0]) or any(True for _ in others):
             raise InputError(f"{target} exists: give a --target that does not, or remove it")
         return target
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
@@ -256,10 +254,14 @@ def write_checkpoint(target: str | Path, state: Any, values: dict[str, Any]) -> 
         manager.close()
         checksums.write(partial / FOLDER / "0", exempt=EXEMPT)
         if isinstance(target, ObjectPath):
-            (target / FOLDER).rmtree()
-            upload_folder(partial / FOLDER / "0", target / FOLDER / "0", checksums.NAME)
+            with locked(target):
+                check_new(target)  # which another may have been faster to write
+                (target / FOLDER).rmtree()
+                upload_folder(partial / FOLDER / "0", target / FOLDER / "0", checksums.NAME)
             return
         os.replace(partial, target)  # an empty folder is replaced, any other is not
+    except InputError:
+        raise
     except Exception as e:  # TensorStore reports a full disk as a ValueError, among others
         raise InputError(f"cannot write {target} ({reason(e)}): is the disk full?") from e
     finally:

@@ -29,10 +29,10 @@ def tried_store(workdir: str) -> Path | None:
     """
     if not is_object(workdir):
         return None
-    if jax.process_count() > 1:
+    if jax.process_count() > 1 and not workdir.startswith("gs://"):
         raise InputError(
-            f"{workdir}: {jax.process_count()} processes cannot write checkpoints to an object "
-            "store together: mount it (gcsfuse, mount-s3) and give the folder"
+            f"{workdir}: {jax.process_count()} processes cannot write checkpoints to s3:// "
+            "together: mount the bucket (mount-s3) and give the folder"
         )
     return writable_directory(workdir)
 

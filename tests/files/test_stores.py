@@ -12,10 +12,17 @@ import pytest
 
 from ppflow_jax.data import ranged
 from ppflow_jax.errors import InputError, RunError
-from ppflow_jax.files import lease, objects
+from ppflow_jax.files import copies, lease, objects
 from ppflow_jax.files.disk import atomic, locked, writable_directory
 from ppflow_jax.files.objects import Damaged, StoreError
 from ppflow_jax.files.place import ObjectPath, place
+from ppflow_jax.files.store import (
+    find_checkpoint,
+    load_stored,
+    steps_in,
+    stored_tree,
+    write_checkpoint,
+)
 from tests import buckets, commands
 
 
@@ -167,6 +174,24 @@ def test_what_passes_is_asked_again_and_counted(gs, monkeypatch, error, capsys):
     left = [error] * objects.TRIES
     with pytest.raises(StoreError, match="does not answer"):
         objects.ask(str(gs), request)
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/../../x"])
+def test_checksums_that_name_files_elsewhere_are_refused(gs, name):
+    (gs / "SHA256SUMS").write_text(f"{'0' * 64}  {name}\n")
+    with pytest.raises(ValueError, match="which is not in the folder"):
+        copies.copied(gs)
+
+
+def test_a_checkpoint_is_written_once(gs):
+    write_checkpoint(gs, {"x": np.arange(3)}, {"a": 1})
+    with pytest.raises(InputError, match="exists: give a --target"):
+        write_checkpoint(gs, {"x": np.arange(3)}, {"a": 1})
+    (gs / "checkpoints" / "0" / "SHA256SUMS").unlink()  # as a killed command leaves it
+    assert steps_in(gs / "checkpoints") == []
+    write_checkpoint(gs, {"x": np.arange(4)}, {"a": 1})
+    path = find_checkpoint(gs)
+    assert len(load_stored(path, stored_tree(path))["x"]) == 4
 
 
 def test_a_missing_package_is_one_line(monkeypatch):
