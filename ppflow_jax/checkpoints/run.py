@@ -20,7 +20,16 @@ from ppflow_jax.files import checksums, lease
 from ppflow_jax.files.copies import upload_folder
 from ppflow_jax.files.place import ObjectPath
 from ppflow_jax.files.scratch import scratch
-from ppflow_jax.files.store import EXEMPT, FOLDER, here, readable, reason, steps_in, verify
+from ppflow_jax.files.store import (
+    COMMITTED,
+    EXEMPT,
+    FOLDER,
+    here,
+    readable,
+    reason,
+    steps_in,
+    verify,
+)
 
 
 class Checkpoints:
@@ -124,6 +133,7 @@ class Checkpoints:
         lease.check(target)
         target.rmtree()  # what a killed run was writing
         upload_folder(folder, target, checksums.NAME)
+        (target / COMMITTED).write_text("")  # else Orbax in several processes removes the step
         newest = [str(step) for step in steps_in(self.folder)[-self._keep :]]
         for path, _ in self.folder.children():
             if path.name.isdigit() and path.name not in newest:

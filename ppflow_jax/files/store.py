@@ -39,7 +39,8 @@ CONFIG = "config/metadata"
 
 
 # Orbax's times and handler names, completed after the checksums; no reading depends on them.
-EXEMPT = ("_CHECKPOINT_METADATA", "commit_success.txt")
+COMMITTED = "commit_success.txt"  # Orbax writes it last
+EXEMPT = ("_CHECKPOINT_METADATA", COMMITTED)
 
 
 def digest(path: str | Path) -> str:

@@ -138,6 +138,53 @@ def train_killed(scene: Scene, kills: int) -> None:
     scene.row("train, SIGKILL", total, True, f"{number} runs, same bits; continued from {steps}")
 
 
+def train_two(scene: Scene, kills: int) -> None:
+    """Two processes, one of which is killed, against two on a disk."""
+    if scene.faults is None:  # s3 refuses several processes
+        return
+    disk, store = str(scene.out / "disk-two"), f"{scene.bucket}/two"
+    if both(scene, "disk-two", *TRAIN, f"--workdir={disk}"):
+        scene.row("train, two processes", 0, False, "on the disk")
+        return
+    begun, done = time.monotonic(), 0
+    for _ in range(kills):
+        first = place(store) / "checkpoints" / f"{6 * (done + 1)}" / "SHA256SUMS"
+        processes = started(scene, "two", *TRAIN, f"--workdir={store}")
+        while all(p.poll() is None for p in processes) and not first.is_file():
+            time.sleep(0.1)
+        time.sleep(scene.random.uniform(0, 1))
+        done += processes[1].poll() is None
+        processes[1].kill()
+        for p in processes:
+            p.wait(600)
+    code = both(scene, "two", *TRAIN, f"--workdir={store}")
+    whole, ours = (final_state(place(path)) for path in (disk, store)) if not code else ({}, {})
+    different = [k for k in whole if not np.array_equal(whole[k], ours.get(k))]
+    good = not code and not different and done == kills
+    text = f"exit code {code}, different: {different}, {time.monotonic() - begun:.0f} s"
+    scene.row("train, one of two processes killed", done, good, "same bits" if good else text)
+
+
+def started(scene: Scene, log: str, *command: str) -> list[subprocess.Popen]:
+    """A command in two processes."""
+    port = buckets.free_port()
+    return [
+        scene.start(
+            f"{log}-{k}",
+            *command,
+            JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
+            JAX_NUM_PROCESSES="2",
+            JAX_PROCESS_ID=str(k),
+        )
+        for k in range(2)
+    ]
+
+
+def both(scene: Scene, log: str, *command: str) -> int:
+    """Its exit code."""
+    return max(abs(p.wait(1200)) for p in started(scene, log, *command))
+
+
 def train_faulty(scene: Scene) -> None:
     if scene.faults is None:
         return
@@ -173,19 +220,9 @@ def sampled(scene: Scene, num: int) -> None:
     if not code and done < 3:
         code = "too few kills"
     _same_samples(scene, "sample, SIGKILL", done, out, code)
-    out, port = f"{scene.bucket}/samples-two", buckets.free_port()
-    two = [
-        scene.start(
-            f"samples-two-{k}",
-            *args,
-            f"--out={out}",
-            JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
-            JAX_NUM_PROCESSES="2",
-            JAX_PROCESS_ID=str(k),
-        )
-        for k in range(2)
-    ]
-    _same_samples(scene, "sample, two processes", 2, out, max(p.wait(1200) for p in two))
+    out = f"{scene.bucket}/samples-two"
+    code = both(scene, "samples-two", *args, f"--out={out}")
+    _same_samples(scene, "sample, two processes", 2, out, code)
 
 
 def _shards(out: str) -> int:
@@ -320,6 +357,7 @@ def scenario(args: argparse.Namespace, bucket: str, env: dict[str, str], faults)
     print(f"on the disk: {scene.seconds:.0f} s", flush=True)
     todo: dict[str, Callable[[], None]] = {
         "train": lambda: train_killed(scene, args.kills),
+        "two": lambda: train_two(scene, 2),
         "faulty": lambda: train_faulty(scene),
         "sample": lambda: sampled(scene, args.num),
         "prepare": lambda: prepared(scene, 3),
