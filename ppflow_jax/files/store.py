@@ -38,8 +38,8 @@ FOLDER = "checkpoints"
 CONFIG = "config/metadata"
 
 
-# Orbax's times and handler names, completed after the checksums; no reading depends on them.
 COMMITTED = "commit_success.txt"  # Orbax writes it last
+# With its times and handler names, completed after the checksums; no reading depends on them.
 EXEMPT = ("_CHECKPOINT_METADATA", COMMITTED)
 
 
