@@ -63,7 +63,7 @@ def s3() -> Iterator[dict[str, str]]:
     with _running(command, url):
         ask(f"{url}/{BUCKET}", b"", {}, "PUT")
         yield {
-            "FSSPEC_S3_ENDPOINT_URL": url,
+            "AWS_ENDPOINT_URL": url,
             "AWS_ACCESS_KEY_ID": "key",
             "AWS_SECRET_ACCESS_KEY": "secret",
             "AWS_DEFAULT_REGION": "us-east-1",
@@ -75,13 +75,15 @@ def _running(command: list[str], url: str) -> Iterator[None]:
     quiet = subprocess.DEVNULL
     process = subprocess.Popen(command, stdout=quiet, stderr=quiet)
     try:
-        for _ in range(200):
+        for left in reversed(range(600)):
             if process.poll() is not None:
                 raise RuntimeError(f"{command[0]} ended with {process.returncode}")
             try:
                 ask(url)
                 break
             except (urllib.error.URLError, ConnectionError):
+                if not left:
+                    raise
                 time.sleep(0.1)
         yield
     finally:

@@ -81,7 +81,7 @@ def filesystem(scheme: str) -> Any:
     """The file system of fsspec for a scheme; listings are never remembered.
 
     Credentials and addresses are those of the cloud's own tools, and of fsspec's configuration
-    (`FSSPEC_GCS_TOKEN`, `FSSPEC_S3_ENDPOINT_URL`, ...).
+    (`AWS_ENDPOINT_URL`, `FSSPEC_GCS_TOKEN`, ...).
 
     Raises:
       InputError: its package is not installed.
