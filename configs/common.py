@@ -66,6 +66,7 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.data.space = "latents"  # latents or pixels
     c.data.vae = ""  # vae:DIR or taesd:DIR, encodes pictures in every step; must be a cache's own
     c.data.flip = True  # mirror pictures (cache: of --flips=both) with probability 1/2 every visit
+    c.data.stage = ""  # folder for copies of a cache in gs:// or s3://; empty: read by ranges
     c.data.unreadable = "error"  # or skip: the next picture stands in, and the name is printed
     c.data.workers = 0  # reading processes; 0: threads, enough for caches, arrays and digits
     c.data.split = "train"  # of tfds

@@ -27,6 +27,7 @@ COMMANDS = {
     "tune": ("tune", "fit a sampling plan to a model: fewer steps for the same error"),
     "serve": ("serve", "pictures over HTTP, and a page to play with"),
     "report": ("report", "one HTML page of one or several runs"),
+    "push": ("report.push", "publish a run on the Hugging Face hub, with a page about it"),
     "bench": ("bench", "time training steps and sampling with random weights"),
 }
 

@@ -19,7 +19,28 @@ from absl import flags
 from ml_collections import ConfigDict
 
 import ppflow_jax
-from ppflow_jax.errors import InputError, RunError, Stopped, check_local, check_seed
+from ppflow_jax.errors import InputError, RunError, Stopped, check_address, check_seed
+
+# Flags (and arguments, by their name) that take gs:// and s3://
+STORES = {
+    "main": {"workdir"}
+    | {f"config.{name}" for name in ("init_from", "train.teacher", "data.path", "data.vae")}
+    | {f"config.{name}" for name in ("sample.decode", "eval.decode")}
+    | {f"config.{name}" for name in ("eval.features", "eval.reference")},
+    "convert": {"source", "target", "vae_config"},
+    "evaluate": {"samples", "reference", "checkpoint", "features", "decode", "plan", "out"},
+    "prepare": {"out", "path", "vae", "fields"},
+    "probe": {"checkpoint", "out", "path", "vae"},
+    "push": {"RUN hf:OWNER/REPO"},
+    "report": {"RUN...", "out", "decode"},
+    "sample": {"checkpoint", "out", "noise", "requests", "weak", "plan", "decode"},
+    "serve": {"checkpoint", "decode", "plan"},
+    "tune": {"checkpoint", "out", "calibration", "data"},
+}
+# and those that take weights of the hub, hf:
+WEIGHTS = {"config.init_from", "config.train.teacher", "config.data.vae", "config.sample.decode"}
+WEIGHTS |= {"config.eval.decode", "config.eval.features"}
+WEIGHTS |= {"checkpoint", "weak", "source", "decode", "vae", "fields", "features"}
 
 
 def run(main: Callable[..., None], required: tuple[str, ...] = (), positional: str = "") -> None:
@@ -83,9 +104,19 @@ def _answer(main: Callable[..., None], required: tuple[str, ...]) -> None:
 def _parse(program: str, required: tuple[str, ...], positional: str) -> list[str]:
     """Set the flags; the program and the arguments that are none come back."""
     try:
+        before = ""
         for argument in sys.argv[1:]:
             name, equals, value = argument.partition("=")
-            check_local(value if equals else argument, name if equals else "argument")
+            if not equals and before.startswith("-") and "=" not in before:  # --name value
+                name, equals, value = before, "=", argument
+            flag = name.lstrip("-") if equals else positional
+            check_address(
+                value if equals else argument,
+                name if equals else "argument",
+                flag in STORES.get(program, ()),
+                _reads_hub(program, flag),
+            )
+            before = argument
     except InputError as e:
         _fail(program, e, 1)
     try:
@@ -104,6 +135,12 @@ def _parse(program: str, required: tuple[str, ...], positional: str) -> list[str
     except (flags.Error, TypeError, ValueError, ImportError, OSError) as e:
         # absl quotes the whole traceback of a config file that raised: its last line says why
         _fail(program, str(e).strip().splitlines()[-1] if "Traceback" in str(e) else e, 2)
+
+
+def _reads_hub(program: str, flag: str) -> bool:
+    if program == "push":
+        return flag == "RUN hf:OWNER/REPO"
+    return flag in WEIGHTS and (program, flag) not in (("prepare", "source"), ("probe", "source"))
 
 
 def _unknown_key(arguments: list[str]) -> str:
@@ -210,7 +247,8 @@ def _check_flags() -> None:
         if name == "--config.seed":
             check_seed(value, name)
         elif isinstance(value, str):
-            check_local(value, name)
+            flag = name.removeprefix("--")
+            check_address(value, name, flag in STORES["main"], flag in WEIGHTS)
 
 
 def numbers(name: str, texts: list[str]) -> tuple[float, ...]:

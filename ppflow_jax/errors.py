@@ -7,7 +7,10 @@ import re
 
 import numpy as np
 
+EXTRAS = {"gs": "gcs", "s3": "s3"}  # object stores, and what pip calls that which reads them
+HUB = "hf:"  # what addresses on the Hugging Face hub begin with
 SEEDS = 2**32  # the key of a seed takes 32 bits of it
+_ON_HUB = re.compile(r"(?:^|[:,=])hf:(?!/)")
 _SCHEME = re.compile(r"(?:^|[:,=])([A-Za-z][A-Za-z0-9+.-]+)://")
 # With one slash too: what a typing error or a path library leaves of an address
 _KNOWN = re.compile(r"(?:^|[:,=])(gs|s3|r2|hf|hdfs|az|abfss?|https?|ftp|file):/")
@@ -39,14 +42,32 @@ def stream_seed(seed: int, stream: int) -> np.uint32:
     return np.uint32((seed + stream) % SEEDS)
 
 
-def check_local(text: str, name: str) -> None:
+def check_address(text: str, name: str, stores: bool, hub: bool = False) -> None:
     """
+    Args:
+      stores: whether `name` takes addresses in an object store.
+      hub: whether it takes weights of the Hugging Face hub.
+
     Raises:
-      InputError: the address of a remote store, which would become a local folder of that name.
+      InputError: an address that is not supported, which would become a local folder of that name.
     """
-    if found := _SCHEME.search(text) or _KNOWN.search(text):
-        scheme = found[1]
-        do = "leave it out" if scheme == "file" else "copy the data here, or mount the store"
+    if _ON_HUB.search(text) and not hub:
         raise InputError(
-            f"{name}={text}: {scheme}:// addresses are not supported, only local paths: {do}"
+            f"{name}={text}: weights are read from the hub, and nothing else: give a local path"
         )
+    if not (found := _SCHEME.search(text) or _KNOWN.search(text)):
+        return
+    scheme = found[1]
+    if stores and scheme in EXTRAS:
+        if not re.search(rf"(?:^|[:,=]){scheme}://[^/]{{3,}}", text):
+            raise InputError(f"{name}={text}: write {scheme}://BUCKET/NAME")
+        return
+    if scheme in EXTRAS:
+        raise InputError(f"{name}={text}: {scheme}:// is not supported here: give a local path")
+    do = "copy the data here, or mount the store"
+    if scheme in ("file", "hf"):
+        do = "leave it out" if scheme == "file" else "weights are hf:OWNER/REPO[/FILE], no slashes"
+    raise InputError(
+        f"{name}={text}: {scheme}:// addresses are not supported, only local paths, gs:// and "
+        f"s3://: {do}"
+    )

@@ -18,6 +18,7 @@ from absl import flags
 
 from ppflow_jax import cli
 from ppflow_jax.errors import InputError
+from ppflow_jax.files.place import place
 
 if TYPE_CHECKING:
     from ppflow_jax.autoencoders.encode import Encoder
@@ -62,7 +63,7 @@ def main() -> None:
 
     processes.initialize()
     if _VERIFY.value:
-        verify(Path(_OUT.value))
+        verify(place(_OUT.value))
         return
     arrays = _SOURCE.value in ("digits", "arrays")
     if arrays and (_VAE.value or not _FIELDS.value):
@@ -76,7 +77,7 @@ def main() -> None:
     source = open_source(
         _SOURCE.value,
         _PATH.value,
-        size=_SIZE.value if encoder or arrays else cached(Path(_OUT.value)).size,
+        size=_SIZE.value if encoder or arrays else cached(place(_OUT.value)).size,
         split=_SPLIT.value,
         image=_IMAGE.value,
         label=_LABEL.value,
@@ -144,9 +145,9 @@ def verify(folder: Path) -> None:
 
     found = {folder: cached(folder)}
     found |= {f: FieldManifest.read(f) for f in sorted(folder_of(folder, "").glob("*"))}
-    for place, manifest in found.items():
-        manifest.check_files(place, checksums=True)
-        print(f"{place}: {len(manifest.shards)} shards, {manifest.records} records, as written")
+    for where, manifest in found.items():
+        manifest.check_files(where, checksums=True)
+        print(f"{where}: {len(manifest.shards)} shards, {manifest.records} records, as written")
 
 
 if __name__ == "__main__":

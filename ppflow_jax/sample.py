@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -106,6 +105,7 @@ def main() -> None:
     from ppflow_jax.console import say
     from ppflow_jax.devices import processes
     from ppflow_jax.devices.host_memory import keep_scratch
+    from ppflow_jax.files.copies import given
     from ppflow_jax.generate.conditions import load_conditions
     from ppflow_jax.generate.noise import load_noise
 
@@ -129,8 +129,8 @@ def main() -> None:
             num=_NUM.value,
             labels=_LABELS.value,
             seed=_SEED.value,
-            noise=load_noise(Path(_NOISE.value), model.config.shape) if _NOISE.value else None,
-            conditions=load_conditions(Path(_CONDITIONS.value), model.config)
+            noise=load_noise(given(_NOISE.value), model.config.shape) if _NOISE.value else None,
+            conditions=load_conditions(given(_CONDITIONS.value), model.config)
             if _CONDITIONS.value
             else None,
             lines=read_lines(_REQUESTS.value, model) if _REQUESTS.value else None,

@@ -23,7 +23,7 @@ REQUIRED = {
     "evaluate": ("reference",),
 }
 _FLAGS: dict[str, dict[str, flags.Flag]] = {}  # of every command that has been loaded
-POSITIONAL = {"report.__main__": "RUN..."}
+POSITIONAL = {"report.__main__": "RUN...", "report.push": "RUN hf:OWNER/REPO"}
 # A model that trains in seconds; 8 fake devices need a batch of 16 for two stages.
 SMALL = [
     "--config.model.width=16",
@@ -80,7 +80,7 @@ def _load(name: str):
                 delattr(flags.FLAGS, flag)
     module = importlib.import_module(name)
     if name not in _FLAGS:
-        found = flags.FLAGS.flags_by_module_dict()[name]
+        found = flags.FLAGS.flags_by_module_dict().get(name, [])
         _FLAGS[name] = {flag.name: flag for flag in found}
     for flag, value in _FLAGS[name].items():
         if flag not in flags.FLAGS:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ppflow_jax.errors import InputError, check_local, check_seed
+from ppflow_jax.errors import InputError, check_address, check_seed
 from tests.commands import ROOT, run
 
 
@@ -24,21 +24,41 @@ def test_seeds_in_range(seed):
 )  # fmt: skip
 def test_addresses(text):
     with pytest.raises(InputError, match="not supported"):
-        check_local(text, "--out")
+        check_address(text, "--out", stores=False)
+
+
+@pytest.mark.parametrize("text", ["gs:/bucket/x", "gs://", "s3:///x", "vae:gs:/b", "gs://ab/x"])
+def test_addresses_without_a_bucket(text):
+    with pytest.raises(InputError, match=r"write (gs|s3)://BUCKET/NAME"):
+        check_address(text, "--workdir", stores=True)
+
+
+@pytest.mark.parametrize("text", ["gs://bucket/x", "vae:gs://bucket/vae", "a,s3://bucket"])
+def test_addresses_in_object_stores(text):
+    check_address(text, "--workdir", stores=True)
+
+
+@pytest.mark.parametrize("text", ["hdfs://a/b", "http://h/x", "abfss://c@a/x", "file:///x"])
+def test_addresses_of_other_stores(text):
+    with pytest.raises(InputError, match="not supported"):
+        check_address(text, "--workdir", stores=True)
 
 
 @pytest.mark.parametrize(
     "text", ["runs/b2", "/a/b", "vae:/a/b", "taesd:weights", "4x4@0.5,2x2@1", "a:b", "C:/x", ""]
 )
 def test_paths(text):
-    check_local(text, "--out")
+    check_address(text, "--out", stores=False)
 
 
 @pytest.mark.parametrize(
     ("command", "args"),
     [
-        ("main", ["--config=configs/digits.py", "--workdir=gs://b/run"]),
+        ("main", ["--config=configs/digits.py", "--workdir=gs:/bucket/run"]),
         ("main", ["--config=configs/digits.py", "--workdir=x", "--config.seed=-1"]),
+        ("main", ["--config=configs/digits.py", "--workdir", "hdfs://b/run"]),
+        ("sample", ["--checkpoint=x", "--out=hf:owner/repo"]),
+        ("bench", ["--json", "gs://bucket/x.json"]),
         ("main", ["--config=configs/digits.py", "--workdir=x", "--config.data.path=hf://a"]),
         ("sample", ["--checkpoint=x", "--out=x", "--seed=4294967296"]),
         ("sample", ["--checkpoint=x", "--out=x", "--decode=vae:s3://b/vae"]),
@@ -56,5 +76,7 @@ def test_commands_refuse_them_and_write_nothing(tmp_path, monkeypatch, command, 
     args = [a.replace("configs/", f"{ROOT}/configs/") for a in args]
     monkeypatch.chdir(tmp_path)
     code, _, err = run(command, *args)
-    assert code == 1 and err.count("\n") == 1 and ("://" in err or "a seed is" in err), err
+    assert (
+        code == 1 and err.count("\n") == 1 and ("://" in err or "a seed is" in err or "hub" in err)
+    ), err
     assert not list(tmp_path.iterdir())

@@ -23,6 +23,7 @@ from ppflow_jax.api.requests import Lines
 from ppflow_jax.console import progress
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.disk import check_room, locked
+from ppflow_jax.files.place import place
 from ppflow_jax.files.store import digest
 from ppflow_jax.generate.conditions import digest_of
 from ppflow_jax.generate.folder import SHARD, SampleFolder, begun
@@ -76,7 +77,7 @@ def sample_into(out: str | Path, model: Model, plan: Plan, request: Request) -> 
     check_room(out, count * size, f"{count:,} pictures")
     plans = _plans(lines, model, plan)
     whole("batch", request.batch)
-    microbatch = _microbatch(Path(out), request, count)
+    microbatch = _microbatch(place(out), request, count)
     for one in plans.values():
         model.generator(one, request.decode, microbatch)
     settings = _settings(model, plan, request, count, microbatch)

@@ -16,10 +16,12 @@ from ppflow_jax.checkpoints.weights import Weights, open_weights
 from ppflow_jax.convert.infer import find_kind
 from ppflow_jax.convert.names import Wanted
 from ppflow_jax.convert.reading import Reading, read_model
-from ppflow_jax.convert.shards import find_weights
+from ppflow_jax.convert.shards import find_weights, on_disk
 from ppflow_jax.convert.source import open_source
 from ppflow_jax.data.images import ImageSet, array_images, open_images
-from ppflow_jax.errors import InputError, check_local
+from ppflow_jax.errors import InputError, check_address
+from ppflow_jax.files.hub import fetched, is_hub
+from ppflow_jax.files.place import place
 from ppflow_jax.metrics.evaluator import Evaluator, open_reference
 from ppflow_jax.metrics.networks import load_features
 
@@ -36,7 +38,8 @@ def load(
     """A model of a run's folder, one of its steps, a converted folder, or a PyTorch file.
 
     Args:
-      path: folder, or a .pt, .pth, .bin or .safetensors file (or its index).
+      path: folder, or a .pt, .pth, .bin or .safetensors file (or its index); also in an object
+        store, or hf:OWNER/REPO[/FILE][@REVISION].
       weights: `ema`, or `params` as last trained.
       dtype: of matrix products, float32 or bfloat16.
       reading: what a file does not say; sizes and pyramid come from the file.
@@ -44,15 +47,17 @@ def load(
     Raises:
       InputError: not there, damaged, or no SiT or PPFlow model.
     """
-    check_local(str(path), "path")
+    check_address(str(path), "path", stores=True, hub=True)
     if weights not in ("ema", "params") or dtype not in DTYPES:
         raise InputError(
             f"weights={weights!r}, dtype={dtype!r}: weights are ema or params, dtype is "
             f"{' or '.join(DTYPES)}"
         )
-    file = Path(path)
+    file = fetched(path) if is_hub(path) else place(path)
     if file.is_dir() and (found := find_weights(str(file))):
-        file = Path(found)
+        file = found
+    if file.is_file():
+        file = on_disk(file)
     if file.is_dir() or not file.exists():
         model = Model(open_weights(file, weights), dtype)
         jax.block_until_ready(model.params)  # what is damaged is said here

@@ -26,7 +26,7 @@ from ppflow_jax.api.plans import ACCELERATE, SOLVER, STEPS, Guidance, plan_of
 from ppflow_jax.autoencoders.decode import Decoder
 from ppflow_jax.checkpoints.card import Card
 from ppflow_jax.checkpoints.weights import Weights
-from ppflow_jax.errors import InputError, check_local
+from ppflow_jax.errors import InputError, check_address
 from ppflow_jax.flow.likelihood import log_likelihood
 from ppflow_jax.flow.path import velocity_from
 from ppflow_jax.flow.sampler import Sampler, image_noise
@@ -218,7 +218,7 @@ class Model:
         """
         if not isinstance(decode, str):
             raise InputError(f"decode={decode!r}: write none, vae:DIR or taesd:DIR")
-        check_local(decode, "decode")
+        check_address(decode, "decode", stores=True, hub=True)
         size = whole("microbatch", microbatch)
 
         def make() -> Generator:

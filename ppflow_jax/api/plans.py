@@ -9,7 +9,7 @@ from typing import Any
 
 from ppflow_jax.api.inputs import config_of
 from ppflow_jax.checkpoints.weights import Weights
-from ppflow_jax.errors import InputError, check_local
+from ppflow_jax.errors import InputError, check_address
 from ppflow_jax.files.store import FOLDER, digest
 from ppflow_jax.generate.plan import Plan, make_plan, tuned_plan
 from ppflow_jax.generate.plan_file import PlanFile
@@ -51,7 +51,7 @@ def plan_of(
     if others := [k for k, (v, default) in given.items() if v != default] + list(settings):
         raise InputError(f"a plan file decides {', '.join(others)}: leave that out, or the file")
     if not isinstance(file, PlanFile):
-        check_local(str(file), "plan")
+        check_address(str(file), "plan", stores=True)
         file = PlanFile.read(file)
     scales = None if cfg is None else config_of(STEPS, SOLVER, cfg, {}).cfg
     return tuned_plan(weights.card, file, sha256_of(weights), scales)

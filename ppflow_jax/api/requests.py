@@ -12,6 +12,7 @@ import numpy as np
 
 from ppflow_jax.api.model import Model
 from ppflow_jax.errors import SEEDS, InputError
+from ppflow_jax.files.place import place
 
 MOST_GUIDANCE = 100.0
 _SHOWN = 60  # characters of a wrong value that an error repeats
@@ -62,7 +63,7 @@ def read_lines(path: str | Path, model: Model) -> Lines:
       InputError: a file that cannot be read or holds no request; the first line that is wrong.
     """
     try:
-        data = Path(path).read_bytes()
+        data = place(path).read_bytes()
     except OSError as e:
         raise InputError(f"cannot read --requests={path} ({e.strerror}): give a file") from e
     lines = []

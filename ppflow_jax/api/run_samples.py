@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from ppflow_jax.checkpoints.weights import open_weights
 from ppflow_jax.console import progress
 from ppflow_jax.data.images import ImageSet, array_images, open_images
 from ppflow_jax.errors import InputError
+from ppflow_jax.files.disk import remove_tree
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.generate.folder import CARD
 from ppflow_jax.generate.images import MICROBATCH
@@ -120,4 +120,4 @@ class RunSamples:
         card = json.loads((folder / CARD).read_text())
         self.card |= {k: card[k] for k in ("seconds", "images_in_these_seconds")}
         yield open_images(str(folder))
-        shutil.rmtree(folder)
+        remove_tree(folder)

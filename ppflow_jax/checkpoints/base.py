@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ppflow_jax.checkpoints.card import Base
 from ppflow_jax.errors import InputError
+from ppflow_jax.files.place import place
 from ppflow_jax.files.store import digest, find_checkpoint
 
 NAME = "base"
@@ -33,7 +34,7 @@ def find_base(base: Base, workdir: Path) -> Path:
       InputError: it is not there, or has changed.
     """
     moved = workdir / NAME
-    path = moved if moved.exists() else Path(base.path)
+    path = moved if moved.exists() else place(base.path)
     here = f"put the weights that it was trained from, or a link to them, at {moved}"
     if not path.exists():
         raise InputError(f"{workdir} has only what it trained, and its base {path} is gone: {here}")

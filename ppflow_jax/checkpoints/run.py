@@ -10,27 +10,47 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
 from ppflow_jax.checkpoints.card import Card, read_card
 from ppflow_jax.errors import InputError, RunError
-from ppflow_jax.files import checksums
-from ppflow_jax.files.store import EXEMPT, FOLDER, readable, reason, steps_in, verify
+from ppflow_jax.files import checksums, lease
+from ppflow_jax.files.copies import upload_folder
+from ppflow_jax.files.place import ObjectPath
+from ppflow_jax.files.scratch import scratch
+from ppflow_jax.files.store import (
+    COMMITTED,
+    EXEMPT,
+    FOLDER,
+    here,
+    readable,
+    reason,
+    steps_in,
+    verify,
+)
 
 
 class Checkpoints:
-    """The checkpoints of one workdir, saved in the background, the newest `keep` kept."""
+    """The checkpoints of one workdir, saved in the background, the newest `keep` kept.
+
+    Those of an object store are written on this machine first, and uploaded in the background.
+    Several processes, which have no disk in common, write theirs to `gs://` by TensorStore.
+    """
 
     def __init__(self, workdir: Path, card: Card, *, keep: int):
         self.card = card
-        self.folder = workdir / FOLDER
+        self.folder, self._keep = workdir / FOLDER, keep
+        self._remote = isinstance(self.folder, ObjectPath)
+        self._uploads = self._remote and jax.process_count() == 1
+        self._written_in = scratch(FOLDER) if self._uploads else self.folder
         self._saving = 0
         _one_line_for_a_failed_write()
         self.manager = ocp.CheckpointManager(
-            self.folder,
+            str(self._written_in) if self._remote else self._written_in,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
+                max_to_keep=1 if self._uploads else keep,
                 enable_async_checkpointing=True,
                 cleanup_tmp_directories=True,  # what a killed run was writing
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
@@ -74,6 +94,9 @@ class Checkpoints:
         path = self.folder / str(step)
         with _saying_what_is_intact(self.folder, step):
             verify(path, together=True)
+        if self._remote:
+            with readable(path), here(path) as folder:
+                return ocp.StandardCheckpointer().restore(folder / "state", abstract)
         with readable(path):
             return self.manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
@@ -96,8 +119,26 @@ class Checkpoints:
     def _seal(self) -> None:
         # Orbax calls this in process 0, in the background, when all hosts have written and
         # before it renames the folder.
-        folder = self.folder / f"{self._saving}{ocp.utils.TMP_DIR_SUFFIX}"
+        if self._remote and not self._uploads:  # where nothing is renamed
+            checksums.write(self.folder / str(self._saving), exempt=EXEMPT)
+            return
+        folder = self._written_in / f"{self._saving}{ocp.utils.TMP_DIR_SUFFIX}"
         checksums.write(folder, exempt=EXEMPT)
+        if self._uploads:
+            self._upload(folder)
+
+    def _upload(self, folder: Path) -> None:
+        """The step is there when its checksums are; then older ones go, their checksums first."""
+        target = self.folder / str(self._saving)
+        lease.check(target)
+        target.rmtree()  # what a killed run was writing
+        upload_folder(folder, target, checksums.NAME)
+        (target / COMMITTED).write_text("")  # else Orbax in several processes removes the step
+        newest = [str(step) for step in steps_in(self.folder)[-self._keep :]]
+        for path, _ in self.folder.children():
+            if path.name.isdigit() and path.name not in newest:
+                (path / checksums.NAME).unlink(missing_ok=True)
+                path.rmtree()
 
     @contextlib.contextmanager
     def _written(self) -> Iterator[None]:

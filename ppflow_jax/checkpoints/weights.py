@@ -18,6 +18,7 @@ from ppflow_jax.devices.sharding import Rules, local_mesh, tree_shardings
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.store import (
     find_checkpoint,
+    here,
     load_stored,
     readable,
     stored_tree,
@@ -137,9 +138,9 @@ def _onto(mesh: Mesh, rules: Rules) -> Restore:
             abstract,
             tree_shardings(abstract, mesh, rules),
         )
-        with readable(path):
+        with readable(path), here(path) as folder:
             return ocp.PyTreeCheckpointer().restore(
-                path / "state",
+                folder / "state",
                 args=ocp.args.PyTreeRestore(
                     target,
                     restore_args=ocp.checkpoint_utils.construct_restore_args(target),

@@ -24,9 +24,11 @@ from ppflow_jax.convert.load import DTYPES, EXACT
 from ppflow_jax.convert.names import Wanted
 from ppflow_jax.convert.posthoc import make_average
 from ppflow_jax.convert.reading import Reading, read_model
-from ppflow_jax.convert.shards import find_weights
+from ppflow_jax.convert.shards import find_weights, on_disk
 from ppflow_jax.convert.source import Source, open_source
 from ppflow_jax.errors import InputError
+from ppflow_jax.files.hub import fetched, is_hub
+from ppflow_jax.files.place import place
 from ppflow_jax.files.store import check_new, find_checkpoint
 from ppflow_jax.metrics.networks import save_inception
 from ppflow_jax.models.adapters import merge, plain, text
@@ -80,10 +82,11 @@ def convert() -> None:
 
 def _weights_path(source: str) -> str | None:
     """The file or index of weights; None for a folder without one, such as a checkpoint."""
-    if not Path(source).is_dir():
-        return source
-    found = find_weights(source)
-    return str(found) if found else None
+    path = fetched(source) if is_hub(source) else place(source)
+    if not path.is_dir():
+        return str(on_disk(path))
+    found = find_weights(path)
+    return str(on_disk(found)) if found else None
 
 
 def _wanted() -> Wanted:
@@ -238,7 +241,7 @@ def _read(source: Source, bar) -> dict[str, np.ndarray]:
 def _vae_config(path: str, kind: str) -> dict | None:
     """The config.json that the user gives, or an AutoencoderKL's beside the file."""
     given = FLAGS.vae_config
-    file = Path(given) if given else Path(path).with_name("config.json")
+    file = place(given) if given else Path(path).with_name("config.json")
     if kind != "vae" or not (given or file.is_file()):
         return None
     try:

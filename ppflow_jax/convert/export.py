@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from ppflow_jax.convert.load import DTYPES
 from ppflow_jax.convert.torch_writer import save_torch_file
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.disk import atomic
+from ppflow_jax.files.place import is_object
 from ppflow_jax.files.store import find_checkpoint, load_stored, read_json, stored_tree
 from ppflow_jax.metrics.networks import load_inception
 from ppflow_jax.models.adapters import merge, plain, text
@@ -72,9 +74,9 @@ def export(source: str, target: Path, to: str, weights: str | None = None) -> No
             return make()
 
         if to == "torch":
-            save_torch_file(
-                target, {k: (lambda make=make: counted(make)) for k, make in tensors.items()}
-            )
+            makers = {k: (lambda make=make: counted(make)) for k, make in tensors.items()}
+            with atomic(target) if is_object(target) else nullcontext(target) as partial:
+                save_torch_file(partial, makers)
         else:
             arrays = {k: counted(make) for k, make in tensors.items()}
             try:

@@ -11,6 +11,7 @@ from ppflow_jax.checkpoints.card import read_card
 from ppflow_jax.checkpoints.weights import save_weights, stored_weights
 from ppflow_jax.console import progress
 from ppflow_jax.errors import InputError
+from ppflow_jax.files.place import place
 from ppflow_jax.train.posthoc import (
     POSTHOC,
     Profile,
@@ -32,7 +33,7 @@ def make_average(source: str, target: Path, sigma_rel: float) -> None:
       InputError: a width out of range; no averages were kept, or one is damaged.
     """
     check_widths([sigma_rel], "--posthoc_ema")
-    found = snapshots_of(Path(source).absolute())
+    found = snapshots_of(place(source).absolute())
     if not found:
         raise InputError(
             f"no averages in {source}/{POSTHOC}: train with --config.train.posthoc_ema='(0.05, "

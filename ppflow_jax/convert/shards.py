@@ -11,8 +11,13 @@ from typing import Any
 from ppflow_jax.convert.tensors import shown
 from ppflow_jax.convert.torch_file import one_line_errors, open_regular
 from ppflow_jax.errors import InputError
+from ppflow_jax.files.copies import given
+from ppflow_jax.files.place import ObjectPath
+from ppflow_jax.files.place import place as place_of
+from ppflow_jax.files.scratch import scratch
 
 INDEX = ".index.json"
+CONFIG = "config.json"  # of an AutoencoderKL, beside its weights
 _ENDINGS = (".safetensors", ".bin", ".pt", ".pth")  # in the order of preference
 _LONGEST_INDEX = 64 * 2**20
 
@@ -23,7 +28,7 @@ def find_weights(folder: str | os.PathLike[str]) -> Path | None:
     Raises:
       InputError: several, of which none is an index.
     """
-    files = sorted(path for path in Path(folder).iterdir() if path.is_file())
+    files = sorted(path for path in place_of(folder).iterdir() if path.is_file())
     for ending in (*(e + INDEX for e in _ENDINGS), *_ENDINGS):
         found = [path for path in files if path.name.endswith(ending)]
         if len(found) > 1:
@@ -32,6 +37,28 @@ def find_weights(folder: str | os.PathLike[str]) -> Path | None:
         if found:
             return found[0]
     return None
+
+
+def on_disk(path: Path) -> Path:
+    """A file of weights on this machine, with a config.json that lies beside it in an object store;
+    of an index there the files it lists too.
+
+    Raises:
+      InputError: it cannot be read.
+    """
+    if not isinstance(path, ObjectPath):
+        return path
+    folder, names = scratch(), [path.name]
+    try:
+        if path.name.endswith(INDEX):
+            names += dict.fromkeys(_weight_map(given(str(path))).values())
+        if path.with_name(CONFIG).is_file():
+            names.append(CONFIG)
+        for name in names:
+            path.with_name(name).download(folder / name)
+    except OSError as e:
+        raise InputError(f"cannot read {e.filename} ({e.strerror}), of {path}") from e
+    return folder / path.name
 
 
 def read_shards(

@@ -8,7 +8,6 @@ are *scaled*: what the model sees. Fields of the same pictures are in `fields/NA
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from ppflow_jax.data.classes import Classes
 from ppflow_jax.data.fields import Field
 from ppflow_jax.data.records import Records
 from ppflow_jax.errors import InputError
+from ppflow_jax.files.place import place
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class Manifest(Records):
     std: bool
     latent_scale: float
     labels: dict[str, Any] | None = None
+
+    @property
+    def record_bytes(self) -> int:
+        return 4 * int(np.prod(self.shape)) * (1 + self.std) + 4
 
     def check_autoencoder(self, name: str, other: dict[str, Any] | None, text: str) -> None:
         """The autoencoder `text`, if one is asked for, must be the one that made the cache.
@@ -66,17 +70,19 @@ def encode_record(
 class CacheSource:
     """A latent cache, read in whole batches; `fields` are those of it that are read too.
 
+    One in an object store is read by ranges, or from copies in the folder `stage`.
+
     Raises:
       InputError: no complete cache, or files that are not those of its manifest.
     """
 
-    def __init__(self, path: str, fields: tuple[str, ...] = ()):
-        folder = Path(path).absolute()
+    def __init__(self, path: str, fields: tuple[str, ...] = (), stage: str = ""):
+        folder = place(path).absolute()
         self.name, self.manifest = path, Manifest.read(folder)
-        self._records = self.manifest.reader(folder)
+        self._records = self.manifest.reader(folder, stage)
         if not self.manifest.records:
             raise InputError(f"{path}: no examples")
-        self.fields = [Field(folder, name, self.manifest) for name in fields]
+        self.fields = [Field(folder, name, self.manifest, stage) for name in fields]
 
     def __len__(self) -> int:
         """Pictures, not records."""

@@ -51,6 +51,10 @@ class FieldManifest(Records):
 
     network: dict[str, Any]
 
+    @property
+    def record_bytes(self) -> int:
+        return 2 * int(np.prod(self.shape)) + 4
+
 
 def record(values: np.ndarray, label: int) -> bytes:
     """One record, see the top of this file."""
@@ -64,7 +68,7 @@ class Field:
       InputError: it is not there, not complete, or of another cache.
     """
 
-    def __init__(self, cache: Path, name: str, latents: Records):
+    def __init__(self, cache: Path, name: str, latents: Records, stage: str = ""):
         folder = folder_of(cache, name)
         if not folder.is_dir():
             raise InputError(
@@ -77,7 +81,7 @@ class Field:
                 f"{folder} is not of the pictures of {cache} ({', '.join(differing)} differ): "
                 "remove it and make it again with python -m ppflow_jax.prepare --fields"
             )
-        self._records = self.manifest.reader(folder)
+        self._records = self.manifest.reader(folder, stage)
 
     def read(self, keys: Int[np.ndarray, " b"], labels: Int[np.ndarray, " b"]) -> np.ndarray:
         """float16 [b, ...] of these records.

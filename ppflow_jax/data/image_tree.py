@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from ppflow_jax.errors import InputError
+from ppflow_jax.files.copies import local_file
+from ppflow_jax.files.place import ObjectPath, place
 
 EXTENSIONS = tuple(
     ".bmp .gif .jfif .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
@@ -52,7 +54,7 @@ class ImageTree:
 
     @property
     def zipped(self) -> bool:
-        return self.root.is_file()
+        return not isinstance(self.root, ObjectPath) and self.root.is_file()
 
     @cached_property
     def _archive(self) -> zipfile.ZipFile:
@@ -71,10 +73,15 @@ class ImageTree:
         if self.zipped:
             member = self.strip + file
             size = self._archive.getinfo(member).file_size
+        elif isinstance(self.root, ObjectPath):  # measured when it is there: asking takes long
+            data = (self.root / file).read_bytes()
+            size = len(data)
         else:
             size = (self.root / file).stat().st_size
         if size > LARGEST_FILE:
             raise ValueError(f"{size:,} bytes, more than the {LARGEST_FILE:,} of any picture here")
+        if isinstance(self.root, ObjectPath):
+            return data
         return self._archive.read(member) if self.zipped else (self.root / file).read_bytes()
 
     def notes(self) -> list[str]:
@@ -91,7 +98,9 @@ def open_tree(path: str) -> ImageTree:
     Raises:
       InputError: not there, not readable, or neither of the two.
     """
-    root = Path(path).absolute()
+    root = place(path).absolute()
+    if isinstance(root, ObjectPath):
+        return _store_tree(path, root)
     if root.is_file():
         return _zip_tree(path, root)
     walk = _Walk(root)
@@ -103,6 +112,24 @@ def open_tree(path: str) -> ImageTree:
             f"cannot read {path} ({e.strerror}{where}): give a folder or .zip of pictures"
         ) from e
     return _tree(path, root, walk.found, sorted(walk.directories), walk.left_out)
+
+
+def _store_tree(name: str, root: ObjectPath) -> ImageTree:
+    """Of a folder in an object store, or of a .zip there, which is copied to this machine."""
+    try:
+        if root.is_file():
+            return _zip_tree(name, local_file(root))
+        paths = [str(path.relative_to(root)) for path in root.rglob("*")]
+    except OSError as e:
+        raise InputError(f"cannot read {name} ({e.strerror})") from e
+    if not paths:
+        raise InputError(f"cannot read {name} (not found): give a folder or .zip of pictures")
+    found = [path for path in paths if not any(map(hidden, path.split("/")))]
+    left_out: Counter = Counter()
+    if len(found) < len(paths):
+        left_out["hidden entries"] = len(paths) - len(found)
+    directories = sorted({path.partition("/")[0] for path in found if "/" in path})
+    return _tree(name, root, found, directories, left_out)
 
 
 def _tree(

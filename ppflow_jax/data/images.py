@@ -8,7 +8,7 @@ import os
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BufferedIOBase
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from ppflow_jax.data.pipeline import Source
 from ppflow_jax.data.sources import arrays, digits
 from ppflow_jax.data.transforms import center_crop, decode, open_picture, to_uint8
 from ppflow_jax.errors import InputError
+from ppflow_jax.files.copies import given
+from ppflow_jax.files.place import ObjectPath, place
 
 _GREY = ("1", "L")
 _THREADS = 8
@@ -64,7 +66,7 @@ def open_images(text: str, size: int | None = None) -> ImageSet:
     Raises:
       InputError: not there, empty, of mixed sizes, or not 8-bit pictures.
     """
-    path = Path(text)
+    path = place(text)
     if text != "digits" and not path.exists():
         raise InputError(
             f"{text} does not exist: give an npz with arr_0, a folder of images, or digits"
@@ -75,6 +77,8 @@ def open_images(text: str, size: int | None = None) -> ImageSet:
         return folder_images(text, size)
     if size is not None:
         raise InputError(f"--size={size} crops folders of images, {text} is none: leave it out")
+    if path.is_file() and isinstance(path, ObjectPath):  # features of copies are not kept
+        return replace(npz_images(given(text)), name=text, files=())
     if path.is_file():
         return npz_images(path)
     return source_images(digits() if text == "digits" else arrays(text))
@@ -232,6 +236,8 @@ def folder_images(path: str, size: int | None = None) -> ImageSet:
                 waiting = ahead
 
     shape = (height, width, 1 if grey else 3)
+    if isinstance(tree.root, ObjectPath):
+        return ImageSet(path, len(tree.files), shape, read, tuple(tree.notes()))
     files = (tree.root,) if tree.zipped else tuple(tree.root / file for file in tree.files)
     return ImageSet(path, len(tree.files), shape, read, tuple(tree.notes()), files)
 

@@ -13,6 +13,8 @@ from ppflow_jax.data.classes import Classes, labelled
 from ppflow_jax.data.image_tree import open_tree
 from ppflow_jax.data.transforms import center_crop, decode
 from ppflow_jax.errors import InputError
+from ppflow_jax.files.objects import StoreError
+from ppflow_jax.files.place import place
 
 
 class UnreadablePicture(Exception):
@@ -64,6 +66,8 @@ class Pictures:
         try:
             data, label = self.fetch(index)
             return center_crop(decode(data), self.size), label
+        except StoreError:  # which says nothing about the picture
+            raise
         except Exception as e:  # Pillow reports damage with many exception types
             reason = " ".join(str(e).split())[:120] or type(e).__name__
             raise UnreadablePicture(f"{self.label_of(index)} ({reason})") from e
@@ -147,7 +151,7 @@ class Folder(Pictures):
             names.update(self.labels.tobytes())
         return {
             "source": "folder",
-            "path": str(self.root),
+            "path": str(place(self.name).absolute()),
             "pictures": len(self),
             "classes": self.num_classes,
             "names_sha256": names.hexdigest(),

@@ -18,8 +18,11 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
+from ppflow_jax.data.ranged import RangedRecords
 from ppflow_jax.errors import InputError
-from ppflow_jax.files.disk import atomic
+from ppflow_jax.files.copies import borrowed
+from ppflow_jax.files.disk import atomic, check_room, writable_directory
+from ppflow_jax.files.place import ObjectPath
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -41,17 +44,18 @@ class Shard:
 
     def problem(self, folder: Path) -> str | None:
         """Why the file cannot be the one that was written, as far as its size tells."""
-        path = folder / self.name
-        if not path.exists():
+        try:
+            size = (folder / self.name).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
             return "is missing"
-        size = path.stat().st_size
         return None if size == self.bytes else f"has {size} bytes, not the {self.bytes} written"
 
     def damage(self, folder: Path) -> str | None:
         """The same, by reading all of it."""
-        if sha256(folder / self.name) != self.sha256:
-            return "has other contents than were written (SHA-256)"
-        records = count_records(folder / self.name)
+        with borrowed(folder / self.name) as path:
+            if sha256(path) != self.sha256:
+                return "has other contents than were written (SHA-256)"
+            records = count_records(path)
         return None if records == self.records else f"has {records} records, not {self.records}"
 
 
@@ -83,6 +87,11 @@ class Records:
     @property
     def records(self) -> int:
         return sum(shard.records for shard in self.shards)
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of a record."""
+        raise NotImplementedError
 
     @property
     def views(self) -> int:
@@ -158,8 +167,11 @@ class Records:
                     "ppflow_jax.prepare again, which makes what is missing; or copy it again"
                 )
 
-    def reader(self, folder: Path) -> Any:
+    def reader(self, folder: Path, stage: str = "") -> Any:
         """The files as one sequence of bytes.
+
+        Args:
+          stage: local folder for copies of what is in an object store; empty: read by ranges.
 
         Raises:
           InputError: files that are not those of the manifest.
@@ -167,6 +179,11 @@ class Records:
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         self.check_files(folder)
+        if isinstance(folder, ObjectPath) and not stage:
+            shards = [(folder / shard.name, shard.records) for shard in self.shards]
+            return RangedRecords(shards, self.record_bytes)
+        if isinstance(folder, ObjectPath):
+            folder = self._staged(folder, Path(stage).absolute())
         records = ArrayRecordDataSource([str(folder / s.name) for s in self.shards])
         if len(records) != self.records:
             raise InputError(
@@ -174,6 +191,16 @@ class Records:
                 "with python -m ppflow_jax.prepare --verify"
             )
         return records
+
+    def _staged(self, folder: ObjectPath, stage: Path) -> Path:
+        """Copies of all files, kept for later runs; each is compared when it is made."""
+        target = writable_directory(stage / self.digest()[:16])
+        missing = [shard for shard in self.shards if shard.problem(target)]
+        check_room(target, sum(shard.bytes for shard in missing), f"copies of {folder}")
+        for shard in missing:
+            with atomic(target / shard.name) as temporary:
+                (folder / shard.name).download(temporary, shard.sha256)
+        return target
 
 
 def read_shard(values: dict[str, Any]) -> Shard:
@@ -201,7 +228,8 @@ def label_counts(path: Path) -> dict[int, int]:
     """Records by label of one file, by reading it: every record ends with its label."""
     from array_record.python.array_record_module import ArrayRecordReader
 
-    reader = ArrayRecordReader(str(path))
-    counts = Counter(int(np.frombuffer(r[-4:], "<i4")[0]) for r in reader.read_all())
-    reader.close()
+    with borrowed(path) as file:
+        reader = ArrayRecordReader(str(file))
+        counts = Counter(int(np.frombuffer(r[-4:], "<i4")[0]) for r in reader.read_all())
+        reader.close()
     return dict(counts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -17,6 +16,8 @@ from ppflow_jax.data.classes import Classes
 from ppflow_jax.data.fields import check_names
 from ppflow_jax.data.pictures import Folder, Pictures, Tfds
 from ppflow_jax.errors import InputError
+from ppflow_jax.files.copies import local_file
+from ppflow_jax.files.place import is_object, place
 
 IDENTIFYING = 64  # examples whose values tell two arrays apart
 
@@ -128,11 +129,12 @@ def arrays(path: str, fields: tuple[str, ...] = ()) -> ArraySource:
     Raises:
       InputError: a file is absent, unreadable or of another shape.
     """
-    folder = Path(path)
+    folder = place(path)
 
     def load(name: str, what: str) -> np.ndarray:
         try:
-            return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            file = local_file(folder / f"{name}.npy")
+            return np.load(file, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as e:
             raise InputError(f"cannot read {folder / name}.npy ({e}): {what}") from e
 
@@ -165,11 +167,13 @@ def open_source(
     image: str = "image",
     label: str = "label",
     fields: tuple[str, ...] = (),
+    stage: str = "",
 ) -> ArraySource | CacheSource | Pictures:
     """The dataset `name`, one of `SOURCES`, at `path`.
 
     `size` is the side of pictures after the crop (folder, tfds); `split`, `image` and `label` are
-    the split and features of a TFDS dataset; `fields` are those of arrays and caches.
+    the split and features of a TFDS dataset; `fields` are those of arrays and caches;
+    `stage` is a folder for copies of a cache in an object store.
 
     Raises:
       InputError: unknown name, or a dataset that cannot be used.
@@ -195,7 +199,9 @@ def open_source(
     if name == "arrays":
         return arrays(path, fields)
     if name == "cache":
-        return CacheSource(path, fields)
+        return CacheSource(path, fields, stage)
     if name == "folder":
         return Folder(path, size)
+    if is_object(path):
+        raise InputError(f"source tfds reads no object store ({path}): copy the dataset to a disk")
     return Tfds(path, size, split, image, label)

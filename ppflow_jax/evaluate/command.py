@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from ppflow_jax.data.images import ImageSet, open_images
 from ppflow_jax.data.sources import ArraySource, arrays, digits
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.disk import atomic, writable_directory
+from ppflow_jax.files.place import lexical, place
 from ppflow_jax.files.store import check_new
 from ppflow_jax.metrics.evaluator import (
     NOT_COMPARABLE,
@@ -69,7 +69,7 @@ def judge() -> None:
         settings = {"batch": FLAGS.batch, "seed": seed, "cache": True}
         evaluator = Evaluator(network, reference, tuple(FLAGS.metrics), **settings)
         if samples:
-            result, card = evaluator(samples), _made_by(Path(FLAGS.samples))
+            result, card = evaluator(samples), _made_by(place(FLAGS.samples))
         else:
             evaluator.check(made.name, made.num, made.shape)
             evaluator.known()  # before the samples, which take longer
@@ -85,8 +85,8 @@ def judge() -> None:
 
 def _size_of(text: str) -> int | None:
     """`--size` for one of the two sets; where only one is a folder, it is meant for that."""
-    folders = [Path(t).is_dir() for t in (FLAGS.samples, FLAGS.reference) if t]
-    return FLAGS.size if Path(text).is_dir() or not any(folders) else None
+    folders = [place(t).is_dir() for t in (FLAGS.samples, FLAGS.reference) if t]
+    return FLAGS.size if place(text).is_dir() or not any(folders) else None
 
 
 def _network() -> FeatureNetwork:
@@ -139,9 +139,9 @@ def _write_statistics(path: Path, images: ImageSet, network: FeatureNetwork) -> 
 def _card_path() -> Path:
     """Where the JSON goes; proves that it can be written there."""
     if FLAGS.out:
-        path = Path(FLAGS.out)
+        path = place(FLAGS.out)
     else:
-        samples = Path(os.path.abspath(FLAGS.samples or FLAGS.checkpoint))
+        samples = lexical(FLAGS.samples or FLAGS.checkpoint)
         path = samples.with_name(f"{samples.stem or samples.name}.evaluation.json")
     writable_directory(path.parent)
     if path.is_dir():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from ppflow_jax.cli import numbers
 from ppflow_jax.errors import InputError
 from ppflow_jax.evaluate.probing import Examples, Sweep, probe, read_examples
 from ppflow_jax.files.disk import atomic, writable_directory
+from ppflow_jax.files.place import lexical, place
 from ppflow_jax.files.store import digest
 from ppflow_jax.generate.provenance import origin
 from ppflow_jax.models.config import ModelConfig
@@ -112,8 +112,8 @@ def data_of(card: Card) -> ConfigDict:
 
 def _out() -> Path:
     """Where the JSON goes; proves that it can be written there."""
-    place = Path(os.path.abspath(FLAGS.checkpoint))
-    path = Path(FLAGS.out) if FLAGS.out else place.with_name(f"{place.name}.probe.json")
+    run = lexical(FLAGS.checkpoint)
+    path = place(FLAGS.out) if FLAGS.out else run.with_name(f"{run.name}.probe.json")
     writable_directory(path.parent)
     if path.is_dir() or path.suffix == ".png":
         raise InputError(f"--out={path}: name a JSON file; the heat map is beside it as .png")

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ppflow_jax.files.disk import atomic
+from ppflow_jax.files.objects import StoreError
 
 NAME = "SHA256SUMS"
 
@@ -33,6 +34,8 @@ def read(folder: Path) -> dict[str, str]:
     """
     try:
         lines = (folder / NAME).read_text().splitlines()
+    except StoreError:
+        raise
     except (OSError, UnicodeDecodeError) as e:
         raise ValueError(f"{NAME} cannot be read: {type(e).__name__}") from e
     return {name: value for value, _, name in (line.partition("  ") for line in lines)}

@@ -1,9 +1,11 @@
-"""Folders of arrays on disk: orbax, a JSON that says what they are, and checksums.
+"""Folders of arrays: orbax, a JSON that says what they are, and checksums.
 
     FOLDER/checkpoints/STEP/{state,config,SHA256SUMS}
 
 A folder is written under a temporary name, is given the checksums of its files when all are there,
-and is only then renamed. Every reading compares them, so that damage is never used.
+and is only then renamed. Every reading compares them, so that damage is never used. In an object
+store nothing is renamed: there `SHA256SUMS` is uploaded last, and a step without it does not count.
+Arrays are read from a copy on this machine.
 """
 
 from __future__ import annotations
@@ -22,7 +24,13 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from ppflow_jax.errors import InputError
-from ppflow_jax.files import checksums
+from ppflow_jax.files import checksums, lease
+from ppflow_jax.files.copies import copied, here, upload_folder
+from ppflow_jax.files.disk import locked, writable_directory
+from ppflow_jax.files.hub import fetched, is_hub
+from ppflow_jax.files.objects import Damaged, StoreError
+from ppflow_jax.files.place import ObjectPath, place
+from ppflow_jax.files.scratch import scratch
 
 FOLDER = "checkpoints"
 
@@ -30,8 +38,9 @@ FOLDER = "checkpoints"
 CONFIG = "config/metadata"
 
 
-# Orbax's times and handler names, completed after the checksums; no reading depends on them.
-EXEMPT = ("_CHECKPOINT_METADATA", "commit_success.txt")
+COMMITTED = "commit_success.txt"  # Orbax writes it last
+# With its times and handler names, completed after the checksums; no reading depends on them.
+EXEMPT = ("_CHECKPOINT_METADATA", COMMITTED)
 
 
 def digest(path: str | Path) -> str:
@@ -58,6 +67,10 @@ def verify(path: Path, together: bool = False) -> None:
       InputError: a file is damaged, missing or too many.
     """
     index, count = (jax.process_index(), jax.process_count()) if together else (0, 1)
+    if isinstance(path, ObjectPath):
+        with readable(path):
+            copied(path)
+        return
     with readable(path):
         bad = checksums.first_damaged(path, EXEMPT, index, count)
         if count > 1:
@@ -75,15 +88,25 @@ def readable(path: Path) -> Iterator[None]:
     # Orbax and TensorStore report damage with many exception types.
     try:
         yield
+    except StoreError as e:
+        if isinstance(e, Damaged):
+            raise _damaged(path, e) from e
+        raise InputError(f"cannot read checkpoint {path} ({e.strerror})") from e
     except Exception as e:
-        raise InputError(
-            f"checkpoint {path} is damaged or incomplete ({reason(e)}): remove that folder to go "
-            "on from the one before, or give another checkpoint"
-        ) from e
+        raise _damaged(path, e) from e
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    return InputError(
+        f"checkpoint {path} is damaged or incomplete ({reason(error)}): remove that folder to go "
+        "on from the one before, or give another checkpoint"
+    )
 
 
 def reason(error: BaseException) -> str:
     """The telling part of an exception: TensorStore puts the system's words last."""
+    if isinstance(error, StoreError):
+        return error.strerror
     text = str(error).strip().rsplit('": ', 1)[-1]
     return text.splitlines()[0][:200] if text else type(error).__name__
 
@@ -92,6 +115,9 @@ def steps_in(folder: Path) -> list[int]:
     """Steps that have a folder, in order; unfinished ones have another name."""
     if not folder.is_dir():
         return []
+    if isinstance(folder, ObjectPath):
+        names = (p.name for p, is_folder in folder.children() if is_folder and p.name.isdigit())
+        return sorted(int(n) for n in names if (folder / n / checksums.NAME).is_file())
     return sorted(int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdigit())
 
 
@@ -101,7 +127,7 @@ def find_checkpoint(path: str | Path) -> Path:
     Raises:
       InputError: there is none.
     """
-    path = Path(path).absolute()
+    path = fetched(path) if is_hub(path) else place(path).absolute()
     for folder in (path / FOLDER, path):
         if steps := steps_in(folder):
             return folder / str(steps[-1])
@@ -148,9 +174,9 @@ def load_stored(path: Path, tree: Any) -> Any:
     verify(path)
     alone = _alone()
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-    with readable(path):
+    with readable(path), here(path) as folder:
         return ocp.Checkpointer(handler, multiprocessing_options=alone).restore(
-            path / "state",
+            folder / "state",
             args=ocp.args.PyTreeRestore(
                 tree,
                 restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree),
@@ -162,7 +188,8 @@ def load_stored(path: Path, tree: Any) -> Any:
 def stored_tree(path: Path) -> dict[str, Any]:
     """Shapes and dtypes of everything in the state at `path`; reads no array."""
     with readable(path):
-        return ocp.PyTreeCheckpointHandler().metadata(path / "state").tree
+        folder = copied(path) if isinstance(path, ObjectPath) else path
+        return ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
 
 
 def check_new(target: str | Path) -> Path:
@@ -171,7 +198,15 @@ def check_new(target: str | Path) -> Path:
     Raises:
       InputError: something is there, or it cannot be made.
     """
-    target = Path(target).absolute()
+    target = place(target).absolute()
+    if isinstance(target, ObjectPath):
+        writable_directory(target)
+        # What a killed command has left there: without checksums it does not count
+        begun = (target / FOLDER, target / lease.FOLDER)
+        others = (p for p in target.rglob("*") if not any(map(p.is_relative_to, begun)))
+        if target.is_file() or steps_in(begun[0]) or any(True for _ in others):
+            raise InputError(f"{target} exists: give a --target that does not, or remove it")
+        return target
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise InputError(f"{target} exists: give a --target that does not, or remove it")
     parent = next(p for p in target.parents if p.exists())
@@ -191,6 +226,8 @@ def write_checkpoint(target: str | Path, state: Any, values: dict[str, Any]) -> 
     """
     target = check_new(target)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    if isinstance(target, ObjectPath):
+        partial = scratch(target.name)
     arrays = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
     registry = ocp.type_handlers.create_type_handler_registry(
         (np.ndarray, arrays), (jax.Array, ocp.type_handlers.ArrayHandler())
@@ -217,7 +254,15 @@ def write_checkpoint(target: str | Path, state: Any, values: dict[str, Any]) -> 
         manager.save(0, args=ocp.args.Composite(state=saved, config=ocp.args.JsonSave(values)))
         manager.close()
         checksums.write(partial / FOLDER / "0", exempt=EXEMPT)
+        if isinstance(target, ObjectPath):
+            with locked(target):
+                check_new(target)  # which another may have been faster to write
+                (target / FOLDER).rmtree()
+                upload_folder(partial / FOLDER / "0", target / FOLDER / "0", checksums.NAME)
+            return
         os.replace(partial, target)  # an empty folder is replaced, any other is not
+    except InputError:
+        raise
     except Exception as e:  # TensorStore reports a full disk as a ValueError, among others
         raise InputError(f"cannot write {target} ({reason(e)}): is the disk full?") from e
     finally:

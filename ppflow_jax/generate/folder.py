@@ -12,7 +12,6 @@ else.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -26,7 +25,11 @@ from jaxtyping import Float, Int, UInt8
 from ppflow_jax.console import progress
 from ppflow_jax.data.save import save_grid, save_png
 from ppflow_jax.errors import InputError
-from ppflow_jax.files.disk import atomic, writable_directory
+from ppflow_jax.files.arrays import load_array, rows_of
+from ppflow_jax.files.copies import local_file
+from ppflow_jax.files.disk import atomic, remove_tree, writable_directory
+from ppflow_jax.files.objects import StoreError
+from ppflow_jax.files.place import ObjectPath, place
 from ppflow_jax.files.shards import Shards
 
 SHARD = 256
@@ -48,10 +51,11 @@ class SampleFolder:
     """
 
     def __init__(self, path: str | Path, settings: dict[str, Any]):
-        self.path = Path(path).absolute()
+        self.path = place(path).absolute()
         self.settings = json.loads(json.dumps(settings))  # tuples become lists, as on disk
         self.with_latents = settings["save_latents"]
         self.shards = Shards(self.path / "shards", settings["num"], SHARD, self._whole)
+        self._seen: set[int] = set()  # shards that are whole, in an object store
         self.grows = False
         self.complete = self._check()
 
@@ -98,8 +102,10 @@ class SampleFolder:
         if not all((self.path / name).exists() for name in kinds.values()):
             return
         for kind, name in reversed(kinds.items()):
-            array = np.load(self.path / name)
-            array = array["arr_0"] if kind == "" else array
+            if kind == "":
+                array = np.load(local_file(self.path / name))["arr_0"]
+            else:
+                array = load_array(self.path / name)
             with self.shards.room():
                 for shard in range(len(array) // SHARD):
                     _save(self._file(shard, kind), array[shard * SHARD : (shard + 1) * SHARD])
@@ -152,14 +158,14 @@ class SampleFolder:
                 _save(self.path / "labels.npy", labels)
             if pngs:
                 self._write_pngs(labels)
-            shown = np.load(self._file(0))[:GRID]
+            shown = load_array(self._file(0))[:GRID]
             save_grid(self.path / "grid.png", shown, columns=min(10, len(shown)))
             self._write_card(complete=True, **results)
         self.tidy()
 
     def tidy(self) -> None:
         """Remove the shards of a complete folder."""
-        shutil.rmtree(self.shards.folder, ignore_errors=True)
+        remove_tree(self.shards.folder)
 
     def wait_until_complete(self) -> None:
         """Until another process has finished the folder."""
@@ -183,16 +189,22 @@ class SampleFolder:
 
     def _arrays(self, kind: str = "") -> Iterator[np.ndarray]:
         for shard in range(len(self.shards)):
-            yield np.load(self._file(shard, kind))
+            yield load_array(self._file(shard, kind))
 
     def _whole(self, shard: int) -> bool:
         kinds = ["", ".latents"] if self.with_latents else [""]
+        if shard in self._seen:
+            return True
         try:
-            # Mapping compares the size of the file with its header, and reads nothing else.
-            found = [np.load(self._file(shard, kind), mmap_mode="r") for kind in kinds]
+            found = [rows_of(self._file(shard, kind)) for kind in kinds]
+        except StoreError:
+            raise
         except (OSError, ValueError, EOFError):
             return False
-        return all(len(array) == len(self.shards.records(shard)) for array in found)
+        whole = all(rows == len(self.shards.records(shard)) for rows in found)
+        if whole and isinstance(self.path, ObjectPath):  # where asking takes long
+            self._seen.add(shard)
+        return whole
 
 
 def begun(path: Path) -> tuple[dict[str, Any], bool] | None:

@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from ppflow_jax.console import progress, say
 from ppflow_jax.data.classes import Classes
 from ppflow_jax.data.pipeline import explain
+from ppflow_jax.data.ranged import save_index
 from ppflow_jax.data.records import (
     MANIFEST,
     WRITER_OPTIONS,
@@ -32,6 +33,7 @@ from ppflow_jax.data.records import (
 )
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.disk import atomic
+from ppflow_jax.files.place import ObjectPath
 from ppflow_jax.generate.encoding import Job, check_finite, encoded
 
 SETTINGS = "settings.json"
@@ -173,9 +175,10 @@ def _write_shard(
                     break
         finally:
             writer.close()
-    extremes = (min(labels), max(labels)) if labels else None
-    facts = Shard(
-        path.name, path.stat().st_size, sha256(path), records, extremes, tuple(unreadable)
-    )
+        extremes = (min(labels), max(labels)) if labels else None
+        size, digest = temporary.stat().st_size, sha256(temporary)
+        facts = Shard(path.name, size, digest, records, extremes, tuple(unreadable))
+        if isinstance(path, ObjectPath):
+            save_index(path, temporary, records, job.manifest().record_bytes)
     counts = Classes.of(np.int32(labels)).counts
     _write_json(job.facts(shard), asdict(facts) | {LABEL_COUNTS: counts})

@@ -26,6 +26,7 @@ import numpy as np
 
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.disk import atomic
+from ppflow_jax.files.place import place
 from ppflow_jax.flow.fitted import Fitted
 from ppflow_jax.flow.multistep import BASES, Rows, Rule
 from ppflow_jax.flow.path import Flow
@@ -72,7 +73,7 @@ class PlanFile:
 
     def write(self, path: str | Path) -> None:
         """The same plan gives the same bytes."""
-        with atomic(Path(path)) as temporary:
+        with atomic(place(path)) as temporary:
             temporary.write_text(self._text())
 
     def _text(self) -> str:
@@ -102,7 +103,7 @@ class PlanFile:
         Raises:
           InputError: not there, damaged, or no plan file.
         """
-        path = Path(path)
+        path = place(path)
         try:
             text = path.read_text()
         except (OSError, UnicodeDecodeError) as e:

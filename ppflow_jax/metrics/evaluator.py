@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +13,8 @@ import numpy as np
 
 from ppflow_jax.data.images import ImageSet, npz_images, open_images
 from ppflow_jax.errors import InputError
+from ppflow_jax.files.copies import given
+from ppflow_jax.files.place import place
 from ppflow_jax.metrics.extract import Extracted, check_shape, extract, read_statistics
 from ppflow_jax.metrics.feature_cache import FeatureCache
 from ppflow_jax.metrics.frechet import frechet_distance
@@ -46,10 +47,11 @@ def open_reference(text: str, size: int | None = None) -> Reference:
     Raises:
       InputError: see `open_images` and `read_statistics`.
     """
-    path = Path(text)
+    path = place(text)
     if not path.is_file():
         images = open_images(text, size)
         return Reference(images.name, images)
+    path = given(text)
     statistics, card = read_statistics(path)
     if not statistics:
         return Reference(text, npz_images(path))

@@ -6,12 +6,11 @@ and one sample of every run on its way through the stages.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from absl import flags
 
 from ppflow_jax import cli
 from ppflow_jax.errors import InputError
+from ppflow_jax.files.place import place
 
 _OUT = flags.DEFINE_string("out", "report.html", "File to write.")
 _TITLE = flags.DEFINE_string("title", "", "Of the page; default: the names of the runs.")
@@ -36,7 +35,7 @@ def main(folders: list[str]) -> None:
     from ppflow_jax.report.strip import make_strip
 
     runs = open_runs(folders)
-    out = Path(_OUT.value).absolute()
+    out = place(_OUT.value).absolute()
     if out.is_dir():
         raise InputError(f"--out={out} is a folder: name a file")
     labels = []

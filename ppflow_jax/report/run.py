@@ -12,6 +12,7 @@ from typing import Any
 from ppflow_jax.api.plans import OWN
 from ppflow_jax.checkpoints.card import Card, flat, read_card
 from ppflow_jax.errors import InputError
+from ppflow_jax.files.place import place
 from ppflow_jax.files.store import find_checkpoint
 from ppflow_jax.generate.plan_file import PlanFile
 from ppflow_jax.train.metrics_log import read_metrics
@@ -61,7 +62,7 @@ def open_runs(folders: Sequence[str]) -> list[Run]:
     Raises:
       InputError: a folder without checkpoint, or named twice; a file that cannot be read.
     """
-    paths = [Path(folder).absolute() for folder in folders]
+    paths = [place(folder).absolute() for folder in folders]
     if twice := [str(p) for p, n in Counter(paths).items() if n > 1]:
         raise InputError(f"{twice[0]} is given twice: name every run once")
     names = Counter(path.name for path in paths)

@@ -11,6 +11,8 @@ from ppflow_jax.checkpoints.run import Checkpoints, latest_card
 from ppflow_jax.checkpoints.weights import load_frozen
 from ppflow_jax.devices.sharding import replicated
 from ppflow_jax.errors import InputError
+from ppflow_jax.files.disk import writable_directory
+from ppflow_jax.files.place import is_object
 from ppflow_jax.models.network import Params
 from ppflow_jax.models.trees import split
 from ppflow_jax.train.experiment import Experiment
@@ -18,6 +20,23 @@ from ppflow_jax.train.init_from import open_start
 from ppflow_jax.train.program import Program
 from ppflow_jax.train.skip import SKIPPED, no_counts
 from ppflow_jax.train.state import TrainState, extended, state_from, with_terms
+
+
+def tried_store(workdir: str) -> Path | None:
+    """A workdir in an object store, tried before anything is compiled; None: it is on a disk.
+
+    Raises:
+      InputError: it cannot be written; several processes, each of which would have a part of the
+        checkpoints on its own disk.
+    """
+    if not is_object(workdir):
+        return None
+    if jax.process_count() > 1 and not workdir.startswith("gs://"):
+        raise InputError(
+            f"{workdir}: {jax.process_count()} processes cannot write checkpoints to s3:// "
+            "together: mount the bucket (mount-s3) and give the folder"
+        )
+    return writable_directory(workdir)
 
 
 def open_frozen(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from ppflow_jax.checkpoints.card import ALL, Card, read_card
 from ppflow_jax.checkpoints.run import latest_card
 from ppflow_jax.checkpoints.weights import load_weights
 from ppflow_jax.errors import InputError
+from ppflow_jax.files.place import place
 from ppflow_jax.files.store import find_checkpoint
 from ppflow_jax.models.adapters import NONE, adapter_paths, plain, text
 from ppflow_jax.models.network import Params, abstract_params, init_params
@@ -37,7 +37,7 @@ def take_architecture(config: ConfigDict, workdir: str | None, told: Collection[
     """
     if not config.init_from:
         return None
-    begun = latest_card(Path(workdir)) if workdir and Path(workdir).is_dir() else None
+    begun = latest_card(place(workdir)) if workdir and place(workdir).is_dir() else None
     card = begun[1] if begun else read_card(find_checkpoint(config.init_from))
     changed = []
     for name, value in card.model.to_json().items():

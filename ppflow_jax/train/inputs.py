@@ -114,7 +114,13 @@ def _check_told(source: Source, model: ModelConfig, fields: tuple[str, ...]) -> 
 def _source(data: ConfigDict, fields: tuple[str, ...], size: int = 0) -> Source:
     features = dict(image=data.image_feature, label=data.label_feature)
     return open_source(
-        data.source, data.path, size=size, split=data.split, **features, fields=fields
+        data.source,
+        data.path,
+        size=size,
+        split=data.split,
+        **features,
+        fields=fields,
+        stage=data.stage,
     )
 
 

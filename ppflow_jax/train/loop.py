@@ -38,11 +38,10 @@ from ppflow_jax.errors import Stopped, stream_seed
 from ppflow_jax.files.disk import locked, writable_directory
 from ppflow_jax.files.store import FOLDER
 from ppflow_jax.flow.sampler import image_noise
-from ppflow_jax.flow.terms import Metrics
 from ppflow_jax.generate.plan import make_plan
 from ppflow_jax.models.conditions import Cond
 from ppflow_jax.models.network import Params
-from ppflow_jax.train.begin import first_state, open_frozen
+from ppflow_jax.train.begin import first_state, open_frozen, tried_store
 from ppflow_jax.train.ema import reminder
 from ppflow_jax.train.experiment import Experiment
 from ppflow_jax.train.init_from import with_base
@@ -71,6 +70,7 @@ def train(config: ConfigDict, workdir: str) -> None:
       RunError: the loss is not finite, or a checkpoint cannot be written.
       Stopped: SIGTERM or Ctrl-C came; the step is finished and saved.
     """
+    root = tried_store(workdir)
     experiment = Experiment.from_config(config)
     mesh = make_mesh(**config.mesh)
     program = make_program(experiment, mesh)
@@ -80,7 +80,7 @@ def train(config: ConfigDict, workdir: str) -> None:
         for line in describe(source, experiment.card.model.num_classes):
             print(line, flush=True)
 
-    root = writable_directory(workdir)
+    root = root or writable_directory(workdir)
     lock = locked(root) if jax.process_index() == 0 else contextlib.nullcontext()
     with lock, StopRequest() as stop:
         if (latest := latest_card(root)) is not None:
@@ -122,9 +122,8 @@ def _run(
     judge = make_judge(config, experiment.card, source, mesh, root, shown)
     snapshots = Snapshots(root, experiment.card, config.train.posthoc_ema, first)
     schedule = learning_rate(experiment.optim, steps)
-    pending: tuple[int, Metrics] | None = None
     step, stopped = first, first < steps and stop.reached(first)
-    clock, logged = time.monotonic(), first
+    clock, logged, pending = time.monotonic(), first, None
     with (
         contextlib.closing(checkpoints),
         contextlib.closing(_writer(experiment, root, first)) as writer,
@@ -152,6 +151,7 @@ def _run(
             if due.save or due.last:
                 snapshots.write(step, state, frozen)
             if due.save or due.last or stopped:
+                writer.flush()
                 checkpoints.save(step, state)
             if due.sample or due.last:
                 writer.picture(step, draw_samples(whole(state["ema"], frozen), step))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -10,8 +11,13 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 
 from ppflow_jax.console import say
+from ppflow_jax.files.copies import borrowed
 from ppflow_jax.files.disk import atomic
+from ppflow_jax.files.place import ObjectPath
+from ppflow_jax.files.scratch import scratch
 from ppflow_jax.files.store import reason
+
+EVERY = 30.0  # seconds at least between two uploads
 
 
 @runtime_checkable
@@ -32,6 +38,7 @@ class MetricWriter:
 
     On resume, lines of steps after `step` are dropped, so that the file is that of one run. Only
     process 0 reads and writes. A tracker that fails is left out from then on, and that is said.
+    Objects cannot grow: those of an object store are uploaded whole, now and then, and by `flush`.
     """
 
     def __init__(self, workdir: Path, step: int, trackers: Sequence[Tracker] = ()):
@@ -42,10 +49,14 @@ class MetricWriter:
             return
         self.path = workdir / "metrics.jsonl"
         kept = [r for r in read_metrics(self.path) if r["step"] <= step]
-        with atomic(self.path) as temporary:
+        self._workdir, self._local, self._uploaded = workdir, workdir, time.monotonic()
+        if isinstance(workdir, ObjectPath):
+            self._local = scratch("log")
+            self._local.mkdir()
+        with atomic(self._local / self.path.name) as temporary:
             temporary.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        self._file = self.path.open("a")
-        self._events = EventFileWriter(str(workdir / "tensorboard"))
+        self._file = (self._local / self.path.name).open("a")
+        self._events = EventFileWriter(str(self._local / "tensorboard"))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -57,10 +68,14 @@ class MetricWriter:
         summary = [Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
         self._events.add_event(Event(step=step, summary=Summary(value=summary)))
         self._each(lambda tracker: tracker.scalars(step, values), f"at step {step}")
+        if time.monotonic() - self._uploaded > EVERY:
+            self.flush()
 
     def picture(self, step: int, path: Path) -> None:
         """A sample grid, for the trackers."""
-        self._each(lambda tracker: tracker.picture(step, path), f"at step {step}")
+        if self._trackers:
+            with borrowed(path) as file:
+                self._each(lambda tracker: tracker.picture(step, file), f"at step {step}")
 
     def _each(self, tell: Callable[[Tracker], None], when: str) -> None:
         for tracker in tuple(self._trackers):
@@ -79,8 +94,22 @@ class MetricWriter:
             self._file.write(json.dumps({"step": step, **facts}) + "\n")
             self._file.flush()
 
+    def flush(self) -> None:
+        """Upload what is for an object store: before a checkpoint of these steps counts.
+
+        Raises:
+          OSError: the store does not take it.
+        """
+        if self._writes and isinstance(self._workdir, ObjectPath):
+            self._events.flush()
+            for file in sorted(self._local.rglob("*")):
+                if file.is_file():
+                    (self._workdir / str(file.relative_to(self._local))).upload(file)
+            self._uploaded = time.monotonic()
+
     def close(self) -> None:
         if self._writes:
+            self.flush()
             self._file.close()
             self._events.close()
             self._each(lambda tracker: tracker.close(), "at the end")

@@ -10,7 +10,6 @@ sigma_rel. Two of them, kept from time to time, span those of other widths:
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from ppflow_jax.checkpoints.card import Card
 from ppflow_jax.console import say
 from ppflow_jax.devices.sharding import fetch
 from ppflow_jax.errors import InputError
+from ppflow_jax.files.disk import remove_tree
 from ppflow_jax.files.store import find_checkpoint, read_json, readable, write_checkpoint
 from ppflow_jax.flow.terms import network_leaves
 from ppflow_jax.models.network import Params
@@ -141,6 +141,12 @@ class Snapshot(NamedTuple):
         return Profile(exponent(self.sigma_rel), self.updates)
 
 
+def _kept(folder: Path) -> list[Path]:
+    """Folders of single averages, also of one that was being written."""
+    widths = [path for path in folder.iterdir() if path.is_dir()] if folder.exists() else []
+    return [path for width in widths for path in width.iterdir()]
+
+
 def snapshots_of(workdir: Path) -> list[Snapshot]:
     """All snapshots of a run.
 
@@ -148,7 +154,7 @@ def snapshots_of(workdir: Path) -> list[Snapshot]:
       InputError: one is damaged.
     """
     found = []
-    for folder in sorted((workdir / POSTHOC).glob("*/step_*")):
+    for folder in sorted(path for path in _kept(workdir / POSTHOC) if path.name[0] != "."):
         path = find_checkpoint(folder)
         values = read_json(path)
         with readable(path):
@@ -168,11 +174,11 @@ class Snapshots:
         self._folder, self._card, self._widths = workdir / POSTHOC, card, widths
         if not widths or jax.process_index():
             return
-        for path in self._folder.glob("*/*step_*"):
+        for path in _kept(self._folder):
             number = path.name.removeprefix("step_")
             half = path.name.startswith(".") and path.name.endswith(".partial")
             if half or (number.isdigit() and int(number) > first):
-                shutil.rmtree(path)
+                remove_tree(path)
         say(f"post-hoc EMA of sigma_rel {', '.join(map(str, widths))}: kept in {self._folder}")
 
     def write(self, step: int, state: Mapping[str, Any], frozen: Mapping[str, Any]) -> None:

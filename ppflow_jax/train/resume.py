@@ -21,7 +21,7 @@ CONFIG = "config.json"
 # the data is, `trained_on` knows. All other settings must stay as they are.
 FREE = (
     *("init_from", "sample", "eval", "mesh", "model.attention", "model.remat"),
-    *("data.path", "data.vae", "data.workers", "data.unreadable"),
+    *("data.path", "data.vae", "data.workers", "data.unreadable", "data.stage"),
     *("train.accumulate", "train.log_every", "train.save_every", "train.keep"),
     *("train.skip_nonfinite", "train.trackers"),
 )
@@ -41,6 +41,7 @@ BEFORE = {
     "train.teacher": "",
     "data.fields": [],
     "train.phases": [],
+    "data.stage": "",
     "train.skip_nonfinite": 0,
     "train.posthoc_ema": [],
     "train.trackers": [],

@@ -21,6 +21,7 @@ import jax
 from ppflow_jax.checkpoints.card import flat
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.disk import atomic
+from ppflow_jax.files.place import is_object
 from ppflow_jax.files.store import reason
 from ppflow_jax.train.metrics_log import Tracker
 
@@ -113,7 +114,7 @@ class WandB:
             id=known["id"],
             name=workdir.name,
             resume="allow",
-            dir=str(workdir),
+            dir=None if is_object(workdir) else str(workdir),
             config=experiment,
             settings=wandb.Settings(console="off"),
         )
@@ -139,6 +140,8 @@ class MLflow:
 
         self._metric, self._last = Metric, dict[str, int]()
         uri = os.environ.get("MLFLOW_TRACKING_URI")
+        if not uri and is_object(workdir):
+            raise OSError("an object store cannot hold its database")
         self._client = MlflowClient(uri or f"sqlite:///{workdir}/mlflow.db")
         self._begun = self.name in known
         if self._begun:

@@ -17,6 +17,7 @@ from ppflow_jax.data.images import array_images, source_images
 from ppflow_jax.data.pipeline import Source
 from ppflow_jax.errors import InputError, RunError
 from ppflow_jax.files.disk import atomic
+from ppflow_jax.files.store import FOLDER, steps_in
 from ppflow_jax.generate.run_pictures import RunPictures
 from ppflow_jax.metrics.evaluator import NOT_COMPARABLE, Evaluator, Reference, open_reference
 from ppflow_jax.metrics.networks import FeatureNetwork, load_features, save_small
@@ -98,6 +99,6 @@ def _network(c: ConfigDict, source: Source, classes: int, root: Path) -> Feature
     if c.features:
         return load_features(c.features, c.resize)
     folder = root / FEATURES
-    if not folder.exists():
+    if not steps_in(folder / FOLDER):
         save_small(folder, *train_features(source, classes, seed=0))
     return load_features(folder, c.resize)

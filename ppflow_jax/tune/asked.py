@@ -13,6 +13,7 @@ from ppflow_jax.api.model import Model
 from ppflow_jax.api.plans import sha256_of
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.disk import writable_directory
+from ppflow_jax.files.place import place
 from ppflow_jax.tune.calibrate import FINE, Setting, Trajectories, calibrated
 
 MOST_STEPS = 100  # with forecasts
@@ -156,7 +157,7 @@ class Asked:
         Raises:
           InputError: a folder, or where nothing can be written.
         """
-        out = Path(self.out).absolute()
+        out = place(self.out).absolute()
         writable_directory(out.parent)
         if out.is_dir():
             raise InputError(f"--out={self.out} is a folder: give the name of a file, as plan.json")

@@ -15,7 +15,9 @@ from ppflow_jax.api.model import Model
 from ppflow_jax.api.plans import sha256_of
 from ppflow_jax.console import progress
 from ppflow_jax.errors import InputError, RunError
+from ppflow_jax.files.arrays import load_array
 from ppflow_jax.files.disk import atomic, writable_directory
+from ppflow_jax.files.place import place
 from ppflow_jax.flow.sampler import image_noise
 
 PART = 64  # trajectories that are made, and kept, at once
@@ -83,7 +85,7 @@ def calibrated(
     known = {**asdict(setting), "fine": FINE, "checkpoint_sha256": sha256_of(model.weights)}
     known |= {"weights": model.weights.which, "dtype": model.dtype, "jax": jax.__version__}
     name = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
-    target = writable_directory(Path(folder) / f"calibration-{name}")
+    target = writable_directory(place(folder) / f"calibration-{name}")
     every = setting.noises + setting.noises // 2
     labels = np.resize(model.card.classes.trained(model.config.num_classes), every)
     plan = model.plan(steps=FINE, solver="heun", cfg=setting.cfg, cfg_channels=setting.cfg_channels)
@@ -110,7 +112,7 @@ def calibrated(
 
 def _read(file: Path, shape: tuple[int, ...]) -> Float[np.ndarray, "points n h w c"]:
     try:
-        states = np.load(file, allow_pickle=False)
+        states = load_array(file)
         if states.shape != shape or states.dtype != np.float32 or not np.isfinite(states).all():
             raise ValueError(f"{states.dtype} {states.shape}, not float32 {shape}")
     except (OSError, ValueError, EOFError) as e:

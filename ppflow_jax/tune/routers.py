@@ -24,7 +24,9 @@ from jaxtyping import Array, Bool, Float, Int
 from ppflow_jax.api.model import Model
 from ppflow_jax.console import progress, table
 from ppflow_jax.errors import InputError, RunError
+from ppflow_jax.files.copies import borrowed
 from ppflow_jax.files.disk import atomic
+from ppflow_jax.files.place import place
 from ppflow_jax.generate.plan_file import PlanFile
 from ppflow_jax.systems.harmonica import THRESHOLD, Router, router_of, step_weights
 from ppflow_jax.systems.routed import RoutedTables, branch_flops
@@ -222,7 +224,7 @@ def _file_of(model: Model, asked: Asked, out: Path) -> Path:
     known = {**asdict(asked), "out": "", "calibration": "", "model": asked.made(model, {})}
     known |= dict(epochs=EPOCHS, batch=BATCH, rate=RATE, gain=GAIN, renewed=RENEWED)
     name = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
-    return Path(asked.calibration or out.parent).absolute() / f"router-{name}.npz"
+    return place(asked.calibration or out.parent).absolute() / f"router-{name}.npz"
 
 
 def _write(file: Path, now: Training) -> None:
@@ -234,7 +236,7 @@ def _write(file: Path, now: Training) -> None:
 def _read(file: Path, like: Training) -> Training:
     leaves, tree = jax.tree.flatten(like)
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with borrowed(file) as local, np.load(local, allow_pickle=False) as arrays:
             found = [arrays[str(i)] for i in range(len(leaves))]
         for a, b in zip(found, leaves):
             if a.shape != np.shape(b) or not np.isfinite(a).all():

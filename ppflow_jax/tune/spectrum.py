@@ -10,7 +10,6 @@ as strong as the noise: before, it is noise that finer tokens would spend their 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from jaxtyping import Bool, Float
 from ppflow_jax.console import table
 from ppflow_jax.data.sources import open_source
 from ppflow_jax.errors import InputError
+from ppflow_jax.files.place import place
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.pyramid import Pyramid, Stage
 
@@ -85,7 +85,7 @@ def _time(power: float, flow: Flow) -> float:
 
 
 def _examples(data: str) -> Iterator[tuple[np.ndarray, float]]:
-    folder = Path(data)
+    folder = place(data)
     if data == "digits":
         source = open_source("digits", "")
     elif (folder / "latents.npy").exists():
