@@ -229,7 +229,8 @@ SYSTEMS = (
         "pyramids: the patch is that of the stage in which an interval starts, and intervals over "
         "a boundary have the target of two jumps; the interval enters among the features of time",
         "tests/systems/test_meanflow.py",
-        NOT_MEASURED,
+        "digits, one short seed: SiT with 4 evaluations FID 30.6, Euler with 40 37.4; with 2 "
+        "levels 50.9 and 34.8 ([meanflow.md](meanflow.md#what-it-gained-here))",
     ),
     System(
         "Guided and progressive distillation",
@@ -244,7 +245,9 @@ SYSTEMS = (
         "velocities on the linear path, without weights by SNR; steps end at the boundaries of "
         "the pyramid",
         "tests/systems/test_guided_distillation.py",
-        NOT_MEASURED,
+        "digits, 2 levels, one short seed: half the time at FID 34.7 (teacher 34.8), two "
+        "steps 34.9 at a twentieth "
+        "([guided_distillation.md](guided_distillation.md#what-it-gained-here))",
     ),
     System(
         "Channels beside the latent",
