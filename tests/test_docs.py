@@ -112,14 +112,7 @@ def here(page: Path) -> list[pages.Block]:
     return [b for b in pages.blocks(TEXTS[page]) if not b.note and b.language != "text"]
 
 
-LONG = {ROOT / "docs" / name for name in ("tune.md", "moe.md")}
-
-
-@pytest.mark.parametrize(
-    "page",
-    [pytest.param(p, marks=[pytest.mark.long] * (p in LONG)) for p in PAGES if here(p)],
-    ids=name_of,
-)
+@pytest.mark.parametrize("page", [p for p in PAGES if here(p)], ids=name_of)
 def test_blocks_run(page, session):
     if page.name == "README.md":  # who reads it has no run yet
         (session / "runs" / "digits").unlink()

@@ -107,7 +107,7 @@ def data_of(card: Card) -> ConfigDict:
     given = {name: FLAGS[name].value for name in names}
     if FLAGS.source is None:
         given = {name: trained[name] for name in names} | {"path": FLAGS.path or trained["path"]}
-    return ConfigDict(given | {"space": card.space, "fields": (), "task": "none"})
+    return ConfigDict(given | {"space": card.space, "fields": (), "task": "none", "stage": ""})
 
 
 def _out() -> Path:

@@ -28,12 +28,7 @@ def test_nothing_of_the_selection_is_left_out():
     assert len(GROUPS) == 26
 
 
-LONG = ("ppflow_l2/ode", "ppflow_l2/sde", "ppflow_l2/likelihood")
-
-
-@pytest.mark.parametrize(
-    "group", [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in GROUPS]
-)
+@pytest.mark.parametrize("group", GROUPS)
 def test_within_bounds(group, monkeypatch):
     left_out = REPEATED.get(group, ())
 

@@ -68,7 +68,6 @@ GLOO = re.compile(
 )
 
 
-@pytest.mark.long
 def test_two_processes_train_as_one(two, tmp_path):
     workdir, ((out, _), (other, err)) = two
     assert "parameters; stages" in out and GLOO.sub("", other) == ""  # only process 0 speaks
@@ -80,7 +79,6 @@ def test_two_processes_train_as_one(two, tmp_path):
     np.testing.assert_allclose(losses(workdir), losses(tmp_path), rtol=1e-5)
 
 
-@pytest.mark.long
 def test_what_two_processes_measure_one_measures_again(two):
     """Of an EMA that was cut among them."""
     workdir, _ = two
@@ -106,7 +104,6 @@ def test_a_bad_example_in_the_rows_of_one_process_ends_both(tmp_path):
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
-@pytest.mark.long
 def test_one_process_goes_on_with_another_mesh(two):
     workdir, _ = two
     code, out, err = train(workdir, *SHORT, "--config.train.steps=5", "--config.mesh.fsdp=4")

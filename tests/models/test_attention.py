@@ -128,7 +128,7 @@ def plain():
     return gradient(jax.random.key(0), make_apply(SMALL, programs=Programs()))
 
 
-@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.long), "dots"])
+@pytest.mark.parametrize("remat", ["none", "dots"])
 def test_a_network_with_splash_on_a_mesh(remat, key, plain, interpreted):
     """Batch and heads are split, and gradients are those of the plain network."""
     mesh, splash = make_mesh(2, 2, 2), Programs(attention="splash")

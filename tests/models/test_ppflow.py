@@ -99,10 +99,7 @@ def noisy(config, key):
     return tree.unflatten([x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])
 
 
-@pytest.mark.parametrize(
-    "remat, unrolled",
-    [pytest.param("full", False, marks=pytest.mark.long), ("dots", False), ("none", True)],
-)
+@pytest.mark.parametrize("remat, unrolled", [("full", False), ("dots", False), ("none", True)])
 def test_remat_and_unrolling_change_memory_not_numbers(remat, unrolled, key):
     params = noisy(TINY, key)
     x, y = jax.random.normal(key, (2, 8, 8, 3)), jnp.array([1, 5])

@@ -73,16 +73,7 @@ def test_logits_are_scaled_products_of_queries_and_keys(params, inputs):
 
 
 @pytest.mark.parametrize("unrolled", [False, True])
-@pytest.mark.parametrize(
-    "taps",
-    [
-        ALL,
-        *(
-            pytest.param(t, marks=pytest.mark.long)
-            for t in (Taps(h=(2,)), Taps(h=(4,), logits=(0, 3)))
-        ),
-    ],
-)
+@pytest.mark.parametrize("taps", [Taps(h=(2,)), ALL, Taps(h=(4,), logits=(0, 3))])
 def test_taps_leave_prediction_and_gradient(params, inputs, taps, unrolled):
     def loss(params, taps):
         output = programs(unrolled)(params, *inputs, 1, taps=taps)

@@ -69,7 +69,6 @@ def everything(run):
     return {leaf_path(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("last", [STOP - 1, STOP + 1])
 def test_a_run_killed_around_the_stop_ends_with_the_same_bits(data, whole, tmp_path, last):
     run = tmp_path / "run"
@@ -83,7 +82,6 @@ def test_a_run_killed_around_the_stop_ends_with_the_same_bits(data, whole, tmp_p
     assert ours == theirs
 
 
-@pytest.mark.long
 def test_terms_are_logged_until_the_stop_and_their_leaves_stand_still_after_it(whole, tmp_path):
     rows = {r["step"]: r for r in read_metrics(whole / "metrics.jsonl") if "loss" in r}
     aligned = [step for step, row in rows.items() if {"repa", "haste"} <= row.keys()]
@@ -98,7 +96,6 @@ def test_terms_are_logged_until_the_stop_and_their_leaves_stand_still_after_it(w
     assert any(at[STOP - 1][name] != at[STOP][name] for name in own)
 
 
-@pytest.mark.long
 def test_samples_need_nothing_of_it(whole):
     model = pf.load(whole)
     assert "terms" not in model.params

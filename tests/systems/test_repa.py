@@ -22,9 +22,7 @@ REFERENCE = Path(__file__).parents[1] / "reference" / "systems"
 SMALL = ModelConfig(PPFLOW3, 16, 4, width=16, depth=3, heads=2, num_classes=5)
 
 
-@pytest.mark.parametrize(
-    ("name", "count"), [pytest.param("repa", 36, marks=pytest.mark.long), ("haste", 4)]
-)
+@pytest.mark.parametrize(("name", "count"), [("repa", 36), ("haste", 4)])
 def test_losses_and_gradients_are_the_authors(name, count):
     ref = Reference(REFERENCE / name / f"{name}.npz")
     with jax.default_matmul_precision("highest"):

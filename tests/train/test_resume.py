@@ -96,7 +96,6 @@ def test_what_changes_the_numbers_is_refused_in_one_line(begun, args, said):
     assert contents(workdir) == before
 
 
-@pytest.mark.long
 def test_what_leaves_the_numbers_is_said(begun, copy):
     said = {
         "sample.steps=3": "sample.steps: 2 -> 3",
@@ -128,7 +127,6 @@ def test_the_schedule_of_the_steps_that_are_left(small_sit, tmp_path):
     assert code == 0 and "changed" not in out and "done: step 8" in out
 
 
-@pytest.mark.long
 def test_settings_that_were_accepted_are_the_next_of_the_history(begun, copy):
     data = begun / "data"
     first = history(copy)
