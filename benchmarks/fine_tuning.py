@@ -20,6 +20,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from benchmarks.settings import same_settings
 from ppflow_jax import cli
 from ppflow_jax.errors import InputError
 
@@ -51,8 +52,7 @@ def main() -> None:
     keep_scratch()
     out = Path(_OUT.value).absolute()
     jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))
-    out.mkdir(parents=True, exist_ok=True)
-    _same_settings(out)
+    same_settings(out, "sit_steps", "lr", "num", "features", "reference")
     rows: dict[str, list[dict[str, Any]]] = {}
     for seed in range(_SEEDS.value):
         here = out / str(seed)
@@ -66,24 +66,6 @@ def main() -> None:
     text = _table(rows)
     (out / "fine_tuning.md").write_text(text)
     print(text)
-
-
-def _same_settings(out: Path) -> None:
-    """A folder holds runs of one configuration, judged in one way; seeds may be added.
-
-    Raises:
-      InputError: it holds others.
-    """
-    mine = {
-        "config": json.loads(_CONFIG.value.to_json_best_effort()),
-        "sit_steps": _SIT_STEPS.value, "lr": _LR.value, "num": _NUM.value,
-        "features": _FEATURES.value, "reference": _REFERENCE.value,
-    }  # fmt: skip
-    path = out / "settings.json"
-    if not path.exists():
-        path.write_text(json.dumps(mine, indent=1))
-    elif wrong := [k for k, v in json.loads(path.read_text()).items() if mine[k] != v]:
-        raise InputError(f"{out} holds runs of another {wrong[0]}: use another --out")
 
 
 def _rates(texts: list[str]) -> dict[str, float]:

@@ -21,6 +21,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from benchmarks.settings import same_settings
 from ppflow_jax import cli
 from ppflow_jax.errors import InputError
 
@@ -57,8 +58,7 @@ def main() -> None:
     keep_scratch()
     out = Path(_OUT.value).absolute()
     jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))
-    out.mkdir(parents=True, exist_ok=True)
-    _same_settings(out)
+    same_settings(out, "lr", "lengths", "num", "features", "reference")
     rows: Rows = {}
     for seed in range(_SEEDS.value):
         for name, rate in rates.items():
@@ -83,24 +83,6 @@ def _rates(texts: list[str]) -> dict[str, float]:
             raise InputError(f"--lr has {text!r}: give NAME=RATE with one of {', '.join(NAMES)}")
         found[name] = cli.numbers("lr", [rate])[0]
     return found
-
-
-def _same_settings(out: Path) -> None:
-    """A folder holds runs of one configuration, judged in one way; seeds may be added.
-
-    Raises:
-      InputError: it holds others.
-    """
-    mine = {
-        "config": json.loads(_CONFIG.value.to_json_best_effort()),
-        "lr": _LR.value, "lengths": _LENGTHS.value, "num": _NUM.value,
-        "features": _FEATURES.value, "reference": _REFERENCE.value,
-    }  # fmt: skip
-    path = out / "settings.json"
-    if not path.exists():
-        path.write_text(json.dumps(mine, indent=1))
-    elif wrong := [k for k, v in json.loads(path.read_text()).items() if mine[k] != v]:
-        raise InputError(f"{out} holds runs of another {wrong[0]}: use another --out")
 
 
 def _train(folder: Path, name: str, rate: float, seed: int) -> None:

@@ -23,6 +23,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from benchmarks.fast_sampling import timed
+from benchmarks.settings import same_settings
 from ppflow_jax import cli
 from ppflow_jax.autoencoders.decode import Decoder
 from ppflow_jax.checkpoints.card import Card, read_card
@@ -88,8 +89,7 @@ def main() -> None:
     reference = open_reference(_REFERENCE.value, _SIZE.value)
     evaluator = Evaluator(load_features(_FEATURES.value, "tf1"), reference, METRICS)
     keep_scratch()
-    out.mkdir(parents=True, exist_ok=True)
-    _same_settings(out)
+    same_settings(out, "reference", "size", "features", "decode", "num")
     jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))
     for seed in range(_SEEDS.value):
         for name in sorted(_ROWS.value, key=list(ROWS).index):
@@ -97,25 +97,6 @@ def main() -> None:
             _judged(folder, evaluator)
     times = _latencies(out) if _LATENCY.value else {}
     table.write(out, _ROWS.value, _SEEDS.value, times, _DOCS.value)
-
-
-def _same_settings(out: Path) -> None:
-    """A folder holds rows of one budget, judged in one way.
-
-    Raises:
-      InputError: it holds others.
-    """
-    mine = {
-        "config": json.loads(_CONFIG.value.to_json_best_effort()),
-        "reference": _REFERENCE.value, "size": _SIZE.value, "features": _FEATURES.value,
-        "decode": _DECODE.value, "num": _NUM.value,
-    }  # fmt: skip
-    path = out / "settings.json"
-    if not path.exists():
-        with atomic(path) as temporary:
-            temporary.write_text(json.dumps(mine, indent=1))
-    elif wrong := [k for k, v in json.loads(path.read_text()).items() if mine[k] != v]:
-        raise InputError(f"{out} holds rows of another {wrong[0]}: use another --out")
 
 
 def _run(out: Path, name: str, seed: int) -> Path:
