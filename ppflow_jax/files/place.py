@@ -153,9 +153,9 @@ class ObjectPath(PosixPath):
     def read_bytes(self) -> bytes:
         """All of it, compared with the digest that the store has.
 
-          Raises:
-            Damaged: it is not what was written.
-        OSError: see `objects.ask`.
+        Raises:
+          Damaged: it is not what was written.
+          OSError: see `objects.ask`.
         """
         url = str(self)
         for _ in range(_READS):
@@ -214,9 +214,9 @@ class ObjectPath(PosixPath):
     def download(self, file: Path, sha256: str | None = None) -> None:
         """A copy of it at `file`, compared with `sha256`, or with the digest that the store has.
 
-          Raises:
-            Damaged: it is not what was written.
-        OSError: see `objects.ask`.
+        Raises:
+          Damaged: it is not what was written.
+          OSError: see `objects.ask`.
         """
         url = str(self)
         file.parent.mkdir(parents=True, exist_ok=True)
