@@ -1,15 +1,16 @@
 """Few evaluations by training: MeanFlow, and students of a guided model, against their teacher.
 
     python -m benchmarks.few_steps --out=DIR --features=FEATURES [--seeds=3] [--train_steps=600] \
-        [--num=1024] [--rounds=7] [--docs=docs/few_steps_measured.md]
+        [--batch_size=256] [--halved=8,4,2] [--num=1024] [--rounds=7] [--docs=FILE.md]
 
 Trains on digits, for SiT and for two levels and every seed: the model of configs/digits.py, which
 is the teacher; MeanFlow; the guided student; and rounds of halved steps from it. Each run has
 --train_steps steps, so that a student has seen twice as many pictures as its teacher, and so on.
-All are judged by FID in FEATURES (as of `evaluate`), of the same noise and labels. Times are of a
-batch of 64, all rows in turn in every round, as medians of the ratio to the teacher's Euler steps
-of the same pyramid under guidance by two evaluations. Runs and rows that are in DIR are kept: the
-same command continues where it stopped, and --seeds may grow. Leaves rows.json and table.md.
+The teacher is also sampled by plans that `tune` fits to it. All are judged by FID in FEATURES (as
+of `evaluate`), of the same noise and labels. Times are of a batch of 64, all rows in turn in every
+round, as medians of the ratio to the teacher's Euler steps of the same pyramid under guidance by
+two evaluations. Runs and rows that are in DIR are kept: the same command continues where it
+stopped, and --seeds may grow. Leaves rows.json and table.md.
 """
 
 from __future__ import annotations
@@ -35,37 +36,44 @@ from ppflow_jax.generate.plan import Plan
 from ppflow_jax.metrics.evaluator import Evaluator, open_reference
 from ppflow_jax.metrics.networks import load_features
 from ppflow_jax.train.loop import train
+from ppflow_jax.tune.asked import Asked
+from ppflow_jax.tune.command import tune
 
 PYRAMIDS = {"SiT": "sit", "2 levels": ""}
 STEPS, CFG, BATCH = 20, 2.0, 64
-FEWER = (8, 4, 2)  # of the teacher, of the guided student, and rounds of halved steps
+FEWER = (8, 4, 2)  # of the teacher and of the guided student
+TUNED = (8, 5)
 JUMPS = (1, 2, 4)
 
 
 class Setting(NamedTuple):
-    """A row: a run, and how it is sampled."""
+    """A row: a run, and how it is sampled; `tuned`: evaluations of a plan fitted to it."""
 
     run: str
     name: str
     plan: dict[str, Any]
+    tuned: int = 0
 
 
-def settings() -> Iterator[Setting]:
+def settings(halved: tuple[int, ...]) -> Iterator[Setting]:
     guided = {"solver": "euler", "cfg": CFG}
     for steps in (STEPS, *FEWER):
         yield Setting("teacher", f"Euler {steps}, two evaluations", guided | {"steps": steps})
         yield Setting("guided", f"guided student, Euler {steps}", guided | {"steps": steps})
-    for steps in FEWER:
+    for steps in TUNED:
+        name = f"tuned plan of {steps} steps, two evaluations"
+        yield Setting("teacher", name, {"cfg": CFG}, tuned=steps)
+    for steps in halved:
         name = f"halved to {steps} steps"
         yield Setting(f"halved{steps}", name, guided | {"steps": steps})
     for steps in JUMPS:
         yield Setting("meanflow", f"MeanFlow {steps}", {"solver": "meanflow", "steps": steps})
 
 
-BASE = next(settings()).name
+BASE = next(settings(())).name
 
 
-def configurations(folder: Path, pyramid: str, seed: int, steps: int) -> dict[str, ConfigDict]:
+def configurations(folder: Path, pyramid: str, seed: int, args: Any) -> dict[str, ConfigDict]:
     """Every run of a pyramid and a seed, in the order in which they need each other."""
 
     def few(name: str, teacher: str) -> ConfigDict:
@@ -75,20 +83,21 @@ def configurations(folder: Path, pyramid: str, seed: int, steps: int) -> dict[st
 
     found = {"teacher": digits.get_config(pyramid), "meanflow": few("meanflow", "")}
     found["guided"], before = few("guided", "teacher"), "guided"
-    for count in FEWER:
+    for count in args.halved:
         name = f"halved{count}"
         found[name] = few("halved", before)
         found[name].flow.objective = f"halved:steps={count},low=1,high=4"
         found[name].sample.steps, before = count, name
     for config in found.values():
-        config.seed, config.train.steps, config.sample.every = seed, steps, 0
+        config.seed, config.train.steps, config.sample.every = seed, args.train_steps, 0
+        config.data.batch_size = args.batch_size
     return found
 
 
-def trained(out: Path, pyramid: str, seed: int, steps: int) -> Path:
+def trained(out: Path, pyramid: str, seed: int, args: Any) -> Path:
     """The folder of the runs of a pyramid and a seed, all of them trained."""
-    folder = out / str(seed) / (pyramid or "levels2")
-    for name, config in configurations(folder, pyramid, seed, steps).items():
+    folder, steps = out / str(seed) / (pyramid or "levels2"), args.train_steps
+    for name, config in configurations(folder, pyramid, seed, args).items():
         if not (folder / name / "checkpoints" / str(steps)).exists():
             print(f"seed {seed}, {pyramid or '2 levels'}, {name}: {steps} steps", flush=True)
             train(config, str(folder / name))
@@ -97,7 +106,12 @@ def trained(out: Path, pyramid: str, seed: int, steps: int) -> Path:
 
 def planned(folder: Path, setting: Setting) -> tuple[Any, Plan]:
     model = pf.load(folder / setting.run)
-    return model, model.plan(**setting.plan)
+    if not setting.tuned:
+        return model, model.plan(**setting.plan)
+    file = folder / f"tuned{setting.tuned}.json"
+    if not file.exists():
+        tune(model, Asked(str(file), (CFG,), evaluations=setting.tuned))
+    return model, model.plan(file)
 
 
 def judged(folder: Path, setting: Setting, evaluator: Evaluator, num: int) -> dict[str, float]:
@@ -107,31 +121,32 @@ def judged(folder: Path, setting: Setting, evaluator: Evaluator, num: int) -> di
     return {"fid": float(fid), "nfe": plan.nfe}
 
 
-def times(folder: Path, rounds: int) -> dict[str, float]:
+def times(folder: Path, args: Any) -> dict[str, float]:
     """Time of every row, as a share of the first's."""
     runs = {}
-    for setting in settings():
+    for setting in settings(args.halved):
         model, plan = planned(folder, setting)
         noise = image_noise(0, np.arange(BATCH), model.config.shape)[0]
         labels = np.arange(BATCH, dtype=np.int32) % model.config.num_classes
         sampler = plan.sampler()
         runs[setting.name] = lambda s=sampler, p=model.params, x=noise, y=labels: s(p, x, y)
-    return timed(runs, BASE, rounds)
+    return timed(runs, BASE, args.rounds)
 
 
 def table(rows: dict[str, dict], shares: dict[str, dict[str, float]], args: Any) -> str:
     """FID (mean and range over seeds) and time of every row."""
     lines = [
         f"`python -m benchmarks.few_steps --seeds={args.seeds} --train_steps={args.train_steps} "
-        f"--num={args.num}`: digits, FID of {args.num} samples under a guidance of {CFG:g} in the "
-        f"features of --features, mean (range over {args.seeds} training seeds); time at batch "
-        f"{BATCH} as a share of {BASE} of the same pyramid.",
+        f"--batch_size={args.batch_size} --num={args.num}`: digits, FID of {args.num} samples "
+        f"under a guidance of {CFG:g} in the features of --features, mean "
+        f"(range over {args.seeds} training seeds); time at batch {BATCH} "
+        f"as a share of {BASE} of the same pyramid.",
         "",
         "| model | sampled by | evaluations | time | FID |",
         "|---|---|---|---|---|",
     ]
     for title in PYRAMIDS:
-        for setting in settings():
+        for setting in settings(args.halved):
             found = [rows[f"{seed} | {title} | {setting.name}"] for seed in range(args.seeds)]
             fids = [row["fid"] for row in found]
             spread = f"{statistics.mean(fids):.2f} ({min(fids):.2f} to {max(fids):.2f})"
@@ -141,6 +156,10 @@ def table(rows: dict[str, dict], shares: dict[str, dict[str, float]], args: Any)
     return "\n".join(lines) + "\n"
 
 
+def counts(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(","))) if text else ()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -148,6 +167,8 @@ def main() -> None:
     parser.add_argument("--reference", default="digits")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--train_steps", type=int, default=600)
+    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--halved", type=counts, default=FEWER, help="steps, or empty for none")
     parser.add_argument("--num", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--docs", type=Path)
@@ -163,15 +184,15 @@ def main() -> None:
     folders = {}
     for seed in range(args.seeds):
         for title, pyramid in PYRAMIDS.items():
-            folders[seed, title] = trained(out, pyramid, seed, args.train_steps)
-            for setting in settings():
+            folders[seed, title] = trained(out, pyramid, seed, args)
+            for setting in settings(args.halved):
                 key = f"{seed} | {title} | {setting.name}"
                 if key not in rows:
                     rows[key] = judged(folders[seed, title], setting, evaluator, args.num)
                     with atomic(store) as temporary:
                         temporary.write_text(json.dumps(rows, indent=1))
                 print(f"{key}: {rows[key]}", flush=True)
-    shares = {title: times(folders[0, title], args.rounds) for title in PYRAMIDS}
+    shares = {title: times(folders[0, title], args) for title in PYRAMIDS}
     text = table(rows, shares, args)
     print(text)
     (out / "table.md").write_text(text)
