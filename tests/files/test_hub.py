@@ -45,7 +45,9 @@ def test_what_is_no_address(text):
 
 def test_where_addresses_are_taken():
     check_address("hf:a/b", "--checkpoint", stores=True, hub=True)
-    with pytest.raises(InputError, match="weights are read from the hub, and nothing else"):
+    with pytest.raises(
+        InputError, match="weights and Parquet datasets are read from the hub, and nothing else"
+    ):
         check_address("hf:a/b", "--out", stores=True)
 
 
