@@ -19,7 +19,7 @@ from ppflow_jax.data.pictures import Folder, Pictures, Tfds
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.copies import local_file
 from ppflow_jax.files.hub import is_hub
-from ppflow_jax.files.place import is_object, place
+from ppflow_jax.files.place import place
 
 IDENTIFYING = 64  # examples whose values tell two arrays apart
 
@@ -210,6 +210,4 @@ def open_source(
         return Folder(path, size)
     if name == "parquet":
         return Parquet(path, size, split, image, label, stage)
-    if is_object(path):
-        raise InputError(f"source tfds reads no object store ({path}): copy the dataset to a disk")
-    return Tfds(path, size, split, image, label)
+    return Tfds(path, size, split, image, label, stage)

@@ -103,7 +103,7 @@ def _parts(path: str) -> tuple[str, str]:
     """The folder, and the rest: a file, or what has wildcards; "" of a folder."""
     path, at, revision = path.partition("@") if is_hub(path) else (path, "", "")
     parts = path.split("/")
-    first = next((k for k, part in enumerate(parts) if re.search(r"[*?[]", part)), len(parts))
+    first = next((k for k, part in enumerate(parts) if re.search(r"[*?]", part)), len(parts))
     if first == len(parts) and path.endswith(PARQUET):
         first -= 1
     root = "/".join(parts[:first]) or ("/" if path.startswith("/") else ".")
@@ -111,8 +111,8 @@ def _parts(path: str) -> tuple[str, str]:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """As a shell does: a wildcard is no slash."""
-    parts, patterns = name.split("/"), pattern.split("/")
+    """As a shell does with * and ?: a wildcard is no slash."""
+    parts, patterns = name.split("/"), pattern.replace("[", "[[]").split("/")
     return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
 
 

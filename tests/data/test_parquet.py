@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import threading
 
 import numpy as np
@@ -16,7 +17,7 @@ from ppflow_jax.data.pipeline import Stream
 from ppflow_jax.data.sources import open_source
 from ppflow_jax.data.tables import RowGroups
 from ppflow_jax.errors import InputError
-from tests import tables
+from tests import commands, tables
 from tests.pictures import folder
 
 
@@ -87,6 +88,21 @@ def test_the_stream_begins_at_any_step(rows, tmp_path):
     later = next(stream.batches(5))
     np.testing.assert_array_equal(later["image"], every[5]["image"])
     assert not np.array_equal(every[4]["image"], every[5]["image"])
+
+
+def test_a_run_that_is_continued_has_the_same_bits(rows, tmp_path):
+    args = [f"--config.data.path={tables.pushed(tmp_path / 'd', rows)}", "--config.data.flip=True"]
+    args += ["--config.data.source=parquet", "--config.data.space=pixels"]
+    args += ["--config.model.channels=3", "--config.model.num_classes=3"]
+    code, out, err = commands.train(tmp_path / "run", *args)
+    assert code == 0 and "0 ant (4), 1 bee (4), 2 cat (4)" in out, err
+    whole = commands.weights(tmp_path / "run")
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
+    code, out, err = commands.train(tmp_path / "run", *args)
+    assert code == 0 and "continuing from step 2" in out, err
+    again = commands.weights(tmp_path / "run")
+    assert all(np.array_equal(again[name], whole[name]) for name in whole)
 
 
 def test_identity_tells_datasets_apart(rows, tmp_path):

@@ -5,10 +5,12 @@ import pytest
 from huggingface_hub import constants
 
 import ppflow_jax as pf
+from ppflow_jax.data.sources import open_source
 from ppflow_jax.errors import InputError, check_address
 from ppflow_jax.files import hub as hubs
-from tests import commands, fake_hub
+from tests import commands, fake_hub, tables
 from tests.fake_hub import TOKEN
+from tests.pictures import folder
 
 
 @pytest.fixture
@@ -79,6 +81,30 @@ def test_what_the_hub_has_not_is_refused(hub):
         hubs.fetched.cache_clear()
         with pytest.raises(InputError, match=f"{name} is not what the hub has"):
             hubs.fetched(f"hf:a/b/{name}")
+
+
+def test_a_dataset(hub, tmp_path):
+    root = folder(tmp_path / "pictures")
+    pictures = [path.read_bytes() for path in sorted(root.glob("*/*"))]
+    made = tables.pushed(tmp_path / "d", tables.table(pictures, [0] * 12))
+    files = {str(p.relative_to(made)): p.read_bytes() for p in made.rglob("*") if p.is_file()}
+    commit = hub.put("a/b", files)
+    source = open_source("parquet", "hf:a/b", size=16)
+    assert [source.fetch(k)[0] for k in range(12)] == pictures
+    assert source.identity()["path"] == f"hf:a/b@{commit}"
+    hub.put("a/b", {"README.md": b"x"})
+    again = open_source("parquet", f"hf:a/b/data/train-*.parquet@{commit}", size=16)
+    assert len(again) == 12 and again.identity()["path"] == f"hf:a/b/data@{commit}"
+    with pytest.raises(InputError, match=r"has no \.parquet files"):
+        open_source("parquet", "hf:a/b", size=16)
+    with pytest.raises(InputError, match="hf:a/c: no such repository"):
+        open_source("parquet", "hf:a/c", size=16)
+    with pytest.raises(InputError, match="source folder does not read the hub"):
+        open_source("folder", "hf:a/b", size=16)
+    shard = next((tmp_path / "cache").rglob("snapshots/*/data/train-00001*"))
+    shard.resolve().write_bytes(shard.read_bytes()[:-1] + b"?")
+    with pytest.raises(InputError, match=r"train-00001.* is not what the hub has"):
+        open_source("parquet", f"hf:a/b@{commit}", size=16)
 
 
 def test_a_private_repository_and_its_token(hub, capsys, monkeypatch, tmp_path):

@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
 
 from ppflow_jax.data import ranged
+from ppflow_jax.data.sources import open_source
 from ppflow_jax.errors import InputError, RunError
 from ppflow_jax.files import copies, lease, objects
 from ppflow_jax.files.disk import atomic, locked, writable_directory
@@ -24,7 +26,8 @@ from ppflow_jax.files.store import (
     stored_tree,
     write_checkpoint,
 )
-from tests import buckets, commands
+from tests import buckets, commands, tables
+from tests.pictures import folder
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +240,59 @@ def test_records_are_found_and_read_by_ranges(gs, tmp_path, size):
     assert reader.__getitems__([2]) == [records[2]]
     with pytest.raises(Damaged, match="record 3"):
         reader.__getitems__([2, 3])
+
+
+@pytest.mark.parametrize("stage", [False, True])
+def test_parquet_is_read_from_copies(root, tmp_path, monkeypatch, stage):
+    made = folder(tmp_path / "pictures")
+    pictures = [path.read_bytes() for path in sorted(made.glob("*/*"))]
+    rows = tables.table(pictures, [0] * 12)
+    made = tables.pushed(tmp_path / "d", rows)
+    for path in filter(Path.is_file, made.rglob("*")):
+        (root / path.relative_to(made)).upload(path)
+    kept = str(tmp_path / "stage") if stage else ""
+    for path in (root, root / "data" / "train-*.parquet"):
+        source = open_source("parquet", str(path), size=16, stage=kept)
+        assert [source.fetch(k)[0] for k in range(12)] == pictures
+        assert source.identity()["path"] == str(path)
+    copied, download = [], ObjectPath.download
+
+    def counted(self, *args):
+        copied.append(self.name)
+        download(self, *args)
+
+    monkeypatch.setattr(ObjectPath, "download", counted)
+    open_source("parquet", str(root), size=16, stage=kept)
+    assert len(copied) == (0 if stage else 2)
+    (root / "data" / "train-00001-of-00002.parquet").upload(
+        made / "data" / "train-00000-of-00002.parquet"
+    )
+    source = open_source("parquet", str(root), size=16, stage=kept)  # it is another dataset now
+    assert [source.fetch(k)[0] for k in range(12)] == pictures[:6] * 2 and len(copied) > 1
+    with pytest.raises(InputError, match="nothing is there"):
+        open_source("parquet", f"{root}/absent", size=16)
+
+
+def test_tfds_is_read_from_copies(gs, tmp_path, monkeypatch):
+    from tests.pictures import tfds_dataset
+
+    made = sorted(folder(tmp_path / "pictures").glob("*/*"))
+    local = Path(tfds_dataset(tmp_path / "tfds", made, [0] * 4 + [1] * 8, 2))
+    for path in filter(Path.is_file, local.rglob("*")):
+        (gs / path.relative_to(local)).upload(path)
+    (gs / "photographs-test.array_record-00000-of-00001").write_bytes(b"never copied")
+    copied, download = [], ObjectPath.download
+    monkeypatch.setattr(
+        ObjectPath, "download", lambda p, f: copied.append(p.name) or download(p, f)
+    )
+    names = dict(image="picture", label="category")
+    ours, theirs = (open_source("tfds", str(p), size=16, **names) for p in (gs, local))
+    assert [ours.fetch(k) for k in range(12)] == [theirs.fetch(k) for k in range(12)]
+    assert ours.identity() == theirs.identity() and ours.classes() == theirs.classes()
+    assert copied and not any("test" in name for name in copied)
+    for path, split, words in ((gs, "test[:1]", "Unknown split"), (gs / "x", "train", "no TFDS")):
+        with pytest.raises(InputError, match=words):
+            open_source("tfds", str(path), size=16, split=split, **names)
 
 
 def test_a_run_that_breaks_off_continues_with_the_same_bits(gs, small_run, monkeypatch):
