@@ -8,6 +8,7 @@ import ppflow_jax as pf
 from ppflow_jax.data.sources import open_source
 from ppflow_jax.errors import InputError, check_address
 from ppflow_jax.files import hub as hubs
+from ppflow_jax.report import publish
 from tests import commands, fake_hub, tables
 from tests.fake_hub import TOKEN
 from tests.pictures import folder
@@ -131,14 +132,25 @@ def test_no_server_and_no_package(hub, monkeypatch):
         hubs.fetched("hf:a/b@x")
 
 
+def test_folders_of_this_machine_are_not_published():
+    given = {"path": "/home/me/data", "all": ["vae:gs://b/k/vae", "a=/x/y,b=s3://b/c/d"], "n": 3}
+    said = {"path": "data", "all": ["vae:vae", "a=y,b=d"], "n": 3}
+    assert publish._without_folders(given) == said
+    assert publish._without_folders("4x4@0.5,2x2@1") == "4x4@0.5,2x2@1"
+
+
 def test_a_run_is_pushed_and_read_by_its_name(hub, small_run, tmp_path, monkeypatch):
     code, _, err = commands.run("report.push", str(small_run), "hf:me/digits")
     assert code == 1 and "401" in err and err.count("\n") == 1, err
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    for _ in range(2):  # the second replaces the first
+    for again in (False, True):  # the second replaces the first
+        if again:
+            left = ("checkpoints/0/x", "evaluations/07.json", "plan.json", "LICENSE")
+            hub.put("me/digits", hub.files("me/digits") | dict.fromkeys(left, b"earlier"))
         code, out, err = commands.run("report.push", str(small_run), "hf:me/digits")
         assert code == 0 and "hf:me/digits@" in out, err
     files = hub.files("me/digits")
+    assert [name for name in left if name in files] == ["LICENSE"]  # which is not ours
     page = files["README.md"].decode()
     assert "library_name: ppflow_jax" in page and "4x4@0.5,2x2@1" in page and "samples.png" in files
     named = [n for n, data in files.items() if str(small_run.parent).encode() in data]
