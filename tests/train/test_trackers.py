@@ -226,6 +226,10 @@ def bucket(offline, tmp_path, monkeypatch):
 def test_a_workdir_in_a_bucket(bucket, name, tmp_path, monkeypatch, capsys):
     uri = f"sqlite:///{tmp_path}/elsewhere.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    if name == "wandb":
+        import wandb
+
+        wandb.teardown()  # which remembers in which folder it was first used
     known = killed_and_resumed(bucket, name)
     said = capsys.readouterr().err
     assert f"{name} keeps its files on this machine, in " in said and f"go to {bucket}" in said
