@@ -60,16 +60,17 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
 
     c.data = ConfigDict()
     # cache: made by ppflow_jax.prepare; folder: one directory per class; tfds: a prepared TFDS
-    # dataset; arrays: latents.npy and labels.npy; digits
+    # dataset; parquet: its shards, or what datasets.save_to_disk made; arrays: latents.npy and
+    # labels.npy; digits
     c.data.source = "arrays"
-    c.data.path = ""  # folder of the source; of tfds also a name such as imagenet2012
+    c.data.path = ""  # folder; of tfds also a name such as imagenet2012, of parquet hf:OWNER/REPO
     c.data.space = "latents"  # latents or pixels
     c.data.vae = ""  # vae:DIR or taesd:DIR, encodes pictures in every step; must be a cache's own
     c.data.flip = True  # mirror pictures (cache: of --flips=both) with probability 1/2 every visit
-    c.data.stage = ""  # folder for copies of a cache in gs:// or s3://; empty: read by ranges
+    c.data.stage = ""  # folder for copies of what is in gs:// or s3://; empty: see docs/stores.md
     c.data.unreadable = "error"  # or skip: the next picture stands in, and the name is printed
     c.data.workers = 0  # reading processes; 0: threads, enough for caches, arrays and digits
-    c.data.split = "train"  # of tfds
+    c.data.split = "train"  # of tfds and parquet, and so are the two below
     c.data.image_feature = "image"
     c.data.label_feature = "label"
     c.data.fields = ()  # arrays of the examples that terms read, e.g. ("teacher",): docs/data.md

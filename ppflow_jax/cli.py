@@ -37,10 +37,10 @@ STORES = {
     "serve": {"checkpoint", "decode", "plan"},
     "tune": {"checkpoint", "out", "calibration", "data"},
 }
-# and those that take weights of the hub, hf:
+# and those that take weights or datasets of the hub, hf:
 WEIGHTS = {"config.init_from", "config.train.teacher", "config.data.vae", "config.sample.decode"}
-WEIGHTS |= {"config.eval.decode", "config.eval.features"}
-WEIGHTS |= {"checkpoint", "weak", "source", "decode", "vae", "fields", "features"}
+WEIGHTS |= {"config.eval.decode", "config.eval.features", "config.data.path"}
+WEIGHTS |= {"checkpoint", "weak", "source", "decode", "vae", "fields", "features", "path"}
 
 
 def run(main: Callable[..., None], required: tuple[str, ...] = (), positional: str = "") -> None:

@@ -46,14 +46,15 @@ def check_address(text: str, name: str, stores: bool, hub: bool = False) -> None
     """
     Args:
       stores: whether `name` takes addresses in an object store.
-      hub: whether it takes weights of the Hugging Face hub.
+      hub: whether it takes weights or a dataset of the Hugging Face hub.
 
     Raises:
       InputError: an address that is not supported, which would become a local folder of that name.
     """
     if _ON_HUB.search(text) and not hub:
         raise InputError(
-            f"{name}={text}: weights are read from the hub, and nothing else: give a local path"
+            f"{name}={text}: weights and Parquet datasets are read from the hub, and nothing "
+            "else: give a local path"
         )
     if not (found := _SCHEME.search(text) or _KNOWN.search(text)):
         return

@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 _OUT = flags.DEFINE_string("out", None, "Folder of the latent cache; made if needed.")
 _SOURCE = flags.DEFINE_enum(
-    "source", "folder", ["folder", "tfds", "digits", "arrays"], "Kind of dataset."
+    "source", "folder", ["folder", "parquet", "tfds", "digits", "arrays"], "Kind of dataset."
 )
-_PATH = flags.DEFINE_string("path", "", "Its folder, or the name of a TFDS dataset.")
-_SPLIT = flags.DEFINE_string("split", "train", "Split of a TFDS dataset.")
-_IMAGE = flags.DEFINE_string("image_feature", "image", "Feature of a TFDS dataset.")
-_LABEL = flags.DEFINE_string("label_feature", "label", "Feature of a TFDS dataset.")
+_PATH = flags.DEFINE_string("path", "", "Its folder, hf:OWNER/REPO, or the name of a TFDS dataset.")
+_SPLIT = flags.DEFINE_string("split", "train", "Split, of tfds and parquet.")
+_IMAGE = flags.DEFINE_string("image_feature", "image", "Feature of tfds, column of parquet.")
+_LABEL = flags.DEFINE_string("label_feature", "label", "Feature of tfds, column of parquet.")
 _VAE = flags.DEFINE_string("vae", "", "vae:DIR or taesd:DIR, a converted autoencoder.")
 _SIZE = flags.DEFINE_integer("size", 256, "Side of the pictures after ADM's centre crop, pixels.")
 _FLIPS = flags.DEFINE_enum("flips", "both", ["both", "one"], "Also encode the mirror images?")

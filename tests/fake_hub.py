@@ -1,4 +1,4 @@
-"""A Hugging Face hub on loopback: what of its HTTP API loading and pushing a model needs.
+"""A Hugging Face hub on loopback: what of its HTTP API models and datasets need.
 
 with hub() as server:               # HF_ENDPOINT=server.url
     server.put("owner/repo", {"model.safetensors": data}, private=True)
@@ -82,7 +82,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             return self._create(json.loads(body), known)
         found = re.fullmatch(
-            r"/(?:api/models/)?(?P<repo>[^/]+/[^/]+)"
+            r"/(?:api/models/|api/datasets/|datasets/)?(?P<repo>[^/]+/[^/]+)"
             r"(?:/(?P<what>resolve|revision|tree|preupload|commit)/(?P<rev>[^/]+)/?(?P<file>.*))?",
             path,
         )

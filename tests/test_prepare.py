@@ -17,6 +17,7 @@ from ppflow_jax.data.sources import open_source
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.disk import locked
 from ppflow_jax.generate import encoding, latent_cache
+from tests import tables
 from tests.commands import run
 from tests.pictures import folder
 
@@ -132,6 +133,19 @@ def test_killed_anywhere_and_rerun_gives_the_same_bytes(made, tmp_path, monkeypa
     code, _, err = prepare(root, tmp_path)
     assert code == 0 and ("continuing" in err) == (moment in ("second shard", "facts"))
     assert files(tmp_path) == files(root / "cache")
+
+
+def test_parquet_gives_the_records_of_the_folder(made, tmp_path):
+    pictures = sorted((made[0] / "train").glob("*/*"))
+    labels = [int(path.parent.name[-1]) for path in pictures]
+    rows = tables.table([path.read_bytes() for path in pictures], labels)
+    pushed = tables.pushed(tmp_path / "hub", rows)
+    args = ["--source=parquet", f"--path={pushed}"]
+    code, out, err = prepare(made[0], tmp_path / "cache", *args)
+    assert code == 0 and "0 ant (4), 1 bee (4), 2 cat (4)" in out, err
+    assert "left out, cannot be read: data/train-00001-of-00002.parquet[0] (" in err
+    ours, theirs = (files(root / "cache") for root in (tmp_path, made[0]))
+    assert ours.pop("manifest.json") != theirs.pop("manifest.json") and ours == theirs
 
 
 def test_processes_share_the_shards(made, tmp_path, monkeypatch):

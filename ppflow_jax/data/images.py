@@ -16,9 +16,11 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from ppflow_jax.data.image_tree import CARD, EXTENSIONS, ImageTree, open_tree
+from ppflow_jax.data.parquet import Parquet
 from ppflow_jax.data.pictures import UnreadablePicture
 from ppflow_jax.data.pipeline import Source
 from ppflow_jax.data.sources import arrays, digits
+from ppflow_jax.data.table_files import PARQUET
 from ppflow_jax.data.transforms import center_crop, decode, open_picture, to_uint8
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.copies import given
@@ -58,8 +60,8 @@ class ImageSet:
 
 
 def open_images(text: str, size: int | None = None) -> ImageSet:
-    """`digits`; FILE.npz with `arr_0`; a folder or .zip of pictures; a folder that `sample` made;
-    a folder of latents.npy in [-1, 1].
+    """`digits`; FILE.npz with `arr_0`; a folder or .zip of pictures; Parquet shards, see
+    table_files.py; a folder that `sample` made; a folder of latents.npy in [-1, 1].
 
     With `size` every picture of a folder gets ADM's centre crop; without, all must have one size.
 
@@ -67,6 +69,8 @@ def open_images(text: str, size: int | None = None) -> ImageSet:
       InputError: not there, empty, of mixed sizes, or not 8-bit pictures.
     """
     path = place(text)
+    if text.endswith(PARQUET):
+        return table_images(text, size)
     if text != "digits" and not path.exists():
         raise InputError(
             f"{text} does not exist: give an npz with arr_0, a folder of images, or digits"
@@ -137,6 +141,18 @@ def source_images(source: Source) -> ImageSet:
     return ImageSet(source.name, len(source), shape, read)
 
 
+def table_images(path: str, size: int | None) -> ImageSet:
+    """The column `image` of Parquet shards, or of the only split that `datasets` saved.
+
+    Raises:
+      InputError: no `size`; see `Parquet` and `source_pictures`.
+    """
+    if size is None:
+        raise InputError(f"{path}: give --size=N for ADM's centre crop to NxN")
+    source = Parquet(path, size, split="", image="image", label="")
+    return replace(source_images(source), notes=tuple(source.notes()))
+
+
 def npz_images(path: Path) -> ImageSet:
     """`arr_0` of an npz, uint8 (N, h, w, 1 or 3); it is streamed, never held whole.
 
@@ -204,6 +220,8 @@ def folder_images(path: str, size: int | None = None) -> ImageSet:
         raise InputError(
             f"{path} has {inner[0]}, of a folder of samples: give {path}/{inner[0][: -len(CARD)]}"
         )
+    if not tree.files and any(other.endswith((PARQUET, ".arrow")) for other in tree.others):
+        return table_images(path, size)
     if not tree.files:
         raise InputError(f"{path} has no images ({', '.join(EXTENSIONS)})")
     with ThreadPoolExecutor(_THREADS) as pool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from ppflow_jax.data.classes import Classes, labelled
 from ppflow_jax.data.image_tree import open_tree
 from ppflow_jax.data.transforms import center_crop, decode
 from ppflow_jax.errors import InputError
+from ppflow_jax.files.mirror import Mirror
 from ppflow_jax.files.objects import StoreError
-from ppflow_jax.files.place import place
+from ppflow_jax.files.place import ObjectPath, is_object, place
+
+_TFDS_CARD = "dataset_info.json"
 
 
 class UnreadablePicture(Exception):
@@ -162,16 +166,20 @@ class Tfds(Pictures):
     """A split of a prepared TFDS dataset; read without TensorFlow.
 
     `path` is the folder of one version (with `dataset_info.json`), or a name such as
-    `imagenet2012` in TFDS's own data folder (environment variable TFDS_DATA_DIR).
+    `imagenet2012` in TFDS's own data folder (environment variable TFDS_DATA_DIR). Of a folder in an
+    object store the split is copied to this machine.
+
+    Args:
+      stage: folder for such copies; empty: they go when the process ends.
 
     Raises:
       InputError: not there, no such split or feature, or in a format without random access.
     """
 
-    def __init__(self, path: str, size: int, split: str, image: str, label: str):
+    def __init__(self, path: str, size: int, split: str, image: str, label: str, stage: str = ""):
         self.size, self.name, self.split = size, f"{path}[{split}]", split
         self.image, self.label = image, label
-        builder = _tfds_builder(path)
+        builder = _tfds_builder(_tfds_copy(place(path), split, stage) if is_object(path) else path)
         features = builder.info.features
         if missing := [name for name in (image, label) if name not in features]:
             raise InputError(
@@ -207,11 +215,25 @@ class Tfds(Pictures):
         }
 
 
+def _tfds_copy(path: ObjectPath, split: str, stage: str) -> str:
+    """A folder on this machine with the split, and with what is said of all of them."""
+    try:
+        mirror = Mirror(path, stage)
+        if _TFDS_CARD not in mirror.names:
+            raise InputError(f"no TFDS dataset {path}: give the folder that has {_TFDS_CARD}")
+        splits = re.findall(r"\w+", re.sub(r"\[.*?\]", "", split))  # of train[:10%]+test
+        kept = [f"-{name}." for name in splits] or [""]
+        files = [n for n in mirror.names if "record-" not in n or any(k in n for k in kept)]
+        return str(mirror.fetch(files))
+    except OSError as e:
+        raise InputError(f"cannot read {path} ({e.strerror})") from e
+
+
 def _tfds_builder(path: str):
     import tensorflow_datasets as tfds
 
     try:
-        if (Path(path) / "dataset_info.json").exists():
+        if (Path(path) / _TFDS_CARD).exists():
             return tfds.builder_from_directory(path)
         return tfds.builder(path, file_format="array_record")
     except Exception as e:  # TFDS has its own types for unknown names, versions and folders

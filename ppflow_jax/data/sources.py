@@ -14,10 +14,12 @@ from ppflow_jax.data.cache import CacheSource
 from ppflow_jax.data.checks import check_labels, check_shape
 from ppflow_jax.data.classes import Classes
 from ppflow_jax.data.fields import check_names
+from ppflow_jax.data.parquet import Parquet
 from ppflow_jax.data.pictures import Folder, Pictures, Tfds
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.copies import local_file
-from ppflow_jax.files.place import is_object, place
+from ppflow_jax.files.hub import is_hub
+from ppflow_jax.files.place import place
 
 IDENTIFYING = 64  # examples whose values tell two arrays apart
 
@@ -155,7 +157,8 @@ def arrays(path: str, fields: tuple[str, ...] = ()) -> ArraySource:
     return ArraySource(str(folder), latents, labels, others)
 
 
-SOURCES = ("arrays", "cache", "digits", "folder", "tfds")
+PICTURES = ("folder", "parquet", "tfds")  # that are decoded when they are read
+SOURCES = ("arrays", "cache", "digits", *PICTURES)
 
 
 def open_source(
@@ -171,9 +174,9 @@ def open_source(
 ) -> ArraySource | CacheSource | Pictures:
     """The dataset `name`, one of `SOURCES`, at `path`.
 
-    `size` is the side of pictures after the crop (folder, tfds); `split`, `image` and `label` are
-    the split and features of a TFDS dataset; `fields` are those of arrays and caches;
-    `stage` is a folder for copies of a cache in an object store.
+    `size` is the side of pictures after the crop (`PICTURES`); `split`, `image` and `label` are
+    the split and features of tfds and parquet; `fields` are those of arrays and caches;
+    `stage` is a folder for copies of a cache, parquet or tfds in an object store.
 
     Raises:
       InputError: unknown name, or a dataset that cannot be used.
@@ -193,15 +196,18 @@ def open_source(
             "arrays": "DIR with latents.npy and labels.npy",
             "cache": "DIR made by python -m ppflow_jax.prepare",
             "folder": "DIR with one directory per class",
+            "parquet": "DIR of Parquet shards or of datasets.save_to_disk, or hf:OWNER/REPO",
             "tfds": "DIR with dataset_info.json, or the name of a prepared dataset",
         }
         raise InputError(f"config.data.path is empty: give --config.data.path={what[name]}")
+    if is_hub(path) and name != "parquet":
+        raise InputError(f"source {name} does not read the hub ({path}): parquet does")
     if name == "arrays":
         return arrays(path, fields)
     if name == "cache":
         return CacheSource(path, fields, stage)
     if name == "folder":
         return Folder(path, size)
-    if is_object(path):
-        raise InputError(f"source tfds reads no object store ({path}): copy the dataset to a disk")
-    return Tfds(path, size, split, image, label)
+    if name == "parquet":
+        return Parquet(path, size, split, image, label, stage)
+    return Tfds(path, size, split, image, label, stage)

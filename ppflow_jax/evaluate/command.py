@@ -11,6 +11,7 @@ from absl import flags
 from ppflow_jax.api.run_samples import RunSamples
 from ppflow_jax.data.images import ImageSet, open_images
 from ppflow_jax.data.sources import ArraySource, arrays, digits
+from ppflow_jax.data.table_files import PARQUET
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.disk import atomic, writable_directory
 from ppflow_jax.files.place import lexical, place
@@ -85,8 +86,12 @@ def judge() -> None:
 
 def _size_of(text: str) -> int | None:
     """`--size` for one of the two sets; where only one is a folder, it is meant for that."""
-    folders = [place(t).is_dir() for t in (FLAGS.samples, FLAGS.reference) if t]
-    return FLAGS.size if place(text).is_dir() or not any(folders) else None
+    folders = {t: _is_folder(t) for t in (FLAGS.samples, FLAGS.reference) if t}
+    return FLAGS.size if folders.get(text) or not any(folders.values()) else None
+
+
+def _is_folder(text: str) -> bool:
+    return text.endswith(PARQUET) or place(text).is_dir()
 
 
 def _network() -> FeatureNetwork:

@@ -18,13 +18,13 @@ _WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Which paramet
 _SOURCE = flags.DEFINE_enum(
     "source",
     None,
-    ["arrays", "cache", "digits", "folder", "tfds"],
+    ["arrays", "cache", "digits", "folder", "parquet", "tfds"],
     "Kind of dataset; default: the data that the run was trained on.",
 )
-_PATH = flags.DEFINE_string("path", "", "Its folder, or the name of a TFDS dataset.")
-_SPLIT = flags.DEFINE_string("split", "train", "Split of a TFDS dataset.")
-_IMAGE = flags.DEFINE_string("image_feature", "image", "Feature of a TFDS dataset.")
-_LABEL = flags.DEFINE_string("label_feature", "label", "Feature of a TFDS dataset.")
+_PATH = flags.DEFINE_string("path", "", "Its folder, hf:OWNER/REPO, or the name of a TFDS dataset.")
+_SPLIT = flags.DEFINE_string("split", "train", "Split, of tfds and parquet.")
+_IMAGE = flags.DEFINE_string("image_feature", "image", "Feature of tfds, column of parquet.")
+_LABEL = flags.DEFINE_string("label_feature", "label", "Feature of tfds, column of parquet.")
 _VAE = flags.DEFINE_string("vae", "", "vae:DIR or taesd:DIR that encodes pictures of --source.")
 _BLOCKS = flags.DEFINE_list("blocks", ["all"], "Blocks, counted from 1, or all.")
 _TIMES = flags.DEFINE_list("times", ["0.3", "0.5", "0.7", "0.8", "0.9"], "Times, 0 is noise.")

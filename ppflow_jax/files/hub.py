@@ -1,4 +1,4 @@
-"""Weights of the Hugging Face hub: `hf:OWNER/REPO[/FILE][@REVISION]`, wherever weights are read.
+"""The Hugging Face hub: `hf:OWNER/REPO[/FILE][@REVISION]`, wherever weights are read, and datasets.
 
 A file, or of a repository without one what is found in it: a checkpoint that `ppflow push` made,
 else its safetensors, else its only file of PyTorch. They are kept in the hub's own cache, and every
@@ -14,8 +14,9 @@ import importlib.util
 import re
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,22 +85,9 @@ def fetched(text: str) -> Path:
     with one_line(text):
         client = hub.HfApi()
         info = client.model_info(address.repo, revision=address.revision)
-        entries = {
-            entry.path: entry
-            for entry in client.list_repo_tree(address.repo, recursive=True, revision=info.sha)
-            if hasattr(entry, "blob_id")  # folders have none
-        }
+        entries = _entries(client, address.repo, info.sha, "model")
         wanted, opened = _chosen(address, entries)
-        folder = Path(
-            client.snapshot_download(
-                address.repo, revision=info.sha, allow_patterns=[_literal(w) for w in wanted]
-            )
-        )
-    for name in wanted:
-        if not (folder / name).is_file() or not _as_the_hub_says(folder / name, entries[name]):
-            raise InputError(
-                f"{text}: {name} is not what the hub has: remove {folder}, and load it again"
-            )
+    folder = _downloaded(text, info.sha, {name: entries[name] for name in wanted}, "model")
     path = folder / opened if opened else folder
     said = f"SHA-256 {_sha256(path)[:16]}" if path.is_file() else f"{len(wanted)} files"
     print(
@@ -107,6 +95,71 @@ def fetched(text: str) -> Path:
         file=sys.stderr,
     )
     return path
+
+
+class Dataset:
+    """A dataset `hf:OWNER/REPO[/FOLDER][@REVISION]`, at one commit; `str` names it with that.
+
+    Attributes:
+      names: of its files, from FOLDER on.
+
+    Raises:
+      InputError: not there, or not to be read.
+    """
+
+    def __init__(self, text: str):
+        self._text, address, hub = text, Address.parse(text), api()
+        with one_line(text):
+            client = hub.HfApi()
+            info = client.dataset_info(address.repo, revision=address.revision)
+            entries = _entries(client, address.repo, info.sha, "dataset")
+        self._address = replace(address, revision=info.sha)
+        self._below = f"{address.file}/" if address.file else ""
+        self._entries = {
+            name: e for name, e in sorted(entries.items()) if name.startswith(self._below)
+        }
+        self.names = tuple(name[len(self._below) :] for name in self._entries)
+
+    def __str__(self) -> str:
+        return str(self._address)
+
+    def fetch(self, names: list[str]) -> Path:
+        """FOLDER on this machine with these files, each compared with what the hub says of it.
+
+        Raises:
+          InputError: one is damaged, or the hub does not answer.
+        """
+        wanted = {self._below + name: self._entries[self._below + name] for name in names}
+        return _downloaded(self._text, self._address.revision, wanted, "dataset") / self._below
+
+
+def _entries(client: Any, repo: str, commit: str, kind: str) -> dict[str, Any]:
+    """What the hub says of all files of a repository."""
+    listed = client.list_repo_tree(repo, recursive=True, revision=commit, repo_type=kind)
+    return {entry.path: entry for entry in listed if hasattr(entry, "blob_id")}  # folders have none
+
+
+def _downloaded(text: str, commit: str, wanted: dict[str, Any], kind: str) -> Path:
+    """The folder in the hub's cache that has the files `wanted`, all compared.
+
+    Raises:
+      InputError: one is damaged, or the hub does not answer.
+    """
+    repo, patterns = Address.parse(text).repo, [_literal(name) for name in wanted]
+    given = dict(revision=commit, repo_type=kind, allow_patterns=patterns)
+    with one_line(text):
+        folder = Path(api().HfApi().snapshot_download(repo, **given))
+
+    def whole(name: str) -> bool:
+        return (folder / name).is_file() and _as_the_hub_says(folder / name, wanted[name])
+
+    with ThreadPoolExecutor() as pool:
+        for name, good in zip(wanted, pool.map(whole, wanted)):
+            if not good:
+                raise InputError(
+                    f"{text}: {name} is not what the hub has: remove {folder}, and load it again"
+                )
+    return folder
 
 
 def _chosen(address: Address, entries: dict[str, Any]) -> tuple[list[str], str]:

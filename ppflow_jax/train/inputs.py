@@ -20,7 +20,7 @@ from ppflow_jax.checkpoints.card import Card
 from ppflow_jax.data.cache import CacheSource
 from ppflow_jax.data.checks import check_shape
 from ppflow_jax.data.pipeline import Source
-from ppflow_jax.data.sources import open_source
+from ppflow_jax.data.sources import PICTURES, open_source
 from ppflow_jax.devices.sharding import (
     batch_sharding,
     data_shards,
@@ -48,7 +48,7 @@ def open_inputs(data: ConfigDict, card: Card) -> tuple[Source, Encoder | None, C
     Raises:
       InputError: data that cannot be used, or parts that do not fit together.
     """
-    model, pictures = card.model, data.source in ("folder", "tfds")
+    model, pictures = card.model, data.source in PICTURES
     if data.vae and not pictures and data.source != "cache":
         raise InputError(
             f"config.data.source={data.source} has no pictures to encode: leave config.data.vae "
@@ -69,8 +69,8 @@ def open_inputs(data: ConfigDict, card: Card) -> tuple[Source, Encoder | None, C
     if task and task.of_pixels and data.space == "latents" and not pictures:
         raise InputError(
             f"config.data.task={data.task} is computed from pictures and "
-            f"config.data.source={data.source} has none: use folder or tfds with config.data.vae, "
-            "or config.data.space=pixels"
+            f"config.data.source={data.source} has none: use {', '.join(PICTURES)} with "
+            "config.data.vae, or config.data.space=pixels"
         )
     encoder = Encoder.parse(data.vae, "config.data.vae") if data.vae else None
     size = model.latent_size * (encoder.config.downsample if encoder else 1)

@@ -53,7 +53,7 @@ from ppflow_jax.train.program import Program, make_program
 from ppflow_jax.train.resume import going_on, record
 from ppflow_jax.train.skip import SKIPPED, Watch
 from ppflow_jax.train.state import TrainState, whole
-from ppflow_jax.train.trackers import open_trackers
+from ppflow_jax.train.trackers import check_place, open_trackers
 from ppflow_jax.train.validate import make_judge
 
 
@@ -72,6 +72,7 @@ def train(config: ConfigDict, workdir: str) -> None:
     """
     root = tried_store(workdir)
     experiment = Experiment.from_config(config)
+    check_place(config.train.trackers, workdir)
     mesh = make_mesh(**config.mesh)
     program = make_program(experiment, mesh)
     source, encoder, card = open_inputs(config.data, experiment.card)

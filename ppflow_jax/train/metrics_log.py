@@ -22,9 +22,14 @@ EVERY = 30.0  # seconds at least between two uploads
 
 @runtime_checkable
 class Tracker(Protocol):
-    """Another place that a run tells of itself, see trackers.py."""
+    """Another place that a run tells of itself, see trackers.py.
+
+    Attributes:
+      where: folder or address on this machine in which it keeps what it has; "": elsewhere.
+    """
 
     name: str
+    where: str
 
     def scalars(self, step: int, values: dict[str, float]) -> None: ...
 

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 
 from ppflow_jax.checkpoints.card import flat
+from ppflow_jax.console import say
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.disk import atomic
 from ppflow_jax.files.place import is_object
@@ -28,6 +29,7 @@ from ppflow_jax.train.metrics_log import Tracker
 PROJECT = "ppflow_jax"
 FILE = "trackers.json"
 SAMPLES = "samples"  # what they call the sample grids
+_MLFLOW = "MLFLOW_TRACKING_URI"
 PARAMS = 100  # settings that MLflow takes at once
 
 
@@ -51,10 +53,24 @@ def check_trackers(names: Sequence[str]) -> None:
             )
 
 
+def check_place(names: Sequence[str], workdir: str | Path) -> None:
+    """
+    Raises:
+      InputError: a tracker that would keep its database in an object store.
+    """
+    if MLflow.name in names and is_object(workdir) and not os.environ.get(_MLFLOW):
+        raise InputError(
+            f"config.train.trackers: mlflow keeps a database, which {workdir} cannot hold: set "
+            f"{_MLFLOW} to a server, or to a file such as sqlite:////home/me/mlflow.db"
+        )
+
+
 def open_trackers(
     names: Sequence[str], workdir: Path, experiment: dict[str, Any]
 ) -> tuple[Tracker, ...]:
     """The trackers of a run, begun or going on; none in processes other than 0.
+
+    Of a workdir in an object store it is said which keeps its files on this machine, and where.
 
     Args:
       experiment: the settings of the run.
@@ -76,6 +92,8 @@ def open_trackers(
             ) from e
         with atomic(workdir / FILE) as temporary:
             temporary.write_text(json.dumps(known, indent=1) + "\n")
+        if is_object(workdir) and (where := opened[-1].where):
+            say(f"{name} keeps its files on this machine, in {where}: they do not go to {workdir}")
     return tuple(opened)
 
 
@@ -118,6 +136,7 @@ class WandB:
             config=experiment,
             settings=wandb.Settings(console="off"),
         )
+        self.where = str(Path(self._run.dir).parent) if self._run.offline else ""
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step)  # it keeps no step twice by itself
@@ -139,9 +158,9 @@ class MLflow:
         from mlflow.entities import Metric, Param
 
         self._metric, self._last = Metric, dict[str, int]()
-        uri = os.environ.get("MLFLOW_TRACKING_URI")
-        if not uri and is_object(workdir):
-            raise OSError("an object store cannot hold its database")
+        check_place((self.name,), workdir)
+        uri = os.environ.get(_MLFLOW)
+        self.where = uri if (uri or "").startswith(("sqlite:", "file:", "/", ".")) else ""
         self._client = MlflowClient(uri or f"sqlite:///{workdir}/mlflow.db")
         self._begun = self.name in known
         if self._begun:
@@ -185,6 +204,7 @@ class Trackio:
     def __init__(self, workdir: Path, known: dict[str, str], experiment: dict[str, Any]):
         import trackio
 
+        self.where = str(trackio.utils.TRACKIO_DIR)
         self._image = trackio.Image
         run = f"{workdir.name}-{known['id']}"
         self._run = trackio.init(
@@ -217,6 +237,6 @@ TRACKERS: dict[str, Callable[[Path, dict[str, str], dict[str, Any]], Tracker]] =
 }
 HELP = {
     "wandb": "log in (wandb login), or set WANDB_MODE=offline",
-    "mlflow": f"set MLFLOW_TRACKING_URI to where the run began, or remove {FILE} to begin anew",
+    "mlflow": f"set {_MLFLOW} to where the run began, or remove {FILE} to begin anew",
     "trackio": "see that TRACKIO_DIR can be written",
 }

@@ -5,10 +5,13 @@ import pytest
 from huggingface_hub import constants
 
 import ppflow_jax as pf
+from ppflow_jax.data.sources import open_source
 from ppflow_jax.errors import InputError, check_address
 from ppflow_jax.files import hub as hubs
-from tests import commands, fake_hub
+from ppflow_jax.report import publish
+from tests import commands, fake_hub, tables
 from tests.fake_hub import TOKEN
+from tests.pictures import folder
 
 
 @pytest.fixture
@@ -45,7 +48,9 @@ def test_what_is_no_address(text):
 
 def test_where_addresses_are_taken():
     check_address("hf:a/b", "--checkpoint", stores=True, hub=True)
-    with pytest.raises(InputError, match="weights are read from the hub, and nothing else"):
+    with pytest.raises(
+        InputError, match="weights and Parquet datasets are read from the hub, and nothing else"
+    ):
         check_address("hf:a/b", "--out", stores=True)
 
 
@@ -79,6 +84,30 @@ def test_what_the_hub_has_not_is_refused(hub):
             hubs.fetched(f"hf:a/b/{name}")
 
 
+def test_a_dataset(hub, tmp_path):
+    root = folder(tmp_path / "pictures")
+    pictures = [path.read_bytes() for path in sorted(root.glob("*/*"))]
+    made = tables.pushed(tmp_path / "d", tables.table(pictures, [0] * 12))
+    files = {str(p.relative_to(made)): p.read_bytes() for p in made.rglob("*") if p.is_file()}
+    commit = hub.put("a/b", files)
+    source = open_source("parquet", "hf:a/b", size=16)
+    assert [source.fetch(k)[0] for k in range(12)] == pictures
+    assert source.identity()["path"] == f"hf:a/b@{commit}"
+    hub.put("a/b", {"README.md": b"x"})
+    again = open_source("parquet", f"hf:a/b/data/train-*.parquet@{commit}", size=16)
+    assert len(again) == 12 and again.identity()["path"] == f"hf:a/b/data@{commit}"
+    with pytest.raises(InputError, match=r"has no \.parquet files"):
+        open_source("parquet", "hf:a/b", size=16)
+    with pytest.raises(InputError, match="hf:a/c: no such repository"):
+        open_source("parquet", "hf:a/c", size=16)
+    with pytest.raises(InputError, match="source folder does not read the hub"):
+        open_source("folder", "hf:a/b", size=16)
+    shard = next((tmp_path / "cache").rglob("snapshots/*/data/train-00001*"))
+    shard.resolve().write_bytes(shard.read_bytes()[:-1] + b"?")
+    with pytest.raises(InputError, match=r"train-00001.* is not what the hub has"):
+        open_source("parquet", f"hf:a/b@{commit}", size=16)
+
+
 def test_a_private_repository_and_its_token(hub, capsys, monkeypatch, tmp_path):
     hub.put("a/b", {"m.pt": b"m"}, private=True)
     with pytest.raises(InputError, match="or a private one") as raised:
@@ -103,14 +132,25 @@ def test_no_server_and_no_package(hub, monkeypatch):
         hubs.fetched("hf:a/b@x")
 
 
+def test_folders_of_this_machine_are_not_published():
+    given = {"path": "/home/me/data", "all": ["vae:gs://b/k/vae", "a=/x/y,b=s3://b/c/d"], "n": 3}
+    said = {"path": "data", "all": ["vae:vae", "a=y,b=d"], "n": 3}
+    assert publish._without_folders(given) == said
+    assert publish._without_folders("4x4@0.5,2x2@1") == "4x4@0.5,2x2@1"
+
+
 def test_a_run_is_pushed_and_read_by_its_name(hub, small_run, tmp_path, monkeypatch):
     code, _, err = commands.run("report.push", str(small_run), "hf:me/digits")
     assert code == 1 and "401" in err and err.count("\n") == 1, err
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    for _ in range(2):  # the second replaces the first
+    for again in (False, True):  # the second replaces the first
+        if again:
+            left = ("checkpoints/0/x", "evaluations/07.json", "plan.json", "LICENSE")
+            hub.put("me/digits", hub.files("me/digits") | dict.fromkeys(left, b"earlier"))
         code, out, err = commands.run("report.push", str(small_run), "hf:me/digits")
         assert code == 0 and "hf:me/digits@" in out, err
     files = hub.files("me/digits")
+    assert [name for name in left if name in files] == ["LICENSE"]  # which is not ours
     page = files["README.md"].decode()
     assert "library_name: ppflow_jax" in page and "4x4@0.5,2x2@1" in page and "samples.png" in files
     named = [n for n, data in files.items() if str(small_run.parent).encode() in data]

@@ -1,17 +1,21 @@
 """Object stores, on servers on loopback."""
 
 import contextlib
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
 
+from ppflow_jax.checkpoints.card import read_card
 from ppflow_jax.data import ranged
+from ppflow_jax.data.sources import open_source
 from ppflow_jax.errors import InputError, RunError
 from ppflow_jax.files import copies, lease, objects
 from ppflow_jax.files.disk import atomic, locked, writable_directory
@@ -24,7 +28,10 @@ from ppflow_jax.files.store import (
     stored_tree,
     write_checkpoint,
 )
-from tests import buckets, commands
+from ppflow_jax.train import metrics_log
+from ppflow_jax.train.posthoc import Snapshots
+from tests import buckets, commands, tables
+from tests.pictures import folder
 
 
 @pytest.fixture(scope="module")
@@ -92,13 +99,20 @@ def test_what_was_damaged_on_the_way_is_not_used(root, monkeypatch):
 def test_a_lease_keeps_others_out_and_a_dead_holder_does_not(root, capsys):
     with locked(root), pytest.raises(InputError, match=f"in use by process {os.getpid()} on"):
         locked(root).__enter__()
-    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead, ended = (subprocess.Popen([sys.executable, "-c", ""]) for _ in range(2))
     dead.wait()
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)  # it stays until somebody asks
+    born = Path(f"/proc/{ended.pid}/stat").read_text().rpartition(")")[2].split()[19]
     mine = json.loads((root / lease.FOLDER / "000001").read_bytes())
-    held = mine | {"process": dead.pid, "free": False, "started": "1"}
-    (root / lease.FOLDER / "000002").write_bytes(json.dumps(held).encode())
-    with locked(root):
-        assert [path.name for path in (root / lease.FOLDER).iterdir()] == ["000003"]
+    # one that is no more, one that has ended, one whose number is another process's by now
+    gone = [(dead.pid, "1"), (ended.pid, born), (os.getpid(), "1")]
+    for number, (process, started) in enumerate(gone, 1):
+        held = mine | {"process": process, "free": False, "started": started}
+        (root / lease.FOLDER / f"{2 * number:06d}").write_bytes(json.dumps(held).encode())
+        with locked(root):
+            names = [path.name for path in (root / lease.FOLDER).iterdir()]
+            assert names == [f"{2 * number + 1:06d}"]
+    ended.wait()
     assert "waiting" not in capsys.readouterr().err
 
 
@@ -179,6 +193,28 @@ def test_what_passes_is_asked_again_and_counted(gs, monkeypatch, error, capsys):
         objects.ask(str(gs), request)
 
 
+def test_copies_are_compared_with_their_sums(gs, tmp_path, monkeypatch):
+    (gs / "x").write_bytes(b"whole")
+    (gs / "SHA256SUMS").write_text(f"{hashlib.sha256(b'other').hexdigest()}  x\n")
+    with pytest.raises(ValueError, match="x is not as it was written"):
+        copies.copied(gs)
+    (gs / "SHA256SUMS").write_text(f"{hashlib.sha256(b'whole').hexdigest()}  x\n")
+    with copies.here(gs) as folder:
+        assert sorted(path.name for path in folder.iterdir()) == ["SHA256SUMS", "x"]
+        assert (folder / "x").read_bytes() == b"whole"
+    assert not folder.exists()
+    system = objects.filesystem("gs")
+    monkeypatch.setattr(system, "get_file", lambda url, file: Path(file).write_bytes(b"holes"))
+    for sums in ([], [hashlib.sha256(b"whole").hexdigest()]):
+        with pytest.raises(Damaged):
+            (gs / "x").download(tmp_path / "copy", *sums)
+        assert not (tmp_path / "copy").exists()
+    monkeypatch.undo()
+    (gs / "x").unlink()
+    with pytest.raises(ValueError, match="x is not as it was written"):
+        copies.copied(gs)
+
+
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/../../x"])
 def test_checksums_that_name_files_elsewhere_are_refused(gs, name):
     (gs / "SHA256SUMS").write_text(f"{'0' * 64}  {name}\n")
@@ -239,13 +275,67 @@ def test_records_are_found_and_read_by_ranges(gs, tmp_path, size):
         reader.__getitems__([2, 3])
 
 
+@pytest.mark.parametrize("stage", [False, True])
+def test_parquet_is_read_from_copies(root, tmp_path, monkeypatch, stage):
+    made = folder(tmp_path / "pictures")
+    pictures = [path.read_bytes() for path in sorted(made.glob("*/*"))]
+    rows = tables.table(pictures, [0] * 12)
+    made = tables.pushed(tmp_path / "d", rows)
+    for path in filter(Path.is_file, made.rglob("*")):
+        (root / path.relative_to(made)).upload(path)
+    kept = str(tmp_path / "stage") if stage else ""
+    for path in (root, root / "data" / "train-*.parquet"):
+        source = open_source("parquet", str(path), size=16, stage=kept)
+        assert [source.fetch(k)[0] for k in range(12)] == pictures
+        assert source.identity()["path"] == str(path)
+    copied, download = [], ObjectPath.download
+
+    def counted(self, *args):
+        copied.append(self.name)
+        download(self, *args)
+
+    monkeypatch.setattr(ObjectPath, "download", counted)
+    open_source("parquet", str(root), size=16, stage=kept)
+    assert len(copied) == (0 if stage else 2)
+    (root / "data" / "train-00001-of-00002.parquet").upload(
+        made / "data" / "train-00000-of-00002.parquet"
+    )
+    source = open_source("parquet", str(root), size=16, stage=kept)  # it is another dataset now
+    assert [source.fetch(k)[0] for k in range(12)] == pictures[:6] * 2 and len(copied) > 1
+    with pytest.raises(InputError, match="nothing is there"):
+        open_source("parquet", f"{root}/absent", size=16)
+
+
+def test_tfds_is_read_from_copies(gs, tmp_path, monkeypatch):
+    from tests.pictures import tfds_dataset
+
+    made = sorted(folder(tmp_path / "pictures").glob("*/*"))
+    local = Path(tfds_dataset(tmp_path / "tfds", made, [0] * 4 + [1] * 8, 2))
+    for path in filter(Path.is_file, local.rglob("*")):
+        (gs / path.relative_to(local)).upload(path)
+    (gs / "photographs-test.array_record-00000-of-00001").write_bytes(b"never copied")
+    copied, download = [], ObjectPath.download
+    monkeypatch.setattr(
+        ObjectPath, "download", lambda p, f: copied.append(p.name) or download(p, f)
+    )
+    names = dict(image="picture", label="category")
+    ours, theirs = (open_source("tfds", str(p), size=16, **names) for p in (gs, local))
+    assert [ours.fetch(k) for k in range(12)] == [theirs.fetch(k) for k in range(12)]
+    assert ours.identity() == theirs.identity() and ours.classes() == theirs.classes()
+    assert copied and not any("test" in name for name in copied)
+    for path, split, words in ((gs, "test[:1]", "Unknown split"), (gs / "x", "train", "no TFDS")):
+        with pytest.raises(InputError, match=words):
+            open_source("tfds", str(path), size=16, split=split, **names)
+
+
 def test_a_run_that_breaks_off_continues_with_the_same_bits(gs, small_run, monkeypatch):
     from ppflow_jax.checkpoints import run
 
-    uploads, upload = [], run.upload_folder
+    uploads, upload, metrics = [], run.upload_folder, []
 
     def breaks_off(folder, target, last):
         uploads.append(target.name)
+        metrics.append((gs / "run" / "metrics.jsonl").read_text().count("\n"))
         if len(uploads) == 2:
             (target / "config" / "metadata").upload(folder / "config" / "metadata")
             raise StoreError(5, "the object store does not answer", str(target))
@@ -254,6 +344,7 @@ def test_a_run_that_breaks_off_continues_with_the_same_bits(gs, small_run, monke
     monkeypatch.setattr(run, "upload_folder", breaks_off)
     code, _, err = commands.train(gs / "run")
     assert code == 1 and "step 4" in err and "that of step 2 is good" in err.splitlines()[-1], err
+    assert metrics[0] >= 2  # what a checkpoint is of is there before it
     code, out, err = commands.train(gs / "run")
     assert code == 0 and "continuing from step 2" in out, err
     ours, theirs = (commands.weights(path) for path in (gs / "run", small_run))
@@ -266,6 +357,46 @@ def test_a_run_that_breaks_off_continues_with_the_same_bits(gs, small_run, monke
     largest.write_bytes(largest.read_bytes()[:-1] + b"x")
     code, _, err = commands.train(gs / "run")
     assert code == 1 and "that of step 4 is intact" in err.splitlines()[-1], err
+
+
+def test_metrics_are_uploaded_now_and_then_and_when_asked(gs, monkeypatch):
+    writer = metrics_log.MetricWriter(gs, 0)
+    writer.write(1, {"loss": 2.0})
+    assert metrics_log.read_metrics(gs / "metrics.jsonl") == []
+    writer.flush()
+    assert metrics_log.read_metrics(gs / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]
+    monkeypatch.setattr(metrics_log, "EVERY", 0.0)
+    writer.write(2, {"loss": 1.0})
+    assert [row["step"] for row in metrics_log.read_metrics(gs / "metrics.jsonl")] == [1, 2]
+    monkeypatch.undo()
+    writer.write(3, {"loss": 0.5})
+    writer.close()
+    metrics_log.MetricWriter(gs, 2).close()
+    assert [row["step"] for row in metrics_log.read_metrics(gs / "metrics.jsonl")] == [1, 2]
+    (events,) = {path.parent for path in gs.rglob("events.*")}
+    assert events == gs / "tensorboard"
+
+
+def test_averages_of_any_length_are_those_of_a_disk(gs, tmp_path):
+    args = ["--config.train.posthoc_ema=(0.05,0.1)", "--config.train.steps=4"]
+    args += ["--config.sample.count=1", "--config.sample.steps=1"]
+    made = {}
+    for name, run in {"disk": tmp_path / "run", "store": gs / "run"}.items():
+        code, _, err = commands.train(run, *args, variant=":sit")
+        assert code == 0 and f"kept in {run}/posthoc_ema" in err, err
+        target = run.parent / f"{name}_007"
+        command = [f"--source={run}", "--posthoc_ema=0.07", f"--target={target}"]
+        code, out, err = commands.run("convert.__main__", *command)
+        assert code == 0 and "after 4 updates, of 4 averages" in out, err
+        made[name] = commands.weights(target, "ema")
+    ours, theirs = made["store"], made["disk"]
+    assert ours.keys() == theirs.keys() and all(np.array_equal(ours[k], theirs[k]) for k in ours)
+    last = commands.weights(tmp_path / "run" / "posthoc_ema" / "0.1" / "step_0000004", "ema")
+    assert not all(np.array_equal(last[k], ours[k]) for k in last)
+    card = read_card(find_checkpoint(gs / "run"))
+    Snapshots(gs / "run", card, (0.05, 0.1), first=2)  # of a run that continues there
+    kept = {path.name for path, _ in (gs / "run" / "posthoc_ema" / "0.1").children()}
+    assert kept == {"step_0000002"}
 
 
 def test_samples_are_those_of_a_disk(s3, small_run, tmp_path, monkeypatch):

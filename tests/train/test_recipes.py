@@ -37,7 +37,7 @@ RECIPES = (
 class Fake:
     """A tracker that notes what it is told, and breaks at the step `breaks`."""
 
-    name, breaks = "fake", 0
+    name, where, breaks = "fake", "", 0
 
     def __init__(self, workdir, known, experiment):
         known.setdefault("fake", "its own id")

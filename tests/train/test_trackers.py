@@ -7,16 +7,27 @@ import importlib.machinery
 import importlib.util
 import json
 import struct
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import fsspec
 import pytest
 from PIL import Image
 
 from ppflow_jax.errors import InputError
+from ppflow_jax.files.place import place
 from ppflow_jax.train import trackers as module
 from ppflow_jax.train.metrics_log import MetricWriter
-from ppflow_jax.train.trackers import FILE, PROJECT, TRACKERS, check_trackers, open_trackers
-from tests import commands
+from ppflow_jax.train.trackers import (
+    FILE,
+    PROJECT,
+    TRACKERS,
+    check_place,
+    check_trackers,
+    open_trackers,
+)
+from tests import buckets, commands
 
 EXPERIMENT = {"seed": 3, "optim": {"lr": 0.001, "name": "muon"}}
 
@@ -144,6 +155,121 @@ def test_wandb(offline):
     assert any(key.startswith("samples") for _, key in found)
     picture = next((offline / "wandb").rglob("media/images/samples_3*.png"))
     assert Image.open(picture).getpixel((0, 0)) == 77
+
+
+class FakeMLflow:
+    """The package mlflow with one run in memory; it takes 100 settings at once."""
+
+    def __init__(self):
+        self.runs, self.params, self.points, self.state = [], {}, [], ""
+        self.entities = SimpleNamespace(Metric=lambda *a: a, Param=lambda *a: a)
+        self.MlflowClient = lambda uri: self
+
+    def get_experiment_by_name(self, name):
+        return None
+
+    def create_experiment(self, name, place):
+        return "1"
+
+    def create_run(self, kind, run_name):
+        self.runs.append(run_name)
+        return SimpleNamespace(info=SimpleNamespace(run_id=f"id{len(self.runs)}"))
+
+    def update_run(self, run, status):
+        assert run == "id1"
+        self.state = status
+
+    def log_batch(self, run, params=(), metrics=()):
+        assert run == "id1" and len(params) <= 100 and not set(dict(params)) & set(self.params)
+        self.params |= dict(params)
+        self.points += [(name, step) for name, _, _, step in metrics]
+
+    def get_metric_history(self, run, name):
+        return [SimpleNamespace(step=step) for found, step in self.points if found == name]
+
+    def log_dict(self, *args):
+        pass
+
+    log_artifact = log_dict
+
+    def set_terminated(self, run):
+        self.state = "FINISHED"
+
+
+def test_mlflow_is_told_every_step_and_setting_once(offline, monkeypatch):
+    fake, many = FakeMLflow(), {"model": {f"k{n}": n for n in range(250)}}
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    monkeypatch.setitem(sys.modules, "mlflow.entities", fake.entities)
+    monkeypatch.setitem(globals(), "EXPERIMENT", many)
+    known = killed_and_resumed(offline, "mlflow")
+    assert known["mlflow"] == "id1" and fake.runs == ["my-run"] and fake.state == "FINISHED"
+    assert fake.params == {f"model.k{n}": str(n) for n in range(250)}
+    losses = [("loss", n) for n in (1, 2, 3, 4)]
+    assert [point for point in fake.points if point[0] == "loss"] == losses
+    assert [point for point in fake.points if point[0] == "eval/fid"] == [("eval/fid", 4)]
+
+
+@pytest.fixture
+def bucket(offline, tmp_path, monkeypatch):
+    """The workdir of a run in an object store, and the folder that the command is run in."""
+    monkeypatch.chdir(tmp_path)
+    with buckets.gcs() as env:
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        fsspec.config.set_conf_env(fsspec.config.conf)
+        workdir = place(f"gs://{buckets.BUCKET}/my-run")
+        (workdir / "grid.png").upload(offline / "grid.png")
+        yield workdir
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs(name)) for name in TRACKERS])
+def test_a_workdir_in_a_bucket(bucket, name, tmp_path, monkeypatch, capsys):
+    uri = f"sqlite:///{tmp_path}/elsewhere.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    if name == "wandb":
+        import wandb
+
+        wandb.teardown()  # which remembers in which folder it was first used
+    known = killed_and_resumed(bucket, name)
+    said = capsys.readouterr().err
+    assert f"{name} keeps its files on this machine, in " in said and f"go to {bucket}" in said
+    assert not list(bucket.rglob(f"*{name}*")) and (bucket / "metrics.jsonl").exists()
+    if name == "wandb":
+        found = list((tmp_path / "wandb").glob(f"offline-run-*/run-{known['id']}.wandb"))
+        assert found and str(found[0].parent.parent) in said
+    elif name == "mlflow":
+        from mlflow import MlflowClient
+
+        history = MlflowClient(uri).get_metric_history(known["mlflow"], "loss")
+        assert [point.step for point in history] == [1, 2, 3, 4] and uri in said
+    else:
+        import trackio
+
+        rows = trackio.SQLiteStorage.get_logs(PROJECT, f"my-run-{known['id']}")
+        assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+
+
+def test_a_database_in_a_bucket_is_refused(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    check_place(("mlflow",), "runs/b2")
+    check_place(("wandb",), "gs://bucket/b2")
+    with pytest.raises(InputError, match="which gs://bucket/b2 cannot hold: set MLFLOW_TRACKING"):
+        check_place(("wandb", "mlflow"), "gs://bucket/b2")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server")
+    check_place(("mlflow",), "gs://bucket/b2")
+
+
+def test_where_one_keeps_its_files_is_said(monkeypatch, tmp_path, capsys):
+    there = SimpleNamespace(name="wandb", where="/home/me/wandb", scalars=0, picture=0, close=0)
+    monkeypatch.setitem(module.TRACKERS, "wandb", lambda *_: there)
+    monkeypatch.setattr(module, "is_object", lambda path: "bucket" in str(path))
+    for workdir, count in ((tmp_path / "bucket", 1), (tmp_path / "disk", 0)):
+        workdir.mkdir()
+        assert open_trackers(("wandb",), workdir, {}) == (there,)
+        assert (
+            capsys.readouterr().err.count("wandb keeps its files on this machine, in /home/")
+            == count
+        )
 
 
 def test_one_that_is_not_installed_is_refused(monkeypatch, tmp_path):
