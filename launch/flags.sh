@@ -116,16 +116,21 @@ numbers() {
   done
 }
 
-# json WORD...: a JSON list, which YAML reads; $(NAME), which Kubernetes would fill in, escaped.
+# json WORD...: a JSON list, which YAML reads, goes to $json; $(NAME), which Kubernetes would fill
+# in, is escaped.
 json() {
   local word out=""
   for word in "$@"; do
-    [[ $word != *[$'\n\t\r']* ]] || fail "the command must be one line"
     word=${word//\\/\\\\}
+    word=${word//\"/\\\"}
+    word=${word//$'\n'/\\n}
+    word=${word//$'\t'/\\t}
     word=${word//\$(/\$\$(}
-    out+="${out:+, }\"${word//\"/\\\"}\""
+    [[ $word != *[[:cntrl:]]* ]] || fail "the command has a control character: $(printf '%q' "$word")"
+    out+="${out:+, }\"$word\""
   done
-  printf '[%s]' "$out"
+  # shellcheck disable=SC2034 # of the scripts
+  json="[$out]"
 }
 
 # fill_in FILE NAME VALUE ...: its text with ${NAME} replaced goes to $manifest.

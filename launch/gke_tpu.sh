@@ -110,9 +110,10 @@ jobset() {
     mounts="[{name: data, mountPath: /data}]"
     volumes="[{name: data, persistentVolumeClaim: {claimName: $claim}}]"
   fi
+  json "${command[@]}"
   fill_in "$(dirname "$0")/gke_tpu.yaml" NAME "$name" SLICES "$slices" HOSTS "$hosts" CHIPS "$each" \
     RESTARTS "$restarts" GRACE "$grace" SELECTOR "{$selector}" TOLERATIONS "$tolerations" \
-    IMAGE "$image" MOUNTS "$mounts" VOLUMES "$volumes" COMMAND "$(json "${command[@]}")"
+    IMAGE "$image" MOUNTS "$mounts" VOLUMES "$volumes" COMMAND "$json"
   apply "$manifest"
 }
 

@@ -22,6 +22,7 @@ numbers nodes gpus restarts grace
 [[ $image =~ ^[A-Za-z0-9._/:@-]+$ && $claim =~ ^[a-z0-9.-]+$ ]] || fail "bad --image or --claim"
 need_tool kubectl
 
+json "${command[@]}"
 fill_in "$(dirname "$0")/k8s_job.yaml" NAME "$name" NODES "$nodes" FAILURES $((restarts * nodes)) \
-  IMAGE "$image" GPUS "$gpus" CLAIM "$claim" GRACE "$grace" COMMAND "$(json "${command[@]}")"
+  IMAGE "$image" GPUS "$gpus" CLAIM "$claim" GRACE "$grace" COMMAND "$json"
 apply "$manifest"

@@ -91,12 +91,11 @@ codes() { # a line for each host
 }
 
 start() { # on all hosts or on none
-  local k
+  local k one
   for k in "${!hosts[@]}"; do
-    if ! worker "$k" start "$name.$k" "${command[@]}"; then
-      while ((k-- > 0)); do worker "$k" stop "$name.$k" || true; done
-      fail "${hosts[k + 1]}: not started, and so on none"
-    fi
+    worker "$k" start "$name.$k" "${command[@]}" && continue
+    for ((one = 0; one < k; one++)); do worker "$one" stop "$name.$one" || true; done
+    fail "${hosts[k]}: not started, and so on none"
   done
 }
 

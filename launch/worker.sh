@@ -14,7 +14,7 @@ fail() {
   exit 2
 }
 
-# The lock is held by the run itself: no process id of another program is ever taken for it.
+# The shell around the run holds a lock: no process id of another program is taken for the run's.
 alive() {
   local code=0
   [[ -e $name.lock ]] || return 1
@@ -28,7 +28,7 @@ hold() {
   local name=$1 pid watcher code again
   shift
   trap again=true TERM # stopping is up to the command
-  "$@" &
+  "$@" 9>&- &
   pid=$!
   echo "$pid" >"$name.pid"
   notice "$pid" 9>&- &
@@ -60,7 +60,7 @@ start() {
   local code=0 try
   type -P flock >/dev/null || fail "flock (util-linux) is not installed"
   exec 9>>"$name.lock"
-  flock -w 3 -E 9 9 || code=$?
+  flock -w 1 -E 9 9 || code=$?
   ((code != 9)) || fail "$name is already running"
   ((code == 0)) || fail "the file system of $PWD has no locks: take a local --dir"
   rm -f "$name.code" "$name.pid"
@@ -82,7 +82,7 @@ main() {
       start "$@"
       ;;
     stop)
-      alive || fail "$name is not running"
+      if [[ -s $name.code ]] || ! alive; then fail "$name is not running"; fi
       kill -TERM "$(<"$name.pid")"
       ;;
     code)
