@@ -16,8 +16,8 @@ from pathlib import Path
 from tests.commands import ROOT
 
 LAUNCH = ROOT / "launch"
-# A slice that exists when the file `state` does. Its WORKERS (1) are folders of this machine, home/K.
-# GKE and Cloud TPU tell jax by TPU variables who its peers are; CPU devices need JAX's own.
+# A slice that exists when the file `state` does. Its WORKERS (1) are folders,
+# home/K. GKE and Cloud TPU tell jax by TPU variables who its peers are; CPU devices need JAX's own.
 GCLOUD = r"""
 echo "$@" >> "$FAKE/calls"
 case "$*" in
@@ -26,7 +26,10 @@ case "$*" in
   *describe*) cat "$FAKE/state" ;;
   *ssh*)
     for word in "$@"; do
-      case $word in --command=*) line=${word#--command=} ;; --worker=*) which=${word#--worker=} ;; esac
+      case $word in
+        --command=*) line=${word#--command=} ;;
+        --worker=*) which=${word#--worker=} ;;
+      esac
     done
     [ "$which" != all ] || which=$(seq 0 $((${WORKERS:-1} - 1)))
     for k in $which; do
