@@ -24,7 +24,7 @@ HEARTBEAT_S = 60
 LOST = 134
 _BROKEN = re.compile(
     r"Gloo \S+ failed|connect(ion)? .*(reset|closed|refused|timed out)|remote process exited"
-    r"|socket closed|another task died|coordination service.*(UNAVAILABLE|shut ?down)",
+    r"|socket closed|another task died|barrier .*(timed out|failed)",
     re.IGNORECASE,
 )
 
