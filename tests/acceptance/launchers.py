@@ -185,7 +185,7 @@ def launched(folder: Path, case: str, metadata: str) -> str:
         if running.poll() is not None or time.monotonic() > deadline:
             running.kill()
             return f"did not train: see {log.name}"
-        time.sleep(0.01)
+        time.sleep(0.05)
     preempt(folder.absolute())
     at = len(read_metrics(workdir / "metrics.jsonl"))
     try:
