@@ -27,14 +27,44 @@ stopped() { # EXIT_CODE COMMAND
 
 trap 'stopped $? "$BASH_COMMAND"' ERR
 
-# Run a command, or with --dry_run print it so that it could be pasted.
+# quote WORD...: as any POSIX shell reads them.
+quote() {
+  local word flag out="" apostrophe="'\\''"
+  for word in "$@"; do
+    flag=""
+    if [[ $word =~ ^--[A-Za-z0-9_.-]+= ]]; then flag=${BASH_REMATCH[0]}; fi
+    word=${word#"$flag"}
+    [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || word="'${word//\'/$apostrophe}'"
+    out+="${out:+ }$flag$word"
+  done
+  printf '%s' "$out"
+}
+
+# show WORD...: a command that can be pasted, on lines of about 100 characters.
+show() {
+  local word line="" text=""
+  for word in "$@"; do
+    word=$(quote "$word")
+    if [[ -z $line ]]; then
+      line=$word
+    elif ((${#line} + ${#word} > 96)) || [[ $word == *$'\n'* ]]; then
+      text+="$line \\"$'\n'
+      line="    $word"
+    else
+      line+=" $word"
+    fi
+  done
+  printf '%s\n' "$text$line"
+}
+
+# Run a command, or with --dry_run print it.
 run() {
-  if $dry_run; then
-    printf '%q ' "$@"
-    echo
-  else
-    "$@"
-  fi
+  if $dry_run; then show "$@"; else "$@"; fi
+}
+
+# say TEXT: what --dry_run cannot show as a command.
+say() {
+  if $dry_run; then echo "# $*"; fi
 }
 
 # parse "FLAG ..." ARGUMENT...: --flag=value sets $flag for the flags named, whose values may also
@@ -76,6 +106,51 @@ need() {
 
 need_command() {
   ((${#command[@]})) || fail "give the command after --, e.g. -- python -m ppflow_jax.main ..."
+}
+
+# numbers FLAG...: stop if one is not a whole number from 1 on.
+numbers() {
+  local flag
+  for flag in "$@"; do
+    [[ ${!flag} =~ ^[1-9][0-9]*$ ]] || fail "--$flag=${!flag}: write a whole number, 1 or more"
+  done
+}
+
+# json WORD...: a JSON list, which YAML reads, goes to $json; $(NAME), which Kubernetes would fill
+# in, is escaped.
+json() {
+  local word out=""
+  for word in "$@"; do
+    word=${word//\\/\\\\}
+    word=${word//\"/\\\"}
+    word=${word//$'\n'/\\n}
+    word=${word//$'\t'/\\t}
+    word=${word//\$(/\$\$(}
+    [[ $word != *[[:cntrl:]]* ]] || fail "the command has a control character: $(printf '%q' "$word")"
+    out+="${out:+, }\"$word\""
+  done
+  # shellcheck disable=SC2034 # of the scripts
+  json="[$out]"
+}
+
+# fill_in FILE NAME VALUE ...: its text with ${NAME} replaced goes to $manifest.
+fill_in() {
+  manifest=$(<"$1")
+  shift
+  while (($#)); do
+    manifest=${manifest//"\${$1}"/"$2"}
+    shift 2
+  done
+}
+
+# apply MANIFEST: hand it to kubectl, or with --dry_run print it.
+apply() {
+  if $dry_run; then
+    echo "# for: kubectl apply -f -"
+    echo "$1"
+  else
+    kubectl apply -f - <<<"$1"
+  fi
 }
 
 need_tool() {

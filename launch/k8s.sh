@@ -2,41 +2,27 @@
 # A training run on the GPUs of several Kubernetes nodes; continues after preemption.
 #
 #   launch/k8s.sh --name=NAME --image=IMAGE --nodes=4 --gpus=8 --claim=VOLUME_CLAIM
-#       [--restarts=20] [--dry_run] -- python -m ppflow_jax.main --workdir=/data/runs/b2 ...
+#       [--restarts=20] [--grace=300] [--dry_run] -- ppflow train --workdir=/data/runs/b2 ...
 #
 # IMAGE holds this project, installed; VOLUME_CLAIM (read-write by many) is mounted as /data.
+# --grace: seconds from SIGTERM to SIGKILL, for one step and one checkpoint; a spot node may have
+# less. --restarts: how often nodes may be lost without a word; stops that saved do not count.
 # --dry_run prints the manifest. To stop: kubectl delete job NAME, which saves; the same command
 # continues. Flags may come from PPFLOW_NAME, PPFLOW_IMAGE, ...
 # shellcheck source=launch/flags.sh disable=SC2154
 source "$(dirname "$0")/flags.sh"
 
-parse "name image nodes gpus claim restarts" "$@"
+parse "name image nodes gpus claim restarts grace" "$@"
 need name image nodes gpus claim
 need_command
 [[ $name =~ ^[a-z]([-a-z0-9]{0,50}[a-z0-9])?$ ]] || fail "--name=$name: small letters, digits and -"
 restarts=${restarts:-20}
-[[ $nodes$gpus$restarts =~ ^[0-9]+$ ]] || fail "--nodes, --gpus and --restarts are numbers"
+grace=${grace:-300}
+numbers nodes gpus restarts grace
 [[ $image =~ ^[A-Za-z0-9._/:@-]+$ && $claim =~ ^[a-z0-9.-]+$ ]] || fail "bad --image or --claim"
 need_tool kubectl
 
-json=""
-for word in "${command[@]}"; do # a JSON list, which YAML reads
-  [[ $word != *$'\n'* ]] || fail "the command must be one line"
-  word=${word//\\/\\\\}
-  json+="${json:+, }\"${word//\"/\\\"}\""
-done
-# shellcheck disable=SC2016 # the names of what is filled in, not their values
-fill() { manifest=${manifest//"\${$1}"/"$2"}; }
-manifest=$(<"$(dirname "$0")/k8s_job.yaml")
-fill NAME "$name"
-fill NODES "$nodes"
-fill RESTARTS "$restarts"
-fill IMAGE "$image"
-fill GPUS "$gpus"
-fill CLAIM "$claim"
-fill COMMAND "[$json]"
-if $dry_run; then
-  echo "$manifest"
-else
-  kubectl apply -f - <<<"$manifest"
-fi
+json "${command[@]}"
+fill_in "$(dirname "$0")/k8s_job.yaml" NAME "$name" NODES "$nodes" FAILURES $((restarts * nodes)) \
+  IMAGE "$image" GPUS "$gpus" CLAIM "$claim" GRACE "$grace" COMMAND "$json"
+apply "$manifest"

@@ -5,17 +5,19 @@
 #       [--log=FILE] [--restarts=100] [--dry_run] -- python -m ppflow_jax.main --workdir=DIR ...
 #
 # --gpus is that of one node. DIR must be on storage that every node sees. `scancel --signal=TERM
-# JOB` saves and requeues; `scancel JOB` ends. Flags may come from PPFLOW_NODES, PPFLOW_GPUS, ...
+# JOB` saves and requeues; `scancel JOB` ends. Preemption gives the GraceTime of the partition to
+# save in: with none, the run goes on from its last checkpoint. Flags may come from PPFLOW_NODES, ...
 # shellcheck source=launch/flags.sh disable=SC2154
 source "$(dirname "$0")/flags.sh"
 
 parse "nodes gpus time partition account log restarts" "$@"
 need nodes gpus
 need_command
-[[ $nodes =~ ^[1-9][0-9]*$ && $gpus =~ ^[1-9][0-9]*$ ]] || fail "--nodes and --gpus are numbers"
+restarts=${restarts:-100}
+numbers nodes gpus restarts
 need_tool sbatch
 options=(--nodes="$nodes" --gpus-per-node="$gpus")
-options+=(--export="ALL,PPFLOW_GPUS=$gpus,PPFLOW_RESTARTS=${restarts:-100}")
+options+=(--export="ALL,PPFLOW_GPUS=$gpus,PPFLOW_RESTARTS=$restarts")
 for flag in time partition account; do
   if [[ -n ${!flag} ]]; then options+=("--$flag=${!flag}"); fi
 done

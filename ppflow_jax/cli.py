@@ -50,7 +50,8 @@ def run(main: Callable[..., None], required: tuple[str, ...] = (), positional: s
     `--help` prints the docstring of `main`'s module and its flags, `--version` the version.
 
     Exit codes: 0 done; 1 bad input or a failed run; 2 bad flags; 75 (EX_TEMPFAIL) stopped by a
-    signal with everything saved, the same command continues; 130 stopped at once by Ctrl-C.
+    signal with everything saved, the same command continues; 130 stopped at once by Ctrl-C; 134
+    one of several processes lost another, the same command continues from the last checkpoint.
     Anything unexpected keeps its traceback. When one of several processes fails, none is left
     waiting: see `processes.leave`.
     """
@@ -79,11 +80,14 @@ def run(main: Callable[..., None], required: tuple[str, ...] = (), positional: s
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             message = f"{message}: make room on the disk, and run the same command again"
         _fail(program, message, 1)
-    except Exception:
+    except Exception as e:
         from ppflow_jax.devices import processes
 
         if why := processes.without_device():
             _fail(program, why, 1)
+        if why := processes.lost_peer(e):
+            why = f"lost another process, whose output says why ({why}): run the same command again"
+            _fail(program, why, processes.LOST)
         if processes.several():
             traceback.print_exc()
             processes.leave(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import importlib.util
 import os
+import re
 import sys
 
 import jax
@@ -17,6 +18,15 @@ VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 # A process that vanished is missed after this long; its peers are then ended by jax.
 HEARTBEAT_S = 60
+
+# Exit code of a process that lost a peer: that of SIGABRT, by which jax ends it where no connection
+# breaks. The same command continues from the last checkpoint.
+LOST = 134
+_BROKEN = re.compile(
+    r"Gloo \S+ failed|connect(ion)? .*(reset|closed|refused|timed out)|remote process exited"
+    r"|socket closed|another task died|barrier .*(timed out|failed)",
+    re.IGNORECASE,
+)
 
 
 def initialize() -> None:
@@ -69,6 +79,17 @@ def without_device() -> str | None:
 def several() -> bool:
     """Whether this process has peers; touches no device before `initialize`."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def lost_peer(error: Exception) -> str:
+    """The reason, if `error` is of a runtime whose connection to a peer broke; else empty.
+
+    What a peer that died looks like to the others: the collectives of CPU devices (gloo) and of
+    GPUs (NCCL) fail, as does a call to jax's coordination service. An error of one's own is none.
+    """
+    raised = isinstance(error, (jax.errors.JaxRuntimeError, ValueError, RuntimeError))
+    reason = (str(error).strip().splitlines() or [""])[0][:200]
+    return reason if raised and several() and _BROKEN.search(str(error)) else ""
 
 
 def leave(code: int) -> None:

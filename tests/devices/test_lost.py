@@ -1,0 +1,56 @@
+"""Which errors mean that another process is gone."""
+
+import jax
+import pytest
+
+from ppflow_jax import cli
+from ppflow_jax.devices import processes
+from ppflow_jax.errors import InputError
+
+RESET = (
+    "UNKNOWN: Gloo all-reduce failed: [external/gloo/gloo/transport/tcp/pair.cc:538] Read error "
+    "[127.0.0.1]:9610: Connection reset by peer"
+)
+NCCL = "INTERNAL: NCCL operation ncclGroupEnd() failed: remote process exited or network error"
+
+
+@pytest.fixture
+def among_several(monkeypatch):
+    monkeypatch.setattr(processes, "several", lambda: True)
+
+
+@pytest.mark.parametrize("error", [ValueError(RESET), jax.errors.JaxRuntimeError(NCCL)])
+def test_a_broken_connection_is_a_lost_peer(among_several, error):
+    assert processes.lost_peer(error) == str(error)[:200]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes."),
+        ValueError("operands could not be broadcast together"),
+        InputError("cannot join the other processes"),
+        KeyError("Connection reset by peer"),
+    ],
+)
+def test_an_error_of_ones_own_is_not(among_several, error):
+    assert processes.lost_peer(error) == ""
+
+
+def test_alone_there_is_none_to_lose():
+    assert processes.lost_peer(ValueError(RESET)) == ""
+
+
+def test_who_lost_a_peer_ends_with_a_code_that_is_started_again(among_several, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["main.py"])
+    monkeypatch.setattr(cli, "_parse", lambda *_: [])
+    monkeypatch.setattr(processes, "leave", lambda code: (_ for _ in ()).throw(SystemExit(code)))
+
+    def main():
+        raise ValueError(RESET)
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    assert end.value.code == 134
+    err = capsys.readouterr().err
+    assert "lost another process" in err and err.count("\n") == 1 and "run the same command" in err
