@@ -39,6 +39,7 @@ class Work:
     """A piece of work that both do: a forward pass, or a training step where `stage` is None.
 
     `threads` are PyTorch's, `remat` is ours, and with `compiled` PyTorch's calls are also compiled.
+    Of its ways only those in `only` are prepared, or all.
     """
 
     name: str
@@ -49,6 +50,10 @@ class Work:
     threads: int
     remat: str
     compiled: bool
+    only: tuple[str, ...] = ()
+
+    def takes(self, way: str) -> bool:
+        return not self.only or way in self.only
 
     def flops(self) -> int:
         if self.stage is None:
@@ -193,19 +198,18 @@ def _their_forwards(work: Work) -> dict[str, Call]:
 
         return call
 
-    ways = {"eager": way(network)}
-    if work.compiled:
+    ways = {"eager": way(network)} if work.takes("eager") else {}
+    if work.compiled and work.takes("compiled"):
         ways["compiled"] = way(torch.compile(network, fullgraph=True, dynamic=False))
     return ways
 
 
 def _their_steps(work: Work) -> dict[str, Call]:
     return {
-        f"{'packed, ' * packed}{'compiled' if compiled else 'eager'}": _their_step(
-            work, packed, compiled
-        )
+        way: _their_step(work, packed, compiled)
         for packed in ((False, True) if len(work.model.pyramid) > 1 else (False,))
         for compiled in ((False, True) if work.compiled else (False,))
+        if work.takes(way := f"{'packed, ' * packed}{'compiled' if compiled else 'eager'}")
     }
 
 
