@@ -1,7 +1,7 @@
 """One command for an hour with a GPU (or a TPU): everything that is not measured without one.
 
     python -m benchmarks.gpu_hour --out=DIR [--minutes=10] [--latents=FOLDER] [--parts=parity,...]
-    python -m benchmarks.gpu_hour --out=DIR --tiny          # exercised on a CPU, figures mean nothing
+    python -m benchmarks.gpu_hour --out=DIR --tiny    # exercised on a CPU: figures mean nothing
 
 Parts, one process each, one after another on the first device:
 * parity: forward passes, gradients and samples against float32 on CPU, in float32 and bfloat16;

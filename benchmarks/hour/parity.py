@@ -113,9 +113,9 @@ def _results(
     def forward(params: Params, x, target, y, t):
         return [apply(params, x, t[stage], y, stage) for stage in range(len(t))]
 
-    def loss(params: Params, *rest):
-        x, target = rest[:2]
-        return sum(jnp.mean(jnp.square(out - target)) for out in forward(params, *rest))
+    def loss(params: Params, x, target, y, t):
+        outputs = forward(params, x, target, y, t)
+        return sum(jnp.mean(jnp.square(out - target)) for out in outputs)
 
     def samples(params: Params, x, target, y, t):
         return solve(params, x, y)
