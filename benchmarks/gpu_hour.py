@@ -48,7 +48,7 @@ FOR_REPORT = 0.25  # minutes
 
 def main() -> None:
     from benchmarks.hour.report import write
-    from benchmarks.hour.runner import Part, finished, run
+    from benchmarks.hour.runner import Part, finished, prepare_environment, run
     from benchmarks.hour.work import Settings
 
     if unknown := [name for name in _PARTS.value if name not in PARTS]:
@@ -58,6 +58,7 @@ def main() -> None:
     latents = _LATENTS.value and str(_folder(Path(_LATENTS.value)))
     settings = Settings(Path(_OUT.value).absolute(), _TINY.value, latents)
     chosen = [Part(n, *given) for n, given in PARTS.items() if n in (_PARTS.value or PARTS)]
+    prepare_environment(settings)
     states = run(settings, chosen, _MINUTES.value - FOR_REPORT)
     write(settings, tuple(PARTS))
     print(f"report: {settings.out / 'report.md'}")

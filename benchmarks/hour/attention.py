@@ -17,7 +17,7 @@ from ppflow_jax.models.attention import attend
 
 HEADS = {64: 12, 72: 16}  # of B and XL: width of a head and how many
 TOKENS = (64, 128, 256, 1024)
-ROWS = 65_536  # tokens of a call, all images together
+ROWS = 32_768  # tokens of a call, all images together
 LOOPS = 10  # calls of a program one after another, so that starting it does not count
 OWN = {"gpu": "cudnn", "tpu": "splash", "cpu": "deferred"}
 # Of the relative root mean square, against float32: bfloat16 has 8 bits.

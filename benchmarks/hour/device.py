@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from ppflow_jax.cost.chips import CHIPS
 from ppflow_jax.cost.measure import Ceiling
 
-# Dense bfloat16 FLOP/s with float32 sums, by a part of `device_kind`; the first that fits counts.
+# Dense bfloat16 FLOP/s with float32 sums, by words of `device_kind`; the first that fits counts.
 # NVIDIA's data sheets (half of what they state "with sparsity"); TPUs as in `cost.chips`.
 PEAKS = {
     "B200": 2250e12,
+    "GH200": 989e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -52,8 +53,8 @@ def describe(device: jax.Device) -> dict[str, Any]:
 
 def peak(kind: str) -> float | None:
     """FLOP/s in bfloat16 that the maker states, if it is known here."""
-    words = kind.replace("-", " ").lower()
-    return next((flops for name, flops in PEAKS.items() if name.lower() in words), None)
+    words = f" {kind.replace('-', ' ').lower()} "
+    return next((flops for name, flops in PEAKS.items() if f" {name.lower()} " in words), None)
 
 
 def _version(name: str) -> str:

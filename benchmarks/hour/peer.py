@@ -66,7 +66,7 @@ def ours(works: list[Any], pipe: Any) -> None:
 
 def theirs(works: list[Any], pipe: Any) -> None:
     """The process of PyTorch."""
-    from benchmarks.peer_calls import serve_theirs
+    from benchmarks.peer_theirs import serve_theirs
 
     end_with_parent()
     serve_theirs(works, pipe)

@@ -91,11 +91,21 @@ def _attention(rows: Rows) -> list[str]:
 
 
 def _speed(rows: Rows) -> list[str]:
-    head = ("work", "batch", "images/s", "s a call", "quartiles", "of the ceiling", "of peak")
+    head = (
+        "work",
+        "attention",
+        "batch",
+        "images/s",
+        "s a call",
+        "quartiles",
+        "of the ceiling",
+        "of peak",
+    )
     head += ("ceiling TFLOP/s", "GB by the compiler", "GB peak", "compile s")
     each = (
         (
-            *(r["key"], str(r["batch"]), f"{r['images_per_second']:.1f}", f"{r['seconds']:.4f}"),
+            *(r["key"], r["attention"], str(r["batch"])),
+            *(f"{r['images_per_second']:.1f}", f"{r['seconds']:.4f}"),
             "{:.4f}-{:.4f}".format(*r["quartiles"]),
             f"{r['of_ceiling']:.0%}",
             "" if r["of_peak"] is None else f"{r['of_peak']:.0%}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,6 +60,14 @@ def run(
             print(f"{part.name}: up to {seconds:.0f} s", flush=True)
             _one(settings, part, seconds)
         return {part.name: settings.record(part.name).state for part in parts}
+
+
+def prepare_environment(settings: Settings) -> None:
+    """Of the processes to be started, where the person has said nothing: most of the device's
+    memory for the one that is there, and compiled programs kept for a call that continues."""
+    if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(os.environ):
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = "0.9"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(settings.out / "compiled"))
 
 
 def _same(settings: Settings) -> None:

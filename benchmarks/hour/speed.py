@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.hour.device import ceiling, peak_bytes, quartiles, timed
 from benchmarks.hour.models import PYRAMIDS, config_of, euler, fitting, random_params, sampler
 from benchmarks.hour.work import Job, Work, same_device
-from ppflow_jax.devices.programs import for_training
+from ppflow_jax.devices.programs import for_passes, for_training
 from ppflow_jax.flow.cost import sampling_flops, training_flops
 from ppflow_jax.flow.loss import FlowObjective
 from ppflow_jax.flow.path import Flow
@@ -105,6 +105,7 @@ def _sampling(work: Work, size: str, name: str) -> dict[str, Any]:
     compiling = time.perf_counter() - begin
     row = _row(work, call, batch * sampling_flops(model, plan.segments), batch)
     row |= {"compile_seconds": compiling, "memory_bytes": _memory(program), "kind": "sample"}
+    row["attention"] = for_passes("auto", jnp.bfloat16, head=model.head_width).attention
     finite = bool(jnp.all(jnp.isfinite(call())))
     return row | _names(size, name) | {"nfe": plan.nfe, "good": finite}
 

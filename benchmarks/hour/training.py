@@ -49,7 +49,7 @@ def config_of(latents: str, tiny: bool) -> ConfigDict:
         c.model.update(SIZE_TINY)
         c.data.batch_size = 16
     c.train.steps, c.train.log_every, c.train.save_every = 10**7, 20, 1000
-    c.train.keep, c.sample.every, c.mesh.data = 1, 0, 1
+    c.train.keep, c.sample.every = 1, 0
     return c
 
 
@@ -86,19 +86,18 @@ def _stopped_after(seconds: float, metrics: Path) -> Iterator[None]:
 
     Not before a line of metrics is there: compiling is no training.
     """
-    ended = threading.Event()
-    lines = len(read_metrics(metrics))
+    ended, before = threading.Event(), read_metrics(metrics)[-1:]
 
     def ask() -> None:
         ended.wait(seconds)
-        while not ended.is_set() and len(read_metrics(metrics)) <= lines:
+        while not ended.is_set() and read_metrics(metrics)[-1:] == before:
             ended.wait(0.5)
         while not ended.is_set():
             os.kill(os.getpid(), signal.SIGTERM)
             ended.wait(1.0)
 
     # While the training loop does not listen yet, or no more, the signal ends nothing.
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    handler = signal.signal(signal.SIGTERM, lambda *_: None)
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     try:
@@ -106,7 +105,7 @@ def _stopped_after(seconds: float, metrics: Path) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _sampled(work: Work) -> dict[str, Any]:
