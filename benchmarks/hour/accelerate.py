@@ -59,7 +59,7 @@ def _jobs(tiny: bool) -> Iterator[Job]:
             base.append((call, sampling_flops(sit, plan.segments)))
         return base[0]
 
-    for name in WANTED[:6:2] if tiny else WANTED:
+    for name in WANTED[4:6] if tiny else WANTED:
         for title in COUNTS:
             model = config_of(SIZE, PYRAMIDS[title], tiny)
             found = [s for s in settings(STEPS, len(model.pyramid), model.depth) if s.name == name]

@@ -35,7 +35,7 @@ def _jobs(platform: str, tiny: bool) -> Iterator[Job]:
             choice = platform, dtype, head
             yield f"auto, heads of {head}, {dtype}", lambda choice=choice: _choice(*choice)
     names = ("xla", OWN[platform]) if platform in OWN else ("xla",)
-    for tokens in (16, 32) if tiny else TOKENS:
+    for tokens in (16,) if tiny else TOKENS:
         for head, heads in HEADS.items():
             for name in names:
                 rows = max(1, (64 if tiny else ROWS) // tokens)

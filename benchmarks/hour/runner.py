@@ -68,6 +68,8 @@ def prepare_environment(settings: Settings) -> None:
     if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(os.environ):
         os.environ["XLA_CLIENT_MEM_FRACTION"] = "0.9"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(settings.out / "compiled"))
+    if settings.tiny:  # compiling is its time
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 
 def _same(settings: Settings) -> None:
