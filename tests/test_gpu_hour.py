@@ -7,14 +7,17 @@ import random
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from benchmarks import gpu_hour
-from benchmarks.hour import report, runner
+from benchmarks.hour import device, models, parity, report, runner
 from benchmarks.hour.record import CUT, DONE, FAILED, RUNNING, SKIPPED
 from benchmarks.hour.runner import Part, finished
 from benchmarks.hour.work import Settings, Work
 from ppflow_jax.errors import InputError
+from ppflow_jax.pyramid import SIT
 from tests.acceptance import gpu_hour_kills
 
 
@@ -189,6 +192,59 @@ def test_the_report_has_every_part_and_its_failures(here):
 def test_a_report_of_nothing_can_be_read(here):
     report.write(here, tuple(gpu_hour.PARTS))
     assert "| parity | not begun |" in (here.out / "report.md").read_text()
+
+
+def test_aims_are_of_training_steps_and_only_of_real_sizes(here):
+    (here.out / "device.json").write_text(json.dumps(DEVICE | {"libraries": {}}))
+    speed, peer = here.record("speed"), here.record("peer")
+    speed.add("train XL SiT", ROWS["speed"] | {"kind": "train", "of_ceiling": 0.49})
+    speed.add("sample XL SiT", ROWS["speed"] | {"kind": "sample", "of_ceiling": 0.1})
+    speed.add("train B SiT", {"error": "no memory"})
+    peer.add("train B SiT", ROWS["peer"])
+    for tiny in (True, False):
+        report.write(Settings(here.out, tiny), tuple(gpu_hour.PARTS))
+        text = (here.out / "report.md").read_text()
+        assert ("## Aims" in text) != tiny
+    assert "* train XL SiT: 49% of the ceiling, 50% or more: **missed**" in text
+    assert "* train B SiT: 0.90 of PyTorch's time, at most 0.9: reached" in text
+    assert "* sample" not in text and text.count("reached") == 1
+
+
+def test_the_first_batch_fits_and_the_next_are_smaller():
+    model = models.config_of("B", SIT, tiny=True)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(models.abstract_params(model)))
+    image = models.KEPT_BYTES * 16 * model.depth * model.width
+    memory = (models.STATE_BYTES * parameters + 50 * image) / models.SHARE
+    assert models.fitting(model, memory) == [48, 32, 24, 16, 8]
+    assert models.fitting(model, None) == models.fitting(model, 1.0) == [8]
+
+
+@pytest.mark.parametrize(
+    "kind, flops",
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", None),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5p", 459e12),
+        ("cpu", None),
+    ],
+)
+def test_the_makers_figure_is_of_that_device_or_unknown(kind, flops):
+    assert device.peak(kind) == flops
+
+
+def test_a_difference_over_its_bound_is_no_parity():
+    def result(scale):
+        return lambda: {"gradient": lambda: [np.full(4, scale), np.ones(2)]}
+
+    good = parity._compared("gradient", "float32", result(1 + 1e-5), result(1.0))
+    over = parity._compared("gradient", "float32", result(1 + 1e-3), result(1.0))
+    assert good["good"] and not over["good"]
+    assert over["value"] == pytest.approx(1e-3 * (4 / 6) ** 0.5)
 
 
 @pytest.mark.long

@@ -13,7 +13,7 @@ from benchmarks.hour.device import timed
 from benchmarks.hour.parity import difference
 from benchmarks.hour.work import Job, Work, same_device
 from ppflow_jax.devices.programs import auto_attention, cudnn_takes
-from ppflow_jax.models.attention import attend
+from ppflow_jax.models.attention import SPLASH_TOKENS, attend
 
 HEADS = {64: 12, 72: 16}  # of B and XL: width of a head and how many
 TOKENS = (64, 128, 256, 1024)
@@ -34,10 +34,11 @@ def _jobs(platform: str, tiny: bool) -> Iterator[Job]:
         for dtype in ("bfloat16", "float32"):
             choice = platform, dtype, head
             yield f"auto, heads of {head}, {dtype}", lambda choice=choice: _choice(*choice)
-    names = ("xla", OWN[platform]) if platform in OWN else ("xla",)
+    own = OWN.get(platform, "xla")
     for tokens in (16,) if tiny else TOKENS:
+        taken = own != "splash" or tokens >= SPLASH_TOKENS  # below it is the plain one
         for head, heads in HEADS.items():
-            for name in names:
+            for name in dict.fromkeys(("xla", own) if taken else ("xla",)):
                 rows = max(1, (64 if tiny else ROWS) // tokens)
                 shape = (rows, tokens, heads, head)
                 key = f"{name}, {tokens} tokens, heads of {head}"

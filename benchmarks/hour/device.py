@@ -31,6 +31,7 @@ PEAKS = {
     "RTX 4090": 165e12,
     "TPU v5 lite": CHIPS["v5e"].flops,
     "TPU v5e": CHIPS["v5e"].flops,
+    "TPU v5p": CHIPS["v5p"].flops,
     "TPU v5": CHIPS["v5p"].flops,
     "TPU v6": CHIPS["v6e"].flops,
 }

@@ -11,6 +11,7 @@ from benchmarks.hour.work import Settings
 from ppflow_jax.files.disk import atomic
 
 Rows = list[dict[str, Any]]
+SHARE_AIM, RATIO_AIM = 0.5, 0.9  # of training steps: of the ceiling, and of PyTorch's time
 
 
 def write(settings: Settings, parts: Sequence[str]) -> None:
@@ -25,6 +26,7 @@ def write(settings: Settings, parts: Sequence[str]) -> None:
         lines += ["", *(f"* **failed** {line}" for line in record.bad())] if failed else []
         if record.values["left"]:
             lines += ["", f"Not done: {'; '.join(record.values['left'])}."]
+    lines += [] if settings.tiny else _aims(records)
     lines += _pictures(settings.out, records)
     with atomic(settings.out / "report.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n")
@@ -53,6 +55,24 @@ def _states(records: dict[str, Record]) -> Iterator[str]:
             for n, r in records.items()
         ),
     )
+
+
+def _aims(records: dict[str, Record]) -> Iterator[str]:
+    """What training steps should reach."""
+    found = []
+    for row in records["speed"].rows:
+        if row.get("kind") == "train" and not bad(row):
+            said = f"{row['of_ceiling']:.0%} of the ceiling, {SHARE_AIM:.0%} or more"
+            found.append((row["key"], said, row["of_ceiling"] >= SHARE_AIM))
+    for row in records["peer"].rows:
+        if row["key"].startswith("train") and not bad(row):
+            said = f"{row['ratio']:.2f} of PyTorch's time, at most {RATIO_AIM:g}"
+            found.append((row["key"], said, row["ratio"] <= RATIO_AIM))
+    if found:
+        yield from ("", "## Aims", "")
+        yield from (
+            f"* {key}: {said}: {'reached' if ok else '**missed**'}" for key, said, ok in found
+        )
 
 
 def _why(record: Record) -> str:
