@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ppflow_jax.api.model import Model
 from ppflow_jax.checkpoints.card import Card
@@ -30,6 +32,7 @@ BATCHES = (256, 192, 128, 96, 64, 48, 32, 24, 16, 8)
 # step that are kept for the backward pass, for an image, token, block and unit of width: what the
 # compiler counts for v5e is 100 (docs/performance.md, "Attention on TPU").
 STATE_BYTES, KEPT_BYTES, SHARE = 20, 110, 0.85
+PERIOD = 1_000_003
 
 
 def config_of(size: str, pyramid: Pyramid, tiny: bool) -> ModelConfig:
@@ -39,17 +42,24 @@ def config_of(size: str, pyramid: Pyramid, tiny: bool) -> ModelConfig:
     return ModelConfig(pyramid, 32, 4, **SIZES[size], num_classes=1000)
 
 
-def random_params(model: ModelConfig, seed: int = 0) -> Params:
-    """Normal weights on the default device, so that every part of the network shows."""
+def random_params(model: ModelConfig) -> Params:
+    """Normal weights on the default device, so that every part of the network shows.
+
+    A line of random numbers, repeated: quickly compiled, and its period is prime, so that no two
+    blocks are the same.
+    """
     shapes, tree = jax.tree.flatten(abstract_params(model))
+    line = 0.02 * np.random.default_rng(0).standard_normal(PERIOD, np.float32)
+
+    def leaf(line: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        size = math.prod(shape)
+        return jnp.tile(line, -(-size // PERIOD))[:size].reshape(shape)
 
     @jax.jit
-    def made(key):
-        keys = jax.random.split(key, len(shapes))
-        leaves = [0.02 * jax.random.normal(k, s.shape, s.dtype) for k, s in zip(keys, shapes)]
-        return jax.tree.unflatten(tree, leaves)
+    def made(line: jax.Array) -> Params:
+        return jax.tree.unflatten(tree, [leaf(line, s.shape) for s in shapes])
 
-    return made(jax.random.key(seed))
+    return made(line)
 
 
 def network(model: ModelConfig) -> Apply:
