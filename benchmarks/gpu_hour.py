@@ -35,10 +35,10 @@ _LATENTS = flags.DEFINE_string("latents", "", "latents.npy and labels.npy to tra
 
 # Shares of the time, and functions
 PARTS = {
-    "parity": (50, "benchmarks.hour.parity:run"),
+    "parity": (60, "benchmarks.hour.parity:run"),
     "attention": (55, "benchmarks.hour.attention:run"),
-    "speed": (185, "benchmarks.hour.speed:run"),
-    "peer": (110, "benchmarks.hour.peer:run"),
+    "speed": (180, "benchmarks.hour.speed:run"),
+    "peer": (105, "benchmarks.hour.peer:run"),
     "accelerate": (55, "benchmarks.hour.accelerate:run"),
     "plans": (60, "benchmarks.hour.plans:run"),
     "training": (65, "benchmarks.hour.training:run"),

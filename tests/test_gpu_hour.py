@@ -92,7 +92,8 @@ def test_time_that_a_part_leaves_goes_to_those_after_it(here, monkeypatch):
 
     monkeypatch.setattr(runner, "_one", one)
     here.record("done").write(state=DONE)
-    run(here, [Part(name, share, "") for name, share in zip(("done", *"abc"), (5, 1, 2, 1))], 10)
+    shares = {"a": 1, "done": 5, "b": 2, "c": 1}
+    run(here, [Part(name, share, "") for name, share in shares.items()], 10)
     assert given == {"a": 150, "b": pytest.approx(590 * 2 / 3), "c": pytest.approx(290)}
 
 
@@ -169,12 +170,14 @@ def test_the_report_has_every_part_and_its_failures(here):
         record = here.record(name)
         record.add("train" if name == "training" else f"row of {name}", row)
         record.write(state=DONE)
+    here.record("parity").add("other", ROWS["parity"] | {"good": False})
     failed = here.record("plans")
     failed.add("XL", {"error": "RESOURCE_EXHAUSTED"})
     failed.write(state=FAILED, reason="a | b", left=["B"])
     report.write(here, tuple(gpu_hour.PARTS))
     text = (here.out / "report.md").read_text()
     for found in (
+        "| other | 1.0e-07 | 1e-05 | **over** |",
         *("NVIDIA H200 (gpu), 110 GB", "no figure here says anything about speed"),
         *("| row of parity | 1.0e-07 | 1e-05 | good |", "| cudnn | 4 x 64 x 2 x 72 | 0.100 |"),
         *("| row of speed | cudnn | 64 | 500.0 | 0.1280 | 0.1200-0.1300 | 50% |  | 800.0 |",),

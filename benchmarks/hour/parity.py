@@ -16,15 +16,15 @@ from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.generate.plan import make_plan
 from ppflow_jax.models.config import SIZES, ModelConfig
 from ppflow_jax.models.network import Params, make_apply
-from ppflow_jax.pyramid import PPFLOW3
+from ppflow_jax.pyramid import PPFLOW2
 
 BATCH, STEPS, DEPTH = 4, 8, 4
-SCALES = (1.0, 2.0, 1.5)
+SCALES = (1.0, 2.0)
 # Of the relative root mean square. float32 is of highest precision on both sides, and rounds in
 # another order; bfloat16 has 8 bits.
 BOUNDS = {
     "float32": {"forward": 1e-5, "gradient": 1e-4, "samples": 1e-4},
-    "bfloat16": {"forward": 2e-2, "gradient": 5e-2, "samples": 5e-2},
+    "bfloat16": {"forward": 1e-2, "gradient": 2e-2, "samples": 2e-2},
 }
 Results = dict[str, Any]
 
@@ -35,21 +35,24 @@ def run(work: Work) -> None:
 
 
 def _jobs(tiny: bool) -> Iterator[Job]:
-    for size in ("XL",) if tiny else ("B", "XL"):
+    """Of each kind all sizes, in case time is over before the last."""
+    sides: list[tuple[int, str, Any, Any]] = []
+    for size in ("XL",) if tiny else ("XL", "B"):
         model = _model(size, tiny)
         reference = _once(lambda model=model: _reference(model))
         for dtype in BOUNDS:
-            of_device = _once(lambda model=model, dtype=dtype: _on_device(model, dtype))
-            for what in ("forward", "gradient", "samples"):
-                key = f"{what}, heads of {model.head_width}, {dtype}"
-                parts = what, dtype, of_device, reference
-                yield key, lambda parts=parts: _compared(*parts)
+            ours = _once(lambda model=model, dtype=dtype: _on_device(model, dtype))
+            sides.append((model.head_width, dtype, ours, reference))
+    for what in ("forward", "gradient", "samples"):
+        for head, dtype, ours, reference in sides:
+            parts = what, dtype, ours, reference
+            yield f"{what}, heads of {head}, {dtype}", lambda parts=parts: _compared(*parts)
 
 
 def _model(size: str, tiny: bool) -> ModelConfig:
     """Of the width and the heads of a size, but not its depth."""
     shape = TINY[size] if tiny else SIZES[size] | {"depth": DEPTH}
-    return ModelConfig(PPFLOW3, 8 if tiny else 32, 4, **shape, num_classes=10)
+    return ModelConfig(PPFLOW2, 8 if tiny else 32, 4, **shape, num_classes=10)
 
 
 def _once(make: Callable[[], Any]) -> Callable[[], Any]:
