@@ -7,6 +7,7 @@ import signal
 import time
 
 from benchmarks.hour.work import Skip, Work
+from ppflow_jax.errors import InputError
 
 
 def good(work: Work) -> None:
@@ -42,3 +43,7 @@ def skipped(work: Work) -> None:
 
 def over(work: Work) -> None:
     work.each([("difference", lambda: {"value": 1.0, "bound": 0.1, "good": False})])
+
+
+def broken(work: Work) -> None:
+    raise InputError("figures of another device")

@@ -42,13 +42,14 @@ def run(settings, given, minutes=2.0):
 
 
 def test_what_fails_does_not_stop_the_rest_and_is_done_again(settings):
-    given = parts("fails_once", "ends", "skipped", "over", "good")
+    given = parts("fails_once", "ends", "skipped", "over", "broken", "good")
     states = run(settings, given)
     assert states == {
         "fails_once": FAILED,
         "ends": FAILED,
         "skipped": SKIPPED,
         "over": FAILED,
+        "broken": FAILED,
         "good": DONE,
     }
     assert not finished(states)
@@ -56,13 +57,14 @@ def test_what_fails_does_not_stop_the_rest_and_is_done_again(settings):
     reasons = {name: record.values["reason"] for name, record in records.items()}
     assert reasons["fails_once"] == "second: RuntimeError: out of luck"
     assert "exit code -9, see ends.log" in reasons["ends"]
+    assert reasons["broken"] == "InputError: figures of another device"
     assert reasons["over"] == "difference: over its bound"
     assert reasons["skipped"] == "nothing of that kind is here"
     assert [row["key"] for row in records["ends"].rows] == ["kept"]
     assert "out of luck" in (settings.out / "fails_once.log").read_text()
     stamp = records["fails_once"].rows[0]
     done = (settings.out / "good.json").read_bytes()
-    states = run(settings, [given[0], given[4]])
+    states = run(settings, [given[0], given[-1]])
     assert states == {"fails_once": DONE, "good": DONE} and finished(states)
     again = settings.record("fails_once")
     assert sorted(row["key"] for row in again.rows) == ["first", "second", "third"]
