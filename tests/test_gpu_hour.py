@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu_hour
-from benchmarks.hour import device, models, parity, report, runner
+from benchmarks.hour import device, models, parity, peer, report, runner, speed
 from benchmarks.hour.record import CUT, DONE, FAILED, RUNNING, SKIPPED
 from benchmarks.hour.runner import Part, finished
-from benchmarks.hour.work import Settings, Work
+from benchmarks.hour.work import Settings, Skip, Work
 from ppflow_jax.errors import InputError
 from ppflow_jax.pyramid import SIT
 from tests.acceptance import gpu_hour_kills
@@ -201,11 +201,11 @@ def test_a_report_of_nothing_can_be_read(here):
 
 def test_aims_are_of_training_steps_and_only_of_real_sizes(here):
     (here.out / "device.json").write_text(json.dumps(DEVICE | {"libraries": {}}))
-    speed, peer = here.record("speed"), here.record("peer")
-    speed.add("train XL SiT", ROWS["speed"] | {"kind": "train", "of_ceiling": 0.49})
-    speed.add("sample XL SiT", ROWS["speed"] | {"kind": "sample", "of_ceiling": 0.1})
-    speed.add("train B SiT", {"error": "no memory"})
-    peer.add("train B SiT", ROWS["peer"])
+    steps, beside = here.record("speed"), here.record("peer")
+    steps.add("train XL SiT", ROWS["speed"] | {"kind": "train", "of_ceiling": 0.49})
+    steps.add("sample XL SiT", ROWS["speed"] | {"kind": "sample", "of_ceiling": 0.1})
+    steps.add("train B SiT", {"error": "no memory"})
+    beside.add("train B SiT", ROWS["peer"])
     for tiny in (True, False):
         report.write(Settings(here.out, tiny), tuple(gpu_hour.PARTS))
         text = (here.out / "report.md").read_text()
@@ -222,6 +222,38 @@ def test_the_first_batch_fits_and_the_next_are_smaller():
     memory = (models.STATE_BYTES * parameters + 50 * image) / models.SHARE
     assert models.fitting(model, memory) == [48, 32, 24, 16, 8]
     assert models.fitting(model, None) == models.fitting(model, 1.0) == [8]
+
+
+def test_a_batch_that_does_not_fit_is_followed_by_a_smaller_one(here, monkeypatch):
+    (here.out / "device.json").write_text(json.dumps(DEVICE))
+    monkeypatch.setattr(speed, "fitting", lambda *_: [96, 64, 48])
+
+    def step(work, model, batch):
+        if batch > most:
+            raise jax.errors.JaxRuntimeError(f"{reason}: 96 GB")
+        return {"batch": batch}
+
+    monkeypatch.setattr(speed, "_step", step)
+    work, most, reason = Work(here, here.record("speed"), 60), 64, "RESOURCE_EXHAUSTED"
+    row = speed._training(work, "B", "SiT")
+    assert row == {"size": "B", "model": "SiT", "batch": 64, "did_not_fit": [96]}
+    most = 8
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        speed._training(work, "B", "SiT")
+    most, reason = 64, "INTERNAL"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        speed._training(work, "B", "SiT")
+
+
+def test_the_peer_is_skipped_where_it_cannot_be(here, monkeypatch):
+    work = Work(here, here.record("peer"), 60)
+    (here.out / "device.json").write_text(json.dumps(DEVICE | {"platform": "tpu"}))
+    with pytest.raises(Skip, match="this is a tpu"):
+        peer.run(work)
+    (here.out / "device.json").write_text(json.dumps(DEVICE))
+    monkeypatch.setattr(peer.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Skip, match="pip install torch"):
+        peer.run(work)
 
 
 @pytest.mark.parametrize(
