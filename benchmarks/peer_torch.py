@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from benchmarks.peer_calls import Work, serve_ours, serve_theirs
+from benchmarks.peer_calls import Work, serve_ours
 from ppflow_jax.console import table
 from ppflow_jax.models.config import SIZES, ModelConfig
 from ppflow_jax.models.network import REMAT_POLICIES
@@ -113,6 +113,8 @@ class Side:
 
 
 def main(_) -> None:
+    from benchmarks.peer_theirs import serve_theirs  # PyTorch, which our process does without
+
     with closing(Side(serve_ours, works())) as ours, closing(Side(serve_theirs, works())) as theirs:
         (device, version), (other, their_version) = ours.ask(), theirs.ask()
         if device != other:

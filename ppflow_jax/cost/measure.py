@@ -37,10 +37,14 @@ class Settings(NamedTuple):
 
 
 class Ceiling:
-    """What the device reaches in plain square matrix products of one dtype, one after another."""
+    """What the device reaches in plain square matrix products of one dtype, one after another.
 
-    def __init__(self, dtype: jnp.dtype):
-        self.side, self.count = (2048, 2) if jax.default_backend() == "cpu" else (8192, 16)
+    `side` and `count` of them are what fills the device, if not given.
+    """
+
+    def __init__(self, dtype: jnp.dtype, side: int = 0, count: int = 0):
+        suits = (2048, 2) if jax.default_backend() == "cpu" else (8192, 16)
+        self.side, self.count = side or suits[0], count or suits[1]
         self.seconds: list[float] = []
         a = jax.random.normal(jax.random.key(0), (self.side, self.side)).astype(dtype)
         a = a / self.side**0.5

@@ -21,6 +21,7 @@ ATTENTIONS = ("auto", "xla", "deferred", "cudnn", "splash")
 KERNELS = ("cudnn", "splash")  # without forward-mode derivatives
 _MADE_FOR = {"cudnn": ("gpu", "an NVIDIA GPU"), "splash": ("tpu", "a TPU")}
 _RENAMED = {"pallas": "splash"}  # what earlier versions called it
+CUDNN_HEAD = 128  # the widest; 256 from Hopper on, which no model here needs
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ def for_passes(
 ) -> Programs:
     """For forward passes in `dtype` with heads of width `head`.
 
-    They run on the devices of `mesh`; None: on JAX's default ones. `auto` is `deferred` on CPU,
-    `splash` on TPU, and on GPU in bfloat16 `cudnn`, if that works there; else `xla`.
+    They run on the devices of `mesh`; None: on JAX's default ones. What `auto` is, see
+    `auto_attention`.
 
     Raises:
       InputError: an unknown attention, or one that the devices or `dtype` do not have.
@@ -74,13 +75,10 @@ def for_passes(
     needed, device = _MADE_FOR.get(attention, (kind, ""))
     if kind != needed:
         raise InputError(f"attention {attention} needs {device}, and this is {kind}: choose auto")
-    bfloat16 = jnp.dtype(dtype) == jnp.bfloat16
-    if attention == "cudnn" and not bfloat16:
+    if attention == "cudnn" and jnp.dtype(dtype) != jnp.bfloat16:
         raise InputError("attention cudnn needs dtype bfloat16: choose that, or attention xla")
     if attention == "auto":
-        attention = {"cpu": "deferred", "tpu": "splash"}.get(kind, "xla")
-        if kind == "gpu" and bfloat16 and _cudnn_works(head):
-            attention = "cudnn"
+        attention, _ = auto_attention(kind, dtype, head)
     if kind == "cpu":
         return Programs(attention, rows=True, experts="blocks")
     return Programs(attention)
@@ -123,21 +121,54 @@ def _kind(mesh: Mesh | None) -> str:
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
-@functools.cache
-def _cudnn_works(head: int) -> bool:
-    """Whether a small call of cuDNN's attention and its gradient succeeds; if not, a line says so.
+def auto_attention(kind: str, dtype: DTypeLike, head: int) -> tuple[str, str]:
+    """Which program `auto` is on devices of a kind (cpu, gpu, tpu), and why.
 
-    A process tries it once for every width of heads that it meets.
+    `deferred` on CPU, `splash` on TPU, `cudnn` on GPU in bfloat16 with heads that it takes, if a
+    small call of it succeeds there; else `xla`. Calls that the program does not take are `xla` one
+    by one, see `models.attention.attend`.
+    """
+    if kind == "cpu":
+        return "deferred", "XLA on CPU makes one parallel program of it"
+    if kind == "tpu":
+        return "splash", "it writes no scores to memory"
+    if kind != "gpu":
+        return "xla", f"no other program is for {kind}"
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return "xla", f"cuDNN's takes bfloat16, and this is {jnp.dtype(dtype)}"
+    if not cudnn_takes(head):
+        return "xla", f"cuDNN's takes heads of 8, 16, ... {CUDNN_HEAD}, and these have {head}"
+    if failure := _cudnn_failure(head):
+        return "xla", f"cuDNN's fails here: {failure}"
+    return "cudnn", "a small call of it and its gradient succeeded"
+
+
+def cudnn_takes(head: int, tokens: int = 2) -> bool:
+    """Whether cuDNN has attention for these shapes, with its gradient.
+
+    Heads are a multiple of 8 wide (jax-ml/jax#24607), and the gradient needs an even number of
+    tokens.
+    """
+    return head % 8 == 0 and head <= CUDNN_HEAD and tokens % 2 == 0
+
+
+@functools.cache
+def _cudnn_failure(head: int) -> str:
+    """Why a small call of cuDNN's attention and its gradient fails, which a line then says; empty
+    if it succeeds.
+
+    A process tries it once for every width of heads that it meets. It fails before Ampere (sm80),
+    and where the libraries do not fit each other, as in jax-ml/jax#32430.
     """
     q = jnp.ones((1, 64, 1, head), jnp.bfloat16)
     try:
         jax.block_until_ready(jax.grad(_cudnn_sum)(q))
     except Exception as e:  # cuDNN, XLA and JAX each have their own for what they lack
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
         if jax.process_index() == 0:
-            reason = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
             say(f"attention by XLA, because cuDNN's fails here: {reason}")
-        return False
-    return True
+        return reason
+    return ""
 
 
 def _cudnn_sum(q: jax.Array) -> jax.Array:

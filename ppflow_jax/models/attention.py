@@ -3,7 +3,8 @@
 * `xla` leaves it to the compiler, which writes the scores to memory.
 * `deferred` is the same with the softmax's division after the product with v, where there is less
   to divide. In this form XLA on CPU makes one parallel program of it all, which writes no scores.
-* `cudnn` is cuDNN's flash attention (arXiv 2205.14135), for NVIDIA GPUs in bfloat16.
+* `cudnn` is cuDNN's flash attention (arXiv 2205.14135), for NVIDIA GPUs in bfloat16. It is `xla`
+  where logits have a weight, and for shapes that it does not take (`devices.programs.cudnn_takes`).
 * `splash` is JAX's own flash attention for TPU. It takes 512 tokens and more, in multiples of 128;
   it is `xla` for others, where logits have a weight, and where a mesh does not divide the images or
   the heads.
@@ -20,6 +21,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jaxtyping import Array, Float
 
 from ppflow_jax.devices.layout import Layout, PerDevice
+from ppflow_jax.devices.programs import cudnn_takes
 
 SPLASH_TOKENS = 512
 _LANES, _LARGEST_BLOCK = 128, 512
@@ -43,8 +45,9 @@ def attend(
         return per_device(splash, _xla)(q, k, v)
     if name == "deferred":
         return _deferred(q, k, v, weight)
-    implementation = "cudnn" if name == "cudnn" else "xla"
-    return jax.nn.dot_product_attention(q, k, v, weight, implementation=implementation)
+    if name == "cudnn" and weight is None and cudnn_takes(q.shape[-1], tokens):
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    return jax.nn.dot_product_attention(q, k, v, weight, implementation="xla")
 
 
 def splash(

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import Mesh
 
 from ppflow_jax.devices import programs
-from ppflow_jax.devices.programs import Programs, for_passes, for_training
+from ppflow_jax.devices.programs import Programs, auto_attention, for_passes, for_training
 from ppflow_jax.devices.sharding import make_mesh
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.network import make_apply
@@ -29,13 +29,13 @@ def mesh_of(platform):
 @pytest.fixture
 def gpu(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    programs._cudnn_works.cache_clear()
+    programs._cudnn_failure.cache_clear()
     yield
-    programs._cudnn_works.cache_clear()
+    programs._cudnn_failure.cache_clear()
 
 
 def test_auto_on_cpu_and_tpu(monkeypatch):
-    monkeypatch.delattr(programs, "_cudnn_works")  # nothing is tried there
+    monkeypatch.delattr(programs, "_cudnn_failure")  # nothing is tried there
     for dtype in (jnp.float32, jnp.bfloat16):
         assert for_passes(dtype=dtype) == Programs("deferred", rows=True, experts="blocks")
         assert for_passes(dtype=dtype, mesh=mesh_of("tpu")) == Programs("splash")
@@ -61,10 +61,27 @@ def test_without_cudnn_one_line_says_that_xla_does_it(gpu, monkeypatch, capsys):
         assert for_passes(dtype=jnp.bfloat16) == Programs("xla")  # the trial fails on this CPU
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("attention by XLA, because cuDNN's fails here: ")
-    programs._cudnn_works.cache_clear()
+    programs._cudnn_failure.cache_clear()
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     for_passes(dtype=jnp.bfloat16)
     assert capsys.readouterr().err == ""
+
+
+def test_what_auto_is_and_why(monkeypatch):
+    """Decided by names alone: no such device is here."""
+    tried = []
+    monkeypatch.setattr(programs, "_cudnn_failure", lambda head: tried.append(head) or "")
+    for head in (64, 72, 128):
+        assert auto_attention("gpu", jnp.bfloat16, head)[0] == "cudnn"
+    name, why = auto_attention("gpu", jnp.float32, 64)
+    assert name == "xla" and "float32" in why
+    for head in (36, 136):
+        name, why = auto_attention("gpu", jnp.bfloat16, head)
+        assert name == "xla" and str(head) in why
+    assert tried == [64, 72, 128]
+    monkeypatch.setattr(programs, "_cudnn_failure", lambda head: "no engine")
+    assert auto_attention("gpu", jnp.bfloat16, 64) == ("xla", "cuDNN's fails here: no engine")
+    assert auto_attention("metal", jnp.bfloat16, 64)[0] == "xla"
 
 
 def test_only_one_cpu_without_remat_is_trained_with_unrolled_blocks():

@@ -144,3 +144,30 @@ def test_what_a_mesh_does_not_divide_xla_does(key, interpreted):
     params, x = noisy(SMALL, key), jax.random.normal(key, (3, 32, 32, 1))
     jax.eval_shape(lambda p: apply(p, x, jnp.full(3, 0.8), jnp.arange(3), 1), params)
     assert not interpreted
+
+
+@pytest.mark.parametrize(
+    "tokens, width, weighed, expected",
+    [
+        (64, 64, False, "cudnn"),
+        (256, 72, False, "cudnn"),
+        (65, 64, False, "xla"),  # no gradient
+        (64, 36, False, "xla"),
+        (64, 136, False, "xla"),
+        (64, 64, True, "xla"),
+    ],
+)
+def test_cudnn_is_xla_for_calls_that_it_does_not_take(
+    tokens, width, weighed, expected, monkeypatch
+):
+    seen = []
+
+    def program(q, k, v, bias=None, *, implementation):
+        seen.append((implementation, bias is not None))
+        return q
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", program)
+    q = jnp.zeros((2, tokens, 2, width), jnp.bfloat16)
+    weight = jnp.zeros((2, 1, 1, tokens)) if weighed else None
+    attention.attend("cudnn", q, q, q, weight)
+    assert seen == [(expected, weighed)]
