@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ppflow_jax.systems.composition import table
+
 PAPER = "https://arxiv.org/abs/"
 
 
@@ -147,6 +149,33 @@ SYSTEMS = (
         "as of SDTM",
         "tests/systems/test_match.py",
         "digits: does not pay on 16 tokens (`python -m benchmarks.fast_sampling`)",
+    ),
+    System(
+        "RAS",
+        ("2502.10389",),
+        "microsoft/RAS a9c5ec8, MIT",
+        "systems/ras.py",
+        "--accelerate=ras=std",
+        "accelerate.md",
+        "what decides, what is left out and the steps that follow, against arrays of the original; "
+        "keys and values against a masked network",
+        "tokens left out often come back at both ends (in the original they stay out where the "
+        "largest values are); exact counts; every image of a batch has its own choice",
+        "tests/systems/test_ras.py",
+        NOT_MEASURED,
+    ),
+    System(
+        "Re-ttention",
+        ("2505.22918",),
+        "cccrrrccc/Re-ttention bbec1f5, MIT",
+        "systems/rettention.py",
+        "--accelerate=rettention=0.25",
+        "accelerate.md",
+        "sparse attention, its ratio and what is kept, against arrays of the original",
+        "the ratio ends at 1; scores outside the band are not computed; what is kept is added "
+        "before the output projection, which is linear",
+        "tests/systems/test_rettention.py",
+        NOT_MEASURED,
     ),
     System(
         "DiT-MoE",
@@ -338,6 +367,7 @@ def page() -> str:
             f"| differs | {system.differs} |",
             f"| here | {system.effect} |",
         ]
+    lines += ["", "## Which go together", "", *table()]
     return "\n".join(lines) + "\n"
 
 
