@@ -279,6 +279,20 @@ SYSTEMS = (
         "([guided_distillation.md](guided_distillation.md#what-it-gained-here))",
     ),
     System(
+        "MMD fine-tuning",
+        ("2301.07969",),
+        "diegovalsesia/MMD-DDM b69d55b, MIT",
+        "systems/mmd.py",
+        "--config=digits_few_steps:mmd",
+        "mmd.md",
+        "kernels, the unbiased estimate and its gradient, against arrays of the original; the "
+        "gradient through all steps, against differences",
+        "features of the network itself before fine-tuning, not of Inception or CLIP: no decoder; "
+        "Euler steps of a flow, guided if asked; float32, where the original has float64",
+        "tests/systems/test_mmd.py",
+        NOT_MEASURED,
+    ),
+    System(
         "Channels beside the latent",
         ("2112.10752",),
         "CompVis/latent-diffusion a506df5, MIT, read about only",

@@ -17,6 +17,7 @@ from ppflow_jax.pyramid import Pyramid
 from ppflow_jax.systems.guided_distillation import Guided, Halved
 from ppflow_jax.systems.haste import AttentionAlign
 from ppflow_jax.systems.meanflow import MeanFlow
+from ppflow_jax.systems.mmd import Mmd
 from ppflow_jax.systems.moe import MoE
 from ppflow_jax.systems.repa import Repa
 from ppflow_jax.systems.switch import Switch
@@ -26,7 +27,7 @@ FFNS: dict[str, type[Ffn]] = {part.kind: part for part in (Mlp, MoE)}
 WRAPS: dict[str, type[Wrap]] = {part.kind: part for part in (Switch,)}
 KINDS: dict[str, dict[str, Any]] = {"ffn": FFNS, "wrap": WRAPS}  # by the field of `BlockSpec`
 TERMS: dict[str, Any] = {term.name: term for term in (Repa, AttentionAlign)}  # of the loss
-OBJECTIVES = {kind.kind: kind for kind in (MeanFlow, Guided, Halved)}
+OBJECTIVES = {kind.kind: kind for kind in (MeanFlow, Guided, Halved, Mmd)}
 FLOW = "flow"  # the objective without further settings
 NONE = "none"  # of a part that there need not be
 TASKS: dict[str, type[Task]] = {
