@@ -18,6 +18,7 @@ NAMES = [p.name for p in CONFIGS if p.stem not in ("common", "imagenet256", "__i
     "digits_few_steps.py:mmd",
     "digits_tasks.py:inpainting",
     "digits_tasks.py:edges",
+    "digits_tasks.py:cascade",
     "digits.py:difffit",
     "haste.py:sit",
     "imagenette.py:sit",

@@ -307,6 +307,19 @@ SYSTEMS = (
         "the digit they are of ([conditions.md](conditions.md#what-it-does-here))",
     ),
     System(
+        "Cascade (LowDiff)",
+        ("2509.15342", "2106.15282"),
+        "no code of LowDiff found",
+        "systems/cascade.py",
+        "--config=digits_tasks:cascade",
+        "cascade.md",
+        "a small sample as a condition in channels, with noise of a fixed level on it, tested "
+        "against the mean of squares",
+        "two networks, trained apart, in the place of one of all resolutions",
+        "tests/systems/test_cascade.py",
+        NOT_MEASURED,
+    ),
+    System(
         "LoRA",
         ("2106.09685", "2312.03732"),
         "huggingface/peft 0.21.2, Apache-2",
@@ -386,4 +399,4 @@ def page() -> str:
 
 
 def _anchor(name: str) -> str:
-    return name.lower().replace(" ", "-")
+    return name.lower().replace(" ", "-").replace("(", "").replace(")", "")

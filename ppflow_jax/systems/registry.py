@@ -14,6 +14,7 @@ from ppflow_jax.models.conditions import Channels, Condition, Scalar
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.parts import BlockSpec, Ffn, Mlp, Part, Wrap
 from ppflow_jax.pyramid import Pyramid
+from ppflow_jax.systems.cascade import Upsampling
 from ppflow_jax.systems.guided_distillation import Guided, Halved
 from ppflow_jax.systems.haste import AttentionAlign
 from ppflow_jax.systems.meanflow import MeanFlow
@@ -31,7 +32,7 @@ OBJECTIVES = {kind.kind: kind for kind in (MeanFlow, Guided, Halved, Mmd)}
 FLOW = "flow"  # the objective without further settings
 NONE = "none"  # of a part that there need not be
 TASKS: dict[str, type[Task]] = {
-    task.kind: task for task in (SuperResolution, Inpainting, Colourisation, Edges)
+    task.kind: task for task in (SuperResolution, Inpainting, Colourisation, Edges, Upsampling)
 }
 CONDITIONS: dict[str, type[Condition]] = {c.kind: c for c in (Channels, Scalar)}
 
