@@ -56,8 +56,8 @@ def experiment_of(name, **mesh):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, small_run):
-    """MeanFlow, and a student of the small run and its student: the commands of docs/meanflow.md
-    and docs/guided_distillation.md."""
+    """MeanFlow, a student of the small run and its student, the small run fine-tuned: the commands
+    of docs/meanflow.md, docs/guided_distillation.md and docs/mmd.md."""
     folder = tmp_path_factory.mktemp("few")
     teachers = {"guided": small_run, "mmd": small_run}
     teachers["halved"] = folder / "guided"
