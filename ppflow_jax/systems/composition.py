@@ -48,12 +48,14 @@ METHODS = {
     "ras": "RAS, `--accelerate=ras=std`",
     "rettention": "Re-ttention, `--accelerate=rettention=0.25`",
     "cfg": "classifier-free guidance, `--cfg`",
+    "interval": "guidance in an interval, `--accelerate=guidance=0.5-1,...`",
     "weak": "autoguidance, `--weak`",
     "told": "a student of guided distillation",
     "meanflow": "jumps of MeanFlow, `--solver=meanflow`",
     "multistep": "`--solver=ab2`",
     "sde": "stochastic solvers",
     "dopri5": "the adaptive solver",
+    "plan": "tuned plans and HarmoniCa, `--plan`",
     "keep": "known parts put in their place at every step, `--keep=steps`",
     "moe": "blocks with experts (DiT-MoE)",
     "switch": "blocks of Switch-DiT",
@@ -64,11 +66,13 @@ _GRID = "chooses its own steps"
 _JUMPS = "evaluates another average at every step"
 _APART = "takes blocks apart"
 _ONE = "cannot have both"
+_FILE = "a plan file decides"
 
 _EXCEPTIONS = (
     *(Pair(a, b, STAGES, _ONE) for a, b in itertools.combinations(ENGINES, 2)),
     *(Pair(engine, "meanflow", REFUSED, _JUMPS) for engine in ("forecast", "ras", "rettention")),
     Pair("merge", "switch", REFUSED, _APART),
+    *(Pair(engine, "plan", REFUSED, _FILE) for engine in ENGINES),
     *(Pair(engine, "sde", REFUSED, _NOISE) for engine in ENGINES),
     *(Pair(engine, "dopri5", REFUSED, _GRID) for engine in ENGINES),
 )

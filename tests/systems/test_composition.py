@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ppflow_jax.api.plans import plan_of
+from ppflow_jax.checkpoints.weights import Weights
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
@@ -41,6 +43,7 @@ COARSE = {
 }
 CONFIGS = {
     "cfg": replace(EULER, cfg=(2.0,)),
+    "interval": replace(EULER, steps=6, cfg=(2.0,), cfg_interval=(0.5, 1.0)),
     "weak": replace(EULER, cfg=(2.0,)),
     "told": replace(EULER, cfg=(2.0,)),
     "meanflow": replace(EULER, solver="meanflow"),
@@ -62,6 +65,8 @@ TABLE = {(pair.first, pair.second): pair for pair in pairs()}
 
 
 def sampler(text, other):
+    if other == "plan":
+        return plan_of(object.__new__(Weights), "a.json", 50, "heun", None, text, None, {})
     model, config = MODELS.get(other, MODEL), CONFIGS.get(other, EULER)
     segments = accelerated(config, model, Flow(), AccelerateConfig.parse(text))
     weak = make_apply(MODEL) if other == "weak" else None
