@@ -93,13 +93,12 @@ def test_the_table_has_every_pair_once():
     assert all(pair.reason for pair in TABLE.values() if pair.verdict != WORKS)
 
 
-def each(verdict, long=()):
-    """Pairs with this verdict; those whose first method is one of `long` are for `make long`."""
-    marks = {True: [pytest.mark.long], False: []}
-    chosen = [pair for pair in TABLE.values() if pair.verdict == verdict]
-    given = [
-        pytest.param(p, marks=marks[p.first in long], id=f"{p.first}-{p.second}") for p in chosen
-    ]
+def each(verdict, quick=None):
+    """Pairs with this verdict; those with none of the names `quick` are for `make long`."""
+    given = []
+    for pair in (p for p in TABLE.values() if p.verdict == verdict):
+        marks = () if quick is None or pair.second in quick else (pytest.mark.long,)
+        given.append(pytest.param(pair, marks=marks, id=f"{pair.first}-{pair.second}"))
     return pytest.mark.parametrize("pair", given)
 
 
@@ -109,7 +108,7 @@ def test_what_is_refused_says_why(pair):
         sampler(TEXTS[pair.first], pair.second)
 
 
-@each(STAGES)
+@each(STAGES, quick=("rettention",))
 def test_two_engines_share_a_plan_by_stages(pair):
     with pytest.raises(InputError, match=pair.reason):
         sampler(f"{TEXTS[pair.first]},{TEXTS[pair.second]}", "stages")
@@ -118,7 +117,7 @@ def test_two_engines_share_a_plan_by_stages(pair):
     assert np.isfinite(found).all() and np.abs(found - alone).max() > 1e-7
 
 
-@each(WORKS, long=("forecast", "merge"))
+@each(WORKS, quick=("cfg", "multistep"))
 def test_what_works_runs(pair):
     """And changes something: the engine is at work beside the other method."""
     found, plain = sampled(TEXTS[pair.first], pair.second), sampled("exact", pair.second)
