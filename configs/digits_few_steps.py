@@ -1,10 +1,12 @@
-"""Digits in few evaluations: average velocities, or a student of a guided model.
+"""Digits in few evaluations: average velocities, a student, or few steps that were fine-tuned.
 
     python -m ppflow_jax.main --config=configs/digits_few_steps.py:meanflow --workdir=runs/meanflow
     python -m ppflow_jax.main --config=configs/digits_few_steps.py:guided --workdir=runs/guided \
         --config.train.teacher=runs/digits
     python -m ppflow_jax.main --config=configs/digits_few_steps.py:halved --workdir=runs/halved \
         --config.train.teacher=runs/guided
+    python -m ppflow_jax.main --config=configs/digits_few_steps.py:mmd --workdir=runs/mmd \
+        --config.train.teacher=runs/digits
 
 `:meanflow,sit` and so on are of one stage, `,levels3` of three.
 """
@@ -30,6 +32,11 @@ def get_config(variant: str = "meanflow"):
         c.flow.objective = "halved:steps=8,low=1,high=4"
         c.flow.label_drop = 0.0
         c.sample.update(dict(solver="euler", steps=8))
+    elif name == "mmd":
+        c.flow.objective = "mmd:steps=4,scale=2"
+        c.optim.update(dict(lr=5e-5, warmup_steps=0, clip=0.5))
+        c.train.steps = 100
+        c.sample.update(dict(solver="euler", steps=4))
     else:
-        raise ValueError(f"unknown variant {name!r}: meanflow, guided or halved")
+        raise ValueError(f"unknown variant {name!r}: meanflow, guided, halved or mmd")
     return c

@@ -2,8 +2,9 @@
 
     python -m ppflow_jax.main --config=configs/digits_tasks.py:inpainting --workdir=runs/inpainting
 
-`:super_resolution` (4x4 to 8x8 pixels), `:inpainting` (a hidden box), `:edges`. `:colourisation`
-is refused: digits are grey. See docs/conditions.md.
+`:super_resolution` (4x4 to 8x8 pixels), `:inpainting` (a hidden box), `:edges`. `:cascade` is the
+second model of a cascade (docs/cascade.md). `:colourisation` is refused: digits are grey. See
+docs/conditions.md.
 """
 
 from configs import digits
@@ -13,6 +14,7 @@ TASKS = {
     "inpainting": "inpainting",
     "edges": "edges",
     "colourisation": "colourisation",
+    "cascade": "cascade:factor=2,noise=0.1",
 }
 
 

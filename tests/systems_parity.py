@@ -24,9 +24,12 @@ from tests.systems import (
     parity_guided_distillation,
     parity_harmonica,
     parity_haste,
+    parity_mmd,
     parity_moe,
     parity_peft,
+    parity_ras,
     parity_repa,
+    parity_rettention,
     parity_switch,
 )
 
@@ -34,7 +37,10 @@ SYSTEMS: dict[str, Callable[[Reference], Iterator[Row]]] = {
     "conditions": parity_conditions.rows,
     "dit_moe": parity_moe.rows,
     "harmonica": parity_harmonica.rows,
+    "mmd_elucd_dualparal": parity_mmd.rows,
     "peft": parity_peft.rows,
+    "ras": parity_ras.rows,
+    "rettention": parity_rettention.rows,
     "switch_dit": parity_switch.rows,
     "guided_distillation": parity_guided_distillation.rows,
     "repa": parity_repa.rows,
@@ -50,11 +56,12 @@ class Reference:
         self.name = file.stem
         self.arrays = dict(np.load(file))
         settings = "config" if "config" in self.arrays else "args"
-        self.config = json.loads(str(self.arrays[settings]))
+        self.config = json.loads(str(self.arrays.get(settings, "{}")))
         names = ("float32_deviation", "f64_deviation")
         found = next((self.arrays[name] for name in names if name in self.arrays), "{}")
         self.deviation = json.loads(str(found))
-        for name, deviation in self.below("float32_deviation").items():
+        stored = self.below("float32_deviation") | self.below("deviation64")
+        for name, deviation in stored.items():
             if name in self:
                 self.deviation[name] = float(deviation), float(np.max(np.abs(self[name])))
 

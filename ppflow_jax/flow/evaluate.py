@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,10 +15,12 @@ from ppflow_jax.flow.method import Evaluation
 from ppflow_jax.flow.path import Flow, velocity_from
 from ppflow_jax.flow.tables import Facts, Networks
 from ppflow_jax.models.conditions import GUIDANCE, INTERVAL, LABEL, Cond
-from ppflow_jax.models.network import Apply
+from ppflow_jax.models.network import Apply, Trunk
 
 # The memories of a method: of every evaluation of a step, by network
 Memories = tuple[dict[str, Any], ...]
+# The trunk of a network, by the network's name
+Trunks = Callable[[str], Trunk]
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,11 @@ class Step:
     ) -> Float[Array, "b h w c"]:
         """dx/dt under guidance."""
 
-        def value() -> Array:
-            return velocity_from(self.of.flow, self.prediction(x, t, i, y), x, _all(x, t))
+        def value(trunks: Trunks | None = None) -> Any:
+            found: dict[str, Any] = {}
+            prediction = self.prediction(x, t, i, y, trunks, found)
+            v = velocity_from(self.of.flow, prediction, x, _all(x, t))
+            return v if trunks is None else (v, found)
 
         return self._through("velocity", "velocity", i, value)
 
@@ -85,14 +91,23 @@ class Step:
         t: Float[Array, ""],
         i: int,
         y: Cond | None = None,
+        trunks: Trunks | None = None,
+        found: dict[str, Any] | None = None,
     ) -> Float[Array, "b h w c"]:
-        """Of the networks under guidance; `y` takes the place of the labels of all."""
+        """Of the networks under guidance; `y` takes the place of the labels of all.
+
+        With `trunks` each network is given that of its name; what it returns besides is put into
+        `found`.
+        """
         of, facts = self.of, self.of.facts
         y = self._told(of.nets.labels if y is None else y, i)
 
         def network(name: str, apply: Apply, params: Any) -> Predict:
             def predict(x: Array, t: Array, y: Cond) -> Array:
                 call = partial(apply, params, x, t, y, facts.stages[i])
+                if trunks is not None:
+                    prediction, found[name] = call(trunk=trunks(name))
+                    return prediction
                 return self._through("network", name, i, call)
 
             return predict

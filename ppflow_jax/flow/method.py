@@ -18,7 +18,9 @@ class Evaluation(NamedTuple):
     Attributes:
       call: computes the true value. At level `network`, `call()` is the prediction and
         `call(trunk=T)` is (prediction, what T returned besides), T a `models.network.Trunk` that
-        replaces the scan over the blocks; at level `velocity`, `call()` is the velocity.
+        replaces the scan over the blocks; at level `velocity`, `call()` is the velocity and
+        `call(trunks=F)` is (velocity, {N: what F(N) returned besides}), F(N) the trunk of the
+        network of name N.
       inputs: of the step, a row of `Segment.inputs`.
       full: whether the step is full; see `either`.
     """

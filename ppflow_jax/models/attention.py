@@ -6,8 +6,8 @@
 * `cudnn` is cuDNN's flash attention (arXiv 2205.14135), for NVIDIA GPUs in bfloat16. It is `xla`
   where logits have a weight, and for shapes that it does not take (`devices.programs.cudnn_takes`).
 * `splash` is JAX's own flash attention for TPU. It takes 512 tokens and more, in multiples of 128;
-  it is `xla` for others, where logits have a weight, and where a mesh does not divide the images or
-  the heads.
+  it is `xla` for others, where logits have a weight or there are not as many queries as keys, and
+  where a mesh does not divide the images or the heads.
 
 Which of them `auto` is, `devices.programs` knows.
 """
@@ -30,9 +30,9 @@ _LANES, _LARGEST_BLOCK = 128, 512
 def attend(
     name: str,
     q: Float[Array, "b n h e"],
-    k: Float[Array, "b n h e"],
-    v: Float[Array, "b n h e"],
-    weight: Float[Array, "b 1 1 n"] | None = None,
+    k: Float[Array, "b m h e"],
+    v: Float[Array, "b m h e"],
+    weight: Float[Array, "b 1 1 m"] | None = None,
     per_device: PerDevice = Layout.heads,
 ) -> Float[Array, "b n h e"]:
     """Attention by program `name`, in the dtype of q with float32 softmax.
@@ -41,7 +41,8 @@ def attend(
     heads, or something else where it cannot.
     """
     tokens = q.shape[1]
-    if name == "splash" and weight is None and tokens >= SPLASH_TOKENS and tokens % _LANES == 0:
+    square = weight is None and k.shape[1] == tokens
+    if name == "splash" and square and tokens >= SPLASH_TOKENS and tokens % _LANES == 0:
         return per_device(splash, _xla)(q, k, v)
     if name == "deferred":
         return _deferred(q, k, v, weight)

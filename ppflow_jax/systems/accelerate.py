@@ -14,6 +14,8 @@ from ppflow_jax.flow.segments import segments_of
 from ppflow_jax.flow.solvers import JUMPS
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.systems.forecast import ForecastConfig, forecasted
+from ppflow_jax.systems.ras import RasConfig, regional
+from ppflow_jax.systems.rettention import RettentionConfig, sparse
 from ppflow_jax.systems.sdtm import MergeConfig, merged
 
 
@@ -27,18 +29,22 @@ class AccelerateConfig:
       guidance: guide only in these times, low < t <= high, instead of the sampler's interval.
       forecast: forecasting of features.
       merge: merging of tokens, in other stages than forecasts.
+      ras: steps that compute a part of the tokens, in other stages than these.
+      rettention: steps of sparse attention, in other stages than these.
     """
 
     guidance: tuple[float, float] | None = None
     forecast: ForecastConfig | None = None
     merge: MergeConfig | None = None
+    ras: RasConfig | None = None
+    rettention: RettentionConfig | None = None
 
     @classmethod
     def parse(cls, text: str) -> AccelerateConfig:
         """What `"forecast.interval=1/4,forecast.order=2"` adds; a preset in front adds nothing.
 
-        Values for each stage are joined by `/`, ranges by `-`. `forecast=none` and `merge=none`
-        switch off; `merge=sdtm` or a field of `MergeConfig`, as `merge.ratio`, adds merging.
+        Values for each stage are joined by `/`, ranges by `-`. `forecast=none`, `merge=none` and
+        so on switch off; `merge=sdtm` or a field of `MergeConfig`, as `merge.ratio`, adds merging.
 
         Raises:
           InputError: an unknown key or preset, or a value that cannot be read.
@@ -73,7 +79,12 @@ class AccelerateConfig:
 
 
 # The field with the part's own name switches it on: forecast=taylor.
-_PARTS: dict[str, type] = {"forecast": ForecastConfig, "merge": MergeConfig}
+_PARTS: dict[str, type] = {
+    "forecast": ForecastConfig,
+    "merge": MergeConfig,
+    "ras": RasConfig,
+    "rettention": RettentionConfig,
+}
 
 # How many times fewer steps, by AB2 in place of a solver that is no multistep rule: at equal time
 # this had the lowest error of all that needs no plan (docs/accelerate.md).
@@ -122,7 +133,7 @@ def _keys(part: str) -> dict[str, tuple[str, str, Callable[[str], Any]]]:
 
 def _unknown(pair: str, text: str, known: dict[str, tuple]) -> str:
     """What to write instead of a key that there is not."""
-    now = {name: key for key, (_, name, _) in known.items()}
+    now = {name: key for key, (_, name, _) in reversed(known.items())}
     if pair.partition("=")[0] in now:
         pairs = (p.partition("=") for p in text.replace(" ", "").split(","))
         new = ",".join(now.get(key, key) + equals + value for key, equals, value in pairs)
@@ -186,10 +197,10 @@ def accelerated(
             f"{config.solver} adds noise at every step, which breaks the smoothness that values "
             f"taken from earlier steps rest on: choose euler or heun with {parts[0]}"
         )
-    if config.solver in JUMPS and forecast is not None:
+    if config.solver in JUMPS and (late := [name for name in parts if name != "merge"]):
         raise InputError(
-            f"{config.solver} evaluates another average at every step, and forecasts take values "
-            "of earlier steps: leave forecast out of --accelerate"
+            f"{config.solver} evaluates another average at every step, and {late[0]} takes values "
+            f"of earlier steps: leave {late[0]} out of --accelerate"
         )
     if forecast is not None:
         if forecast.forecast == "adams" and config.solver != "euler":
@@ -205,4 +216,8 @@ def accelerated(
                 "leave merge out of --accelerate"
             )
         segments = merged(segments, model, merge)
+    if accelerate.ras is not None:
+        segments = regional(segments, model, accelerate.ras)
+    if accelerate.rettention is not None:
+        segments = sparse(segments, model, accelerate.rettention)
     return tuple(segments)

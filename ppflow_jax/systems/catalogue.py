@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ppflow_jax.systems.composition import table
+
 PAPER = "https://arxiv.org/abs/"
 
 
@@ -149,6 +151,35 @@ SYSTEMS = (
         "digits: does not pay on 16 tokens (`python -m benchmarks.fast_sampling`)",
     ),
     System(
+        "RAS",
+        ("2502.10389",),
+        "microsoft/RAS a9c5ec8, MIT",
+        "systems/ras.py",
+        "--accelerate=ras=std",
+        "accelerate.md",
+        "what decides, what is left out and the steps that follow, against arrays of the original; "
+        "keys and values against a masked network",
+        "tokens left out often come back at both ends (in the original they stay out where the "
+        "largest values are); exact counts; every image of a batch has its own choice",
+        "tests/systems/test_ras.py",
+        "digits: error 0.0570 to 0.0760 of 24 steps at 65 to 86% of their time, fewer Euler steps "
+        "0.0290 at 63%: does not pay on 16 tokens (`python -m benchmarks.partial_steps`)",
+    ),
+    System(
+        "Re-ttention",
+        ("2505.22918",),
+        "cccrrrccc/Re-ttention bbec1f5, MIT",
+        "systems/rettention.py",
+        "--accelerate=rettention=0.25",
+        "accelerate.md",
+        "sparse attention, its ratio and what is kept, against arrays of the original",
+        "the ratio ends at 1; scores outside the band are not computed; what is kept is added "
+        "before the output projection, which is linear",
+        "tests/systems/test_rettention.py",
+        "digits: error 0.0498 and 0.0704 at no fewer FLOPs: does not pay on 16 tokens "
+        "(`python -m benchmarks.partial_steps`)",
+    ),
+    System(
         "DiT-MoE",
         ("2407.11633",),
         "feizc/DiT-MoE bd34bbb, no licence file",
@@ -250,6 +281,20 @@ SYSTEMS = (
         "([guided_distillation.md](guided_distillation.md#what-it-gained-here))",
     ),
     System(
+        "MMD fine-tuning",
+        ("2301.07969",),
+        "diegovalsesia/MMD-DDM b69d55b, MIT",
+        "systems/mmd.py",
+        "--config=digits_few_steps:mmd",
+        "mmd.md",
+        "kernels, the unbiased estimate and its gradient, against arrays of the original; the "
+        "gradient through all steps, against differences",
+        "features of the network itself before fine-tuning, not of Inception or CLIP: no decoder; "
+        "Euler steps of a flow, guided if asked; float32, where the original has float64",
+        "tests/systems/test_mmd.py",
+        NOT_MEASURED,
+    ),
+    System(
         "Channels beside the latent",
         ("2112.10752",),
         "CompVis/latent-diffusion a506df5, MIT, read about only",
@@ -262,6 +307,19 @@ SYSTEMS = (
         "tests/systems/test_tasks.py",
         "unseen digits, one seed: what is told is kept at 31 and 23 dB, 74% and 70% are seen as "
         "the digit they are of ([conditions.md](conditions.md#what-it-does-here))",
+    ),
+    System(
+        "Cascade (LowDiff)",
+        ("2509.15342", "2106.15282"),
+        "no code of LowDiff found",
+        "systems/cascade.py",
+        "--config=digits_tasks:cascade",
+        "cascade.md",
+        "a small sample as a condition in channels, with noise of a fixed level on it, tested "
+        "against the mean of squares",
+        "two networks, trained apart, in the place of one of all resolutions",
+        "tests/systems/test_cascade.py",
+        NOT_MEASURED,
     ),
     System(
         "LoRA",
@@ -338,8 +396,9 @@ def page() -> str:
             f"| differs | {system.differs} |",
             f"| here | {system.effect} |",
         ]
+    lines += ["", "## Which go together", "", *table()]
     return "\n".join(lines) + "\n"
 
 
 def _anchor(name: str) -> str:
-    return name.lower().replace(" ", "-")
+    return name.lower().replace(" ", "-").replace("(", "").replace(")", "")

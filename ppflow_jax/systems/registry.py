@@ -14,9 +14,11 @@ from ppflow_jax.models.conditions import Channels, Condition, Scalar
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.parts import BlockSpec, Ffn, Mlp, Part, Wrap
 from ppflow_jax.pyramid import Pyramid
+from ppflow_jax.systems.cascade import Upsampling
 from ppflow_jax.systems.guided_distillation import Guided, Halved
 from ppflow_jax.systems.haste import AttentionAlign
 from ppflow_jax.systems.meanflow import MeanFlow
+from ppflow_jax.systems.mmd import Mmd
 from ppflow_jax.systems.moe import MoE
 from ppflow_jax.systems.repa import Repa
 from ppflow_jax.systems.switch import Switch
@@ -26,11 +28,11 @@ FFNS: dict[str, type[Ffn]] = {part.kind: part for part in (Mlp, MoE)}
 WRAPS: dict[str, type[Wrap]] = {part.kind: part for part in (Switch,)}
 KINDS: dict[str, dict[str, Any]] = {"ffn": FFNS, "wrap": WRAPS}  # by the field of `BlockSpec`
 TERMS: dict[str, Any] = {term.name: term for term in (Repa, AttentionAlign)}  # of the loss
-OBJECTIVES = {kind.kind: kind for kind in (MeanFlow, Guided, Halved)}
+OBJECTIVES = {kind.kind: kind for kind in (MeanFlow, Guided, Halved, Mmd)}
 FLOW = "flow"  # the objective without further settings
 NONE = "none"  # of a part that there need not be
 TASKS: dict[str, type[Task]] = {
-    task.kind: task for task in (SuperResolution, Inpainting, Colourisation, Edges)
+    task.kind: task for task in (SuperResolution, Inpainting, Colourisation, Edges, Upsampling)
 }
 CONDITIONS: dict[str, type[Condition]] = {c.kind: c for c in (Channels, Scalar)}
 

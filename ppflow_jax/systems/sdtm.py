@@ -221,6 +221,7 @@ def _pieces(
         yield replace(
             segment,
             times=segment.times[start : start + count + 1],
+            rows=segment.rows and segment.rows.part(start, start + count),
             method=method,
             full=tuple(full[now].tolist()),
             inputs={name: table[now] for name, table in inputs.items()},

@@ -31,6 +31,7 @@ from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
 from ppflow_jax.systems.forecast import Forecast
 from ppflow_jax.systems.forecast_schedule import weight_table
 from ppflow_jax.systems.merged_blocks import Merged, Merging
+from ppflow_jax.systems.ras import Ras
 from ppflow_jax.systems.routed import Routed
 from tests.acceptance.comparison import Row, report
 from tests.systems.checks import random_params
@@ -43,6 +44,9 @@ SETTINGS = {
     "ratio 0": "merge.ratio=0",
     "ratio 0, tome": "merge.ratio=0,merge=tome",
     "every step protected": "merge.protect=1",
+    "every token computed": "ras=norm,ras.share=1",
+    "ras, interval 1": "ras=norm,ras.interval=1",
+    "every key seen": "rettention=1",
     "guidance in [0, 1]": "guidance=0-1",
     "exact": "exact",
 }
@@ -101,7 +105,14 @@ def engines(pyramid: Pyramid, solver: str) -> Iterator[Case]:
     yield Case("the same for blocks 1-2", config, forced(forecast("blocks", (1, 2))))
     yield Case("the same for velocities", config, forced(forecast("velocity")))
     yield Case("merging, every step full", config, forced(merge))
+
+    def regions(segment):
+        grid = pyramid.grid(segment.stages[0], MODEL.latent_size)
+        method = Ras("norm", (1, 1), 0.1, grid)
+        return method, {"next": np.zeros(segment.steps, bool)}
+
     yield Case("every branch computed", config, forced(route))
+    yield Case("regions, every step full", config, forced(regions))
 
 
 def _full(segment: Segment, method: Method, inputs: dict) -> Segment:

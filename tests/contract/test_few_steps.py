@@ -29,15 +29,16 @@ from ppflow_jax.train.program import make_program
 from tests import commands
 from tests.systems.checks import random_params
 
-VARIANTS = ("meanflow", "guided", "halved")
+VARIANTS = ("meanflow", "guided", "halved", "mmd")
 each = pytest.mark.parametrize("name", VARIANTS)
 # What takes long, of one of each class of objectives
-some = pytest.mark.parametrize("name", ["meanflow", "guided"])
+some = pytest.mark.parametrize("name", ["meanflow", "guided", "mmd"])
 
 
 def train(workdir, name, *flags):
     config = f"--config={commands.ROOT}/configs/digits_few_steps.py:{name}"
-    objective = {"meanflow": "meanflow:points=0.5", "halved": "halved:steps=2"}.get(name)
+    objectives = {"meanflow": "meanflow:points=0.5", "halved": "halved:steps=2"}
+    objective = (objectives | {"mmd": "mmd:steps=2,scale=2"}).get(name)
     chosen = [f"--config.flow.objective={objective}"] if objective else []
     jumps = ["--config.sample.solver=meanflow"] if name == "meanflow" else []
     batch = ["--config.data.batch_size=128", "--config.train.steps=4"]
@@ -55,9 +56,10 @@ def experiment_of(name, **mesh):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, small_run):
-    """MeanFlow, and a student of the small run and its student: the commands of docs/meanflow.md
-    and docs/guided_distillation.md."""
-    folder, teachers = tmp_path_factory.mktemp("few"), {"guided": small_run}
+    """MeanFlow, a student of the small run and its student, the small run fine-tuned: the commands
+    of docs/meanflow.md, docs/guided_distillation.md and docs/mmd.md."""
+    folder = tmp_path_factory.mktemp("few")
+    teachers = {"guided": small_run, "mmd": small_run}
     teachers["halved"] = folder / "guided"
     for name in VARIANTS:
         teacher = teachers.get(name)
@@ -80,8 +82,8 @@ def test_the_card_says_which_objective_trained_it(runs, name):
     card = pf.load(runs / name).card
     assert Card.from_json(json.loads(json.dumps(card.to_json()))) == card
     assert card.experiment["flow"]["objective"].startswith(name)
-    (condition,) = card.model.conditions
-    assert condition.name == {"meanflow": "interval"}.get(name, "guidance")
+    names = [condition.name for condition in card.model.conditions]
+    assert names == {"meanflow": ["interval"], "mmd": []}.get(name, ["guidance"])
 
 
 @pytest.mark.long
@@ -146,7 +148,7 @@ def test_guidance_is_one_evaluation_of_a_student(runs, small_run):
 
 @pytest.mark.long
 def test_what_is_wrong_ends_in_a_line(runs, small_run, tmp_path):
-    jumping, student, halved = (pf.load(runs / name) for name in VARIANTS)
+    jumping, student, halved, tuned = (pf.load(runs / name) for name in VARIANTS)
     for make, words in (
         (lambda: pf.load(small_run).plan(solver="meanflow", steps=2), "trained with the objective"),
         (lambda: student.plan(solver="meanflow", steps=2), "trained with the objective"),
@@ -159,6 +161,8 @@ def test_what_is_wrong_ends_in_a_line(runs, small_run, tmp_path):
         with pytest.raises(InputError, match=words):
             make()
     assert halved.plan(solver="euler", steps=2, cfg=2).nfe == 2
+    assert not tuned.plan(solver="euler", steps=2, cfg=2).notes
+    assert "fine-tuned for solver=euler, steps=2, cfg=2" in tuned.plan(steps=3).notes[0]
     teacher = f"--config.train.teacher={small_run}"
     for name, flags, words in (
         ("guided", [], "needs a teacher: give its checkpoint as --config.train.teacher"),

@@ -12,7 +12,7 @@ from tests.acceptance import off_parity
 @pytest.mark.parametrize("solver", off_parity.SOLVERS)
 def test_off_is_the_plain_plan(pyramid, solver):
     cases = list(off_parity.same_plans(pyramid, solver))
-    assert len(cases) == 8
+    assert len(cases) == 11
     for case in cases:
         assert case.segments == plan(case.config, pyramid, Flow()), case.name
 

@@ -18,6 +18,7 @@ from ppflow_jax.flow.sampler import Sampler
 from ppflow_jax.models.conditions import Channels
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.pyramid import PPFLOW2
+from ppflow_jax.systems.cascade import Upsampling
 from ppflow_jax.systems.registry import TASKS, task
 from ppflow_jax.systems.tasks import Colourisation, Edges, Inpainting, SuperResolution
 from ppflow_jax.train.experiment import Experiment
@@ -36,7 +37,7 @@ def images(*shape):
 
 
 def test_every_task_is_here():
-    every = (SuperResolution(), Inpainting(), Colourisation(), Edges())
+    every = (SuperResolution(), Inpainting(), Colourisation(), Edges(), Upsampling())
     assert {type(t) for t in every} == set(TASKS.values())
     assert all(task(str(t)) == t for t in every) and task("none") is None
 

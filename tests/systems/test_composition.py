@@ -1,0 +1,125 @@
+"""The table of pairs is true: what works runs, by stages where it says so; the rest is refused."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ppflow_jax.api.plans import plan_of
+from ppflow_jax.checkpoints.weights import Weights
+from ppflow_jax.errors import InputError
+from ppflow_jax.flow.path import Flow
+from ppflow_jax.flow.plan import SamplerConfig
+from ppflow_jax.flow.sampler import Sampler
+from ppflow_jax.models.conditions import GUIDANCE, INTERVAL, Channels, Scalar
+from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.network import make_apply
+from ppflow_jax.models.parts import BlockSpec
+from ppflow_jax.pyramid import PPFLOW2, SIT
+from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
+from ppflow_jax.systems.composition import ENGINES, METHODS, REFUSED, STAGES, WORKS, pairs
+from ppflow_jax.systems.moe import MoE
+from ppflow_jax.systems.switch import Switch
+from tests.systems.checks import random_params
+
+MODEL = ModelConfig(SIT, latent_size=8, channels=2, width=8, depth=1, heads=2, num_classes=4)
+STAGED = replace(MODEL, pyramid=PPFLOW2)
+EULER = SamplerConfig("euler", 3)
+TEXTS = {
+    "forecast": "forecast.interval=2,forecast.warmup=1",
+    "merge": "merge.ratio=0.3,merge.deviation=0,merge.round_to=1",
+    "ras": "ras.warmup=1,ras.interval=2",
+    "rettention": "rettention.warmup=1,rettention.interval=2",
+}
+# The same methods in the coarse stage
+COARSE = {
+    "forecast": "forecast.interval=2/1,forecast.warmup=1",
+    **{name: f"{TEXTS[name]},{name}.stages=0" for name in ("merge", "ras", "rettention")},
+}
+CONFIGS = {
+    "cfg": replace(EULER, cfg=(2.0,)),
+    "interval": replace(EULER, steps=6, cfg=(2.0,), cfg_interval=(0.5, 1.0)),
+    "weak": replace(EULER, cfg=(2.0,)),
+    "told": replace(EULER, cfg=(2.0,)),
+    "meanflow": replace(EULER, solver="meanflow"),
+    "multistep": replace(EULER, solver="ab2"),
+    "sde": replace(EULER, solver="sde-euler"),
+    "dopri5": replace(EULER, solver="dopri5"),
+    "keep": replace(EULER, keep="steps"),
+}
+MODELS = {
+    "told": replace(MODEL, conditions=(Scalar(GUIDANCE),)),
+    "meanflow": replace(MODEL, conditions=(Scalar(INTERVAL),)),
+    "moe": replace(MODEL, block=BlockSpec(ffn=MoE(experts=2, top_k=1))),
+    "switch": replace(MODEL, block=BlockSpec(wrap=Switch(experts=2, top_k=1))),
+    "keep": replace(MODEL, conditions=(Channels("known", channels=3, drop=0.0),)),
+    "stages": STAGED,
+}
+CONFIGS["stages"] = replace(EULER, steps=6)
+TABLE = {(pair.first, pair.second): pair for pair in pairs()}
+
+
+def sampler(text, other):
+    if other == "plan":
+        return plan_of(object.__new__(Weights), "a.json", 50, "heun", None, text, None, {})
+    model, config = MODELS.get(other, MODEL), CONFIGS.get(other, EULER)
+    segments = accelerated(config, model, Flow(), AccelerateConfig.parse(text))
+    weak = make_apply(MODEL) if other == "weak" else None
+    return Sampler(make_apply(model), model, Flow(), config, segments=segments, weak=weak)
+
+
+@functools.cache
+def sampled(text, other):
+    ours = sampler(text, other)
+    params = jax.tree.map(lambda leaf: leaf / 2, random_params(MODELS.get(other, MODEL)))
+    noise, labels = jax.random.normal(jax.random.key(1), (2, *MODEL.shape)), jnp.arange(2)
+    cond = labels
+    if other == "keep":
+        known = jnp.zeros((2, 8, 8, 3)).at[:, :4, :, 0].set(1)  # a mask, and zeros
+        cond = {"label": labels, "known": known}
+    weak = jax.tree.map(lambda leaf: leaf / 4, random_params(MODEL)) if other == "weak" else None
+    return np.asarray(ours(params, noise, cond, weak=weak))
+
+
+def test_the_table_has_every_pair_once():
+    n, k = len(METHODS), len(ENGINES)
+    assert len(TABLE) == len(pairs()) == k * (k - 1) // 2 + k * (n - k)
+    assert {v.verdict for v in TABLE.values()} == {WORKS, STAGES, REFUSED}
+    assert all(pair.reason for pair in TABLE.values() if pair.verdict != WORKS)
+
+
+def each(verdict, quick=None):
+    """Pairs with this verdict; those with none of the names `quick` are for `make long`."""
+    given = []
+    for pair in (p for p in TABLE.values() if p.verdict == verdict):
+        marks = () if quick is None or pair.second in quick else (pytest.mark.long,)
+        given.append(pytest.param(pair, marks=marks, id=f"{pair.first}-{pair.second}"))
+    return pytest.mark.parametrize("pair", given)
+
+
+@each(REFUSED)
+def test_what_is_refused_says_why(pair):
+    with pytest.raises(InputError, match=pair.reason):
+        sampler(TEXTS[pair.first], pair.second)
+
+
+@each(STAGES, quick=("rettention",))
+def test_two_engines_share_a_plan_by_stages(pair):
+    with pytest.raises(InputError, match=pair.reason):
+        sampler(f"{TEXTS[pair.first]},{TEXTS[pair.second]}", "stages")
+    found = sampled(f"{COARSE[pair.first]},{TEXTS[pair.second]}", "stages")
+    alone = sampled(TEXTS[pair.second], "stages")
+    assert np.isfinite(found).all() and np.abs(found - alone).max() > 1e-7
+
+
+@each(WORKS, quick=("cfg", "multistep"))
+def test_what_works_runs(pair):
+    """And changes something: the engine is at work beside the other method."""
+    found, plain = sampled(TEXTS[pair.first], pair.second), sampled("exact", pair.second)
+    assert np.isfinite(found).all() and np.abs(found - plain).max() > 1e-7
+    assert np.abs(found - plain).max() < np.abs(plain).max()
