@@ -181,7 +181,8 @@ def launched(folder: Path, case: str, metadata: str) -> str:
         cwd=root,
     )
     deadline = time.monotonic() + PATIENCE
-    while len(read_metrics(workdir / "metrics.jsonl")) < AFTER:
+    saved = workdir / "checkpoints" / "10"
+    while len(read_metrics(workdir / "metrics.jsonl")) < AFTER or not saved.exists():
         if running.poll() is not None or time.monotonic() > deadline:
             running.kill()
             return f"did not train: see {log.name}"
