@@ -181,7 +181,8 @@ def launched(folder: Path, case: str, metadata: str) -> str:
         cwd=root,
     )
     deadline = time.monotonic() + PATIENCE
-    while len(read_metrics(workdir / "metrics.jsonl")) < AFTER:
+    saved = workdir / "checkpoints" / "10"
+    while len(read_metrics(workdir / "metrics.jsonl")) < AFTER or not saved.exists():
         if running.poll() is not None or time.monotonic() > deadline:
             running.kill()
             return f"did not train: see {log.name}"
@@ -193,7 +194,7 @@ def launched(folder: Path, case: str, metadata: str) -> str:
     except subprocess.TimeoutExpired:
         running.kill()
         return f"hangs: see {log.name}"
-    print(f"  {case}: exit code {code}, ended after about {at} steps", flush=True)
+    print(f"  {case}: exit code {code}, disturbed after about {at} steps", flush=True)
     return "" if code == 0 else f"exit code {code}: see {log.name}"
 
 
@@ -228,6 +229,7 @@ def main() -> int:
                 wrong = f"{len(different)} arrays differ"
         ok &= not wrong
         rows.append((case, wrong or "resumed", f"equal, {len(whole)} arrays" if not wrong else ""))
+        print("  " + ": ".join(rows[-1]), flush=True)  # a run that is cut off has said so much
     print(table(rows, left=(0, 1, 2)))
     return 0 if ok else 1
 

@@ -27,7 +27,9 @@ def test_a_broken_connection_is_a_lost_peer(among_several, error):
 @pytest.mark.parametrize(
     "error",
     [
-        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes."),
+        jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes."
+        ),
         ValueError("operands could not be broadcast together"),
         InputError("cannot join the other processes"),
         KeyError("Connection reset by peer"),
