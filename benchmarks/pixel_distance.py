@@ -1,6 +1,7 @@
 """Digits of trained runs, judged by their pixels.
 
-    python -m benchmarks.pixel_distance --runs=RUN,... [--steps=4] [--cfg=2] [--num=1000] [--seeds=3]
+    python -m benchmarks.pixel_distance --runs=RUN,... [--steps=4] [--cfg=2] [--num=1000] \
+        [--seeds=3]
 
 For each run and noise seed: the share of samples that are recognised as their label (see
 benchmarks/digits_consistency.py) and the Fréchet distance of the 64 pixels to all digits. Samples

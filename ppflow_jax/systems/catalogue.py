@@ -292,8 +292,8 @@ SYSTEMS = (
         "features of the network itself before fine-tuning, not of Inception or CLIP: no decoder; "
         "Euler steps of a flow, guided if asked; float32, where the original has float64",
         "tests/systems/test_mmd.py",
-        "digits, four Euler steps, 24 updates, one run: Fréchet distance of pixels 1.78, before 1.83; "
-        "as many recognised ([mmd.md](mmd.md#what-it-gained-here))",
+        "digits, four Euler steps, 24 updates, one run: Fréchet distance of pixels 1.78, before "
+        "1.83; as many recognised ([mmd.md](mmd.md#what-it-gained-here))",
     ),
     System(
         "Channels beside the latent",
