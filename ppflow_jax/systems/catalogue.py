@@ -320,7 +320,8 @@ SYSTEMS = (
         "against the mean of squares",
         "two networks, trained apart, in the place of one of all resolutions",
         "tests/systems/test_cascade.py",
-        NOT_MEASURED,
+        "digits, one short seed, at the pyramid's FLOPs: 91% recognised (72%), Fréchet distance of "
+        "pixels 2.78 (2.18), undecided ([cascade.md](cascade.md#beside-the-pyramid))",
     ),
     System(
         "LoRA",
