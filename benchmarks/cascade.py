@@ -6,7 +6,7 @@ Trains three models of one width and depth on as many images each (a killed comm
 pyramid of 4x4 and 2x2 patches, a SiT of digits shrunk to 4x4 pixels, and a SiT of 8x8 pixels that
 is told those. The pyramid is sampled by so many Euler steps; the cascade's second model takes as
 many as its FLOPs leave. Judged are the share of samples that are recognised as their label
-(benchmarks/digits_consistency.py) and the Fréchet distance of the 64 pixels to all digits.
+and the Fréchet distance of the 64 pixels to all digits (benchmarks/pixel_distance.py).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ PLANS = ((12, 6), (24, 12), (24, 24))  # Euler steps of the pyramid, and of the 
 
 
 def main() -> None:
+    from benchmarks.pixel_distance import judged
     from ppflow_jax.data.sources import digits
     from ppflow_jax.devices.host_memory import keep_scratch
     from ppflow_jax.systems.cascade import Cascade
@@ -47,7 +48,7 @@ def main() -> None:
         plan = pyramid.plan(solver="euler", steps=steps, cfg=CFG)
         images = pyramid.sample(_NUM.value, plan=plan, seed=0, labels=labels).latents
         budget = _flops(pyramid, plan)
-        rows.append((f"pyramid, Euler {steps}", budget, *_judged(images, labels, data)))
+        rows.append((f"pyramid, Euler {steps}", budget, *judged(images, labels, data.x)))
         plans = [low.plan(solver="euler", steps=small, cfg=CFG), None]
         for n in range(1, 200):
             more = high.plan(solver="euler", steps=n, cfg=CFG)
@@ -59,7 +60,7 @@ def main() -> None:
         made = cascade.sample(samplers, params, 0, np.arange(len(labels)), labels)[1]
         name = f"cascade, Euler {small} and {plans[1].config.steps}"
         flops = cascade.flops(*(p.segments for p in plans))
-        rows.append((name, flops, *_judged(np.asarray(made), labels, data)))
+        rows.append((name, flops, *judged(np.asarray(made), labels, data.x)))
     print("| sampled by | MFLOPs an image | recognised | Fréchet distance |\n|---|---|---|---|")
     for name, flops, share, distance in rows:
         print(f"| {name} | {flops / 1e6:.4g} | {share:.1%} | {distance:.3f} |")
@@ -93,18 +94,6 @@ def _trained(out: Path, name: str, data: Any) -> Any:
     config.sample.every = 0
     train(config, str(out / name))
     return pf.load(out / name)
-
-
-def _judged(images: np.ndarray, labels: np.ndarray, data: Any) -> tuple[float, float]:
-    """Share recognised, and the Fréchet distance of pixels."""
-    from benchmarks.digits_consistency import consistency
-    from ppflow_jax.metrics.frechet import frechet_distance
-    from ppflow_jax.metrics.moments import Statistics
-
-    images = np.clip(images, -1, 1)
-    pixels = [np.float64(x).reshape(len(x), -1) for x in (images, data.x)]
-    sets = [Statistics(x.mean(axis=0), np.cov(x.T), len(x)) for x in pixels]
-    return consistency(images, labels)[0], frechet_distance(*sets).distance
 
 
 if __name__ == "__main__":

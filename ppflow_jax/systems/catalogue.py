@@ -292,7 +292,8 @@ SYSTEMS = (
         "features of the network itself before fine-tuning, not of Inception or CLIP: no decoder; "
         "Euler steps of a flow, guided if asked; float32, where the original has float64",
         "tests/systems/test_mmd.py",
-        NOT_MEASURED,
+        "digits, four Euler steps, 24 updates, one run: Fréchet distance of pixels 1.78, before "
+        "1.83; as many recognised ([mmd.md](mmd.md#what-it-gained-here))",
     ),
     System(
         "Channels beside the latent",
@@ -319,7 +320,8 @@ SYSTEMS = (
         "against the mean of squares",
         "two networks, trained apart, in the place of one of all resolutions",
         "tests/systems/test_cascade.py",
-        NOT_MEASURED,
+        "digits, one short seed, at the pyramid's FLOPs: 91% recognised (72%), Fréchet distance of "
+        "pixels 2.78 (2.18), undecided ([cascade.md](cascade.md#beside-the-pyramid))",
     ),
     System(
         "LoRA",
