@@ -4,7 +4,7 @@ import importlib
 import jax
 import pytest
 
-from ppflow_jax.cost import dry_run
+from ppflow_jax.cost import dry_run, report_text
 from ppflow_jax.cost.chips import CHIPS
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.cost import training_flops
@@ -48,10 +48,10 @@ def test_estimates_and_what_does_not_fit(sharded):
     (step,) = sharded.programs
     assert sharded.misfit == ""
     assert sharded.seconds(step)["compute"] == pytest.approx(step.flops / 8 / CHIP.flops)
-    assert "fits" in dry_run.text(sharded) and "not measured" in dry_run.text(sharded)
+    assert "fits" in report_text.text(sharded) and "not measured" in report_text.text(sharded)
     small = dataclasses.replace(CHIP, memory=1e5)
     tight = dataclasses.replace(sharded, target=dataclasses.replace(sharded.target, chip=small))
-    assert "do not fit" in tight.misfit and "does not fit" in dry_run.text(tight)
+    assert "do not fit" in tight.misfit and "does not fit" in report_text.text(tight)
     failed = dataclasses.replace(step, temporaries=None, failure="out of memory")
     assert "out of memory" in dataclasses.replace(sharded, programs=[failed]).misfit
 
