@@ -62,7 +62,7 @@ class Timed:
     """One program and every time that it took."""
 
     kind: str
-    counts: Counts
+    counts: Counts | None
     call: Callable[[], object]
     seconds: list[float] = field(default_factory=list)
 
@@ -177,7 +177,7 @@ def _training(model: ModelConfig, batch: int, dtype: str) -> Timed:
         state, metrics = step(state, data, key)
         jax.block_until_ready((state, metrics))
 
-    counts = training_counts(model, objective.pattern, _parameters(model), batch)
+    counts = training_counts(model, objective.pattern, _parameters(model), float(batch))
     return Timed("train", counts, call)
 
 
@@ -189,5 +189,5 @@ def _sampling(model: ModelConfig, batch: int, dtype: str) -> Timed:
     sampler, params = plan.sampler(apply), _random(model)
     noise = jax.random.normal(jax.random.key(1), (batch, *model.shape))
     label = jnp.zeros(batch, jnp.int32)
-    counts = sampling_counts(model, plan.segments, _parameters(model), batch)
+    counts = sampling_counts(model, plan.segments, _parameters(model), float(batch))
     return Timed("sample", counts, lambda: sampler(params, noise, label).block_until_ready())

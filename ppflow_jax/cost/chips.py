@@ -31,15 +31,18 @@ class Chip:
     def gpu(self) -> bool:
         return not self.wraps
 
-    def ring_rate(self, slice_name: str) -> float:
-        """Bytes/s out of a device along one axis of a slice such as 4x4x4.
+    def sending_rate(self, shape: str, *, everywhere: bool) -> float:
+        """Bytes/s out of a device in a collective on a slice such as 4x4x4.
 
-        Both ways round if the axis closes; of a GPU `link_rate`.
+        Along one axis, both ways round if the slice is a torus, and along all axes at once if the
+        collective is over the whole slice; of a GPU `link_rate`.
         """
         if self.gpu:
             return self.link_rate
-        axes = [int(size) for size in slice_name.split("x")]
-        return self.link_rate * (1 if any(size % self.wraps for size in axes) else 2)
+        axes = [int(size) for size in shape.split("x")]
+        ways = 1 if any(size % self.wraps for size in axes) else 2
+        rings = sum(size > 1 for size in axes) if everywhere else 1
+        return self.link_rate * ways * max(rings, 1)
 
 
 # docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}, "System architecture". Link rate:

@@ -101,8 +101,12 @@ class Report:
         return {
             "compute": program.flops / n / chip.flops,
             "memory": program.traffic / chip.memory_rate,
-            "links": sum(c.sent for c in program.network) / chip.ring_rate(self.target.shape),
+            "links": sum(c.sent / self._rate(c) for c in program.network),
         }
+
+    def _rate(self, c: Collective) -> float:
+        everywhere = len(c.group) == self.mesh.size
+        return self.target.chip.sending_rate(self.target.shape, everywhere=everywhere)
 
     def causes(self, program: Compiled) -> list[tuple[str, str, int, int, float]]:
         """(cause, kind, operations, executions, bytes sent per device)."""
@@ -152,9 +156,12 @@ def dry_run(config: ConfigDict, target: Target, *, sampler: bool = True) -> Repo
     """Compile the training step, and the sampler of its sample grids, for `target`.
 
     Raises:
-      InputError: a configuration that is wrong, or does not fit the number of devices.
+      InputError: a configuration that is wrong, or does not fit the number of devices; this machine
+        was measured in another dtype.
     """
     experiment = Experiment.from_config(config)
+    if target.measured:
+        target.measured.check_dtype(config.model.dtype)
     mesh = make_mesh(**config.mesh, devices=target.devices)
     program = make_program(experiment, mesh)
     model = experiment.card.model

@@ -63,11 +63,12 @@ class Work:
     traffic: float
     sent: float = 0.0
 
-    def limits(self, chip: Chip, devices: int, ring_rate: float) -> dict[str, float]:
+    def limits(self, chip: Chip, shape: str, devices: int) -> dict[str, float]:
+        """Seconds by each limit of `devices` that are a slice of such a shape, or so many GPUs."""
         return {
             "compute": self.flops / devices / chip.flops,
             "memory": self.traffic / chip.memory_rate,
-            "links": self.sent / ring_rate,
+            "links": self.sent / chip.sending_rate(shape, everywhere=True),
         }
 
 

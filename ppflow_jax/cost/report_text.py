@@ -18,11 +18,7 @@ HOST = 2e-3  # seconds that a host needs to start a step
 
 
 def text(report: Report) -> str:
-    """Memory, FLOPs, what crosses the mesh, and the estimate of hours.
-
-    Raises:
-      InputError: this machine was calibrated in another dtype than the run's.
-    """
+    """Memory, FLOPs, what crosses the mesh, and the estimate of hours."""
     mesh, target = report.mesh, report.target
     rows = [("", "bytes a device", "of the whole")]
     for name, size in report.parts.items():
@@ -109,7 +105,6 @@ def _seconds(report: Report) -> tuple[tuple[str, ...], dict[str, tuple[float, ..
 def _measured(report: Report) -> dict[str, tuple[float, ...]]:
     """Seconds of every program, at least and at most, by the calibration of this machine."""
     experiment, measured = report.experiment, report.target.measured
-    measured.check_dtype(experiment.config.model.dtype)
     model, objective = experiment.card.model, experiment.objective
     segments = make_plan(experiment.card, experiment.sampler).segments
     found = {}

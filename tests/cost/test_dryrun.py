@@ -75,7 +75,9 @@ def test_the_command_needs_no_data_and_no_workdir():
 @pytest.mark.parametrize(
     ("target", "words"),
     [
-        ("cpu", "unknown --dry_run=cpu: give cpu:8"),
+        ("cpu", "unknown --dry_run=cpu: give here, cpu:8"),
+        ("gpu:v100:8", "unknown --dry_run"),
+        ("16xH100", "--dry_run=gpu:h100:16: the links between machines are not known"),
         ("tpu:v9:2x2", "unknown --dry_run"),
         ("cpu:64", "64 CPU devices are asked for, and 8 exist"),
     ],
@@ -83,6 +85,18 @@ def test_the_command_needs_no_data_and_no_workdir():
 def test_bad_targets_are_refused_in_one_line(target, words):
     code, _, err = run("main", f"--config={ROOT}/configs/digits.py", f"--dry_run={target}")
     assert code == 1 and words in err and "Traceback" not in err
+
+
+def test_gpus_by_formula():
+    args = [f"--config={ROOT}/configs/sit_s.py", "--dry_run=8xH100", *SMALL]
+    code, out, err = run("main", *args, "--config.data.batch_size=32")
+    assert code == 0, err
+    assert "parameters on gpu:h100:8" in out and "fits (roughly, by formula)" in out
+    assert "gradients summed" in out and "limits" in out and "46%: the most of public runs" in out
+    assert "6 steps of 32 images: 0.0 epochs of 1,281,167 examples (ImageNet)" in out
+    assert "50,000 samples by euler, 2 intervals" in out
+    code, out, _ = run("main", *args, "--dry_run=gpu:l4:1", "--config.model.width=16384")
+    assert code == 1 and "does not fit" in out  # nothing was compiled
 
 
 def test_missing_compiler_is_named(monkeypatch):
