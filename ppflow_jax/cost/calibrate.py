@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ppflow_jax.checkpoints.card import Card
 from ppflow_jax.cost.calibration import (
@@ -62,7 +63,7 @@ class Timed:
     """One program and every time that it took."""
 
     kind: str
-    counts: Counts | None
+    counts: Counts
     call: Callable[[], object]
     seconds: list[float] = field(default_factory=list)
 
@@ -127,11 +128,9 @@ def text(measured: Calibration) -> str:
         f"{copies:,.1f} GB/s"
     ]
     for kind, fit in measured.fits.items():
-        dense = 1 / fit.prices[0] / measured.ceiling if fit.prices[0] else math.inf
-        lines.append(
-            f"{kind}: dense products at {dense:.0%} of that; within {fit.spread:.0%} of every "
-            "program that was timed"
-        )
+        dense = fit.prices[0]  # 0: the fit gave all to other counts
+        share = f"dense products at {1 / dense / measured.ceiling:.0%} of that, " if dense else ""
+        lines.append(f"{kind}: {share}within {fit.spread:.0%} of every program that was timed")
     return "\n".join(lines)
 
 
@@ -146,7 +145,7 @@ def _median(program: Timed) -> float:
 def _copy() -> Timed:
     x = jnp.zeros(COPIED)
     add = jax.jit(lambda x: x + 1)
-    return Timed("copy", None, lambda: add(x).block_until_ready())
+    return Timed("copy", np.zeros(0), lambda: add(x).block_until_ready())
 
 
 def _parameters(model: ModelConfig) -> int:

@@ -6,6 +6,7 @@ import pytest
 
 from ppflow_jax.cost import dry_run, report_text
 from ppflow_jax.cost.chips import CHIPS
+from ppflow_jax.cost.collectives import Collective
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.cost import training_flops
 from ppflow_jax.models.flops import forward_flops
@@ -97,6 +98,15 @@ def test_gpus_by_formula():
     assert "50,000 samples by euler, 2 intervals" in out
     code, out, _ = run("main", *args, "--dry_run=gpu:l4:1", "--config.model.width=16384")
     assert code == 1 and "does not fit" in out  # nothing was compiled
+
+
+def test_gradients_of_stages_are_sent_once_by_gpus():
+    twice = Collective("all-reduce", 48, (4, 2, 4, 2), 3, (0, 1), "")
+    assert dry_run.sent_once(twice, 2) == dataclasses.replace(twice, size=24, elements=(4, 2))
+    assert dry_run.sent_once(twice, 1) == twice
+    assert dry_run.sent_once(twice, 3) == twice  # not the gradients of three stages
+    gather = dataclasses.replace(twice, kind="all-gather")
+    assert dry_run.sent_once(gather, 2) == gather
 
 
 def test_missing_compiler_is_named(monkeypatch):
