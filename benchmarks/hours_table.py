@@ -19,8 +19,8 @@ from ppflow_jax.cost.estimate import (
     SAMPLES,
     Times,
     Work,
-    activation_bytes,
     sampling_work,
+    training_bytes,
     training_work,
 )
 from ppflow_jax.cost.published import REACHED, RUNS
@@ -77,7 +77,8 @@ class Case:
             stage: BATCH / devices * self.pattern.count(stage) / len(self.pattern)
             for stage in set(self.pattern)
         }
-        return 5 * 4 * self.parameters + activation_bytes(self.config, self.model, images)
+        weights = 4 * self.parameters
+        return 4 * weights + training_bytes(self.config, self.model, weights, images)
 
 
 def times(work: Work, chip: str, shape: str, devices: int) -> Times:

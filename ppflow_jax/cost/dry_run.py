@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ppflow_jax.cost.collectives import Collective, collectives
-from ppflow_jax.cost.estimate import activation_bytes, sampler_bytes
+from ppflow_jax.cost.estimate import sampler_bytes, training_bytes
 from ppflow_jax.cost.targets import Target
 from ppflow_jax.devices.sharding import (
     batch_sharding,
@@ -222,16 +222,25 @@ def _train_step(experiment, program: Program, target: Target, mesh, inputs, froz
         traffic,
     )
     if target.rough:
-        step.network = [sent_once(c, len(set(pattern))) for c in step.network]
-        gradients = _bytes(state["params"], on_device=True)
-        step.temporaries = gradients + activation_bytes(config, model, images)
+        stages, itemsize = len(set(pattern)), jax.numpy.dtype(config.model.dtype).itemsize
+        step.network = [as_gpus_send(c, stages, itemsize) for c in step.network]
+        weights = _bytes(state["params"], on_device=True)
+        step.temporaries = training_bytes(config, model, weights, images)
     return step
 
 
-def sent_once(c: Collective, stages: int) -> Collective:
-    """As XLA for GPUs sends gradients: summed over the stages first, which it leaves on CPU."""
+def as_gpus_send(c: Collective, stages: int, itemsize: int) -> Collective:
+    """A sum of gradients that was compiled for CPUs, as XLA compiles it for GPUs.
+
+    Gradients of all stages are summed before they are sent, and those of the blocks are sent in the
+    dtype of the products, of `itemsize` bytes; XLA on CPU does neither.
+    """
     counts = Counter(c.elements)
-    if c.kind != "all-reduce" or stages == 1 or any(n % stages for n in counts.values()):
+    if c.kind != "all-reduce":
+        return c
+    if c.times > 1:
+        c = replace(c, size=c.size * itemsize // 4)
+    if any(n % stages for n in counts.values()):
         return c
     elements = tuple(size for size, n in counts.items() for _ in range(n // stages))
     return replace(c, size=c.size // stages, elements=elements)
@@ -255,7 +264,8 @@ def _sampler(experiment, program: Program, target: Target, mesh: Mesh, ema) -> C
     flops = size * sampling_flops(model, sampler.segments)
     sampling = _compile(f"sampler of {size} images", size, lowered, flops, traffic)
     if target.rough:
-        sampling.temporaries = sampler_bytes(config, model, size / mesh.size)
+        weights = _bytes(ema, on_device=True)
+        sampling.temporaries = sampler_bytes(config, model, weights, size / mesh.size)
     return sampling
 
 

@@ -75,7 +75,9 @@ class Work:
 def training_work(
     model: ModelConfig, pattern: tuple[int, ...], parameters: int, batch: int, devices: int
 ) -> Work:
-    """A training step in bfloat16 whose float32 state is on every device: gradients are summed.
+    """A training step in bfloat16 whose float32 state is on every device.
+
+    Gradients are summed in bfloat16, as XLA compiles it for TPU.
 
     Args:
       pattern: stage of every sample of one period of the batch.
@@ -87,7 +89,7 @@ def training_work(
         batch,
         training_flops(model, pattern, batch),
         state + 3 * 2 * (parameters + activations),
-        2 * 4 * parameters * (devices - 1) / devices,
+        2 * 2 * parameters * (devices - 1) / devices,
     )
 
 
@@ -103,24 +105,29 @@ def sampling_work(
     return Work(batch, batch * sampling_flops(model, segments), traffic)
 
 
-def activation_bytes(config: ConfigDict, model: ModelConfig, images: dict[int, float]) -> int:
-    """Bytes that a training step keeps of `images` by stage on one device, for its gradients.
+def training_bytes(
+    config: ConfigDict, model: ModelConfig, weights: int, images: dict[int, float]
+) -> int:
+    """Bytes of a training step beside state and batch, on a device with `images` of every stage.
 
-    Elements of the compute dtype per block, for N tokens and width D: 16 N D as Korthikanti et al.
-    (arXiv 2205.05198, eq. 2) count them, without dropout, and without scores, since fused attention
-    keeps none; 4 N D for the scales and gates of adaLN. With remat `dots` the 10 N D that products
-    give, and the block's input; with `full` that input alone, besides one block at work.
+    Gradients like the float32 `weights` (bytes on the device), both again in the compute dtype, and
+    what blocks keep for the gradient. For N tokens and width D these are 16 N D elements as
+    Korthikanti et al. (arXiv 2205.05198, eq. 2) count them, without dropout, and without scores,
+    since fused attention keeps none; 4 N D for the scales and gates of adaLN. With remat `dots` the
+    10 N D that products give, and the block's input; with `full` that input alone. In these two
+    cases one block is at work besides.
     """
     kept = {"none": 20, "dots": 11, "full": 1}[config.model.remat]
     blocks = model.depth * kept + (20 if kept < 20 else 0)
     tokens = sum(_tokens(model, stage) * count for stage, count in images.items())
-    return round(tokens / config.train.accumulate * model.width * blocks * _itemsize(config))
+    elements = tokens / config.train.accumulate * model.width * blocks
+    return round(weights + _itemsize(config) * (elements + 2 * weights / 4))
 
 
-def sampler_bytes(config: ConfigDict, model: ModelConfig, images: float) -> int:
-    """Bytes that a guided evaluation of `images` on one device works on: one block's, see above."""
+def sampler_bytes(config: ConfigDict, model: ModelConfig, weights: int, images: float) -> int:
+    """Bytes of a sampler beside float32 `weights`: these in the compute dtype, a block at work."""
     tokens = 2 * images * max(_tokens(model, stage) for stage in range(len(model.pyramid)))
-    return round(20 * tokens * model.width * _itemsize(config))
+    return round(_itemsize(config) * (weights / 4 + 20 * tokens * model.width))
 
 
 def _tokens(model: ModelConfig, stage: int) -> int:

@@ -100,13 +100,17 @@ def test_gpus_by_formula():
     assert code == 1 and "does not fit" in out  # nothing was compiled
 
 
-def test_gradients_of_stages_are_sent_once_by_gpus():
+def test_gradients_as_gpus_send_them():
     twice = Collective("all-reduce", 48, (4, 2, 4, 2), 3, (0, 1), "")
-    assert dry_run.sent_once(twice, 2) == dataclasses.replace(twice, size=24, elements=(4, 2))
-    assert dry_run.sent_once(twice, 1) == twice
-    assert dry_run.sent_once(twice, 3) == twice  # not the gradients of three stages
+    once = dataclasses.replace(twice, size=24, elements=(4, 2))
+    assert dry_run.as_gpus_send(twice, 2, 4) == once
+    assert dry_run.as_gpus_send(twice, 2, 2).size == 12  # in bfloat16
+    assert dry_run.as_gpus_send(twice, 1, 4) == twice
+    assert dry_run.as_gpus_send(twice, 3, 4) == twice  # not the gradients of three stages
+    outside = dataclasses.replace(once, times=1)
+    assert dry_run.as_gpus_send(outside, 1, 2) == outside
     gather = dataclasses.replace(twice, kind="all-gather")
-    assert dry_run.sent_once(gather, 2) == gather
+    assert dry_run.as_gpus_send(gather, 2, 2) == gather
 
 
 def test_missing_compiler_is_named(monkeypatch):
