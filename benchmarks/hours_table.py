@@ -205,9 +205,9 @@ Times are `limits / best / diffusion`:
 * **diffusion**: what public diffusion transformers reached. What to plan with.
 
 Where HBM or links take longer than that share of the peak, they count. FLOPs are by formula
-(`models/flops.py`), state is float32 and on every device, gradients are summed once a step.
-Reading data and writing checkpoints are not counted, nor what a host needs to start a step. An L4
-is held back by its 72 W more than by its peak: expect the slow end, or slower.
+(`models/flops.py`), state is float32 and on every device, gradients are summed once a step, in
+bfloat16. Reading data and writing checkpoints are not counted, nor what a host needs to start a
+step. An L4 is held back by its 72 W more than by its peak: expect the slow end, or slower.
 [Sources](#sources) are below; [Scaling](scaling.md) has compiled programs and other meshes.
 
 ## Calibrate

@@ -88,3 +88,7 @@ def test_examples_are_counted_where_they_are(tmp_path):
 
 def test_durations_have_units():
     assert [duration(s) for s in (432_000.0, 90.0, 5.25)] == ["120.0 h", "1.5 min", "5.2 s"]
+
+
+def test_the_page_is_what_the_command_writes():
+    assert hours_table.PAGE.read_text() == hours_table.document()
