@@ -15,7 +15,8 @@ import json
 import time
 from pathlib import Path
 
-from ppflow_jax.cost.dry_run import Report, dry_run, text
+from ppflow_jax.cost.dry_run import Report, dry_run
+from ppflow_jax.cost.report_text import text
 from ppflow_jax.cost.targets import Target
 from ppflow_jax.files.disk import atomic
 

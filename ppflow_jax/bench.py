@@ -3,6 +3,9 @@
 Measures SiT and PPFlow of 2 and 3 levels side by side: a training step, and sampling. Prints a
 table and, with --json, writes all figures. Nothing else should run on the machine; the rows are
 timed in turn, and ratios are taken within a round, so that a slow spell hits both sides.
+
+With --calibrate it times a few small programs instead and keeps what they took in
+~/.cache/ppflow_jax, for `ppflow train --dry_run=here`: hours of a run on this machine.
 """
 
 from __future__ import annotations
@@ -28,6 +31,9 @@ _ATTENTION = flags.DEFINE_enum(
     "As config.model.attention.",
 )
 _REMAT = flags.DEFINE_enum("remat", "none", ["none", "dots", "full"], "As config.model.remat.")
+_CALIBRATE = flags.DEFINE_bool(
+    "calibrate", False, "Measure this machine, in --dtype and --rounds, for --dry_run=here."
+)
 _JSON = flags.DEFINE_string("json", None, "File for all figures.")
 
 

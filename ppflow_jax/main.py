@@ -19,14 +19,14 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; a run found 
 _DRY_RUN = flags.DEFINE_string(
     "dry_run",
     None,
-    "Only compile, for devices that need not be there: cpu:8, tpu:v5e:4x4, tpu:v6e:16x16, ...",
+    "Only compile, for devices that need not be there: cpu:8, 8xH100, tpu:v5e:4x4, ..., or here.",
 )
 
 
 def main() -> None:
     import jax
 
-    from ppflow_jax.cost import dry_run, targets
+    from ppflow_jax.cost import dry_run, report_text, targets
     from ppflow_jax.devices import processes
     from ppflow_jax.devices.host_memory import keep_scratch
     from ppflow_jax.train.init_from import take_architecture
@@ -47,7 +47,7 @@ def main() -> None:
         train(config, _WORKDIR.value)
         return
     report = dry_run.dry_run(config, target)
-    print(dry_run.text(report), flush=True)
+    print(report_text.text(report), flush=True)
     if report.misfit:
         raise RunError(report.misfit)
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
+from ppflow_jax.cost.calibrate import calibrate, text
 from ppflow_jax.cost.measure import (
     Ceiling,
     Row,
@@ -42,6 +43,10 @@ def compare() -> None:
         if FLAGS[name].value < 1:
             raise InputError(f"--{name} must be at least 1, got {FLAGS[name].value}")
     keep_scratch()
+    if FLAGS.calibrate:
+        measured = calibrate(FLAGS.dtype, FLAGS.rounds)
+        print(f"{text(measured)}\nkept in {measured.write()}; next: ppflow train --dry_run=here")
+        return
     device = jax.devices()[0]
     print(
         f"{device.device_kind}, {FLAGS.dtype}, {FLAGS.latent_size}x{FLAGS.latent_size}x4 latents, "

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-import textwrap
-from collections import defaultdict
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -14,8 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ppflow_jax.console import table
 from ppflow_jax.cost.collectives import Collective, collectives
+from ppflow_jax.cost.estimate import sampler_bytes, training_bytes
 from ppflow_jax.cost.targets import Target
 from ppflow_jax.devices.sharding import (
     batch_sharding,
@@ -41,13 +40,15 @@ class Compiled:
     """One compiled program (all numbers of bytes are per device).
 
     Attributes:
-      flops: of one run over all devices, by formula.
+      images, flops: of one run over all devices, FLOPs by formula.
       traffic: bytes to and from HBM, by formula.
-      temporaries: beyond its arguments, by the compiler; None if it ran out of memory.
+      temporaries: beyond its arguments, by the compiler (of GPUs, which nothing here compiles for,
+        by formula); None if it ran out of memory.
       failure: what the compiler said if it did.
     """
 
     name: str
+    images: int
     flops: int
     traffic: float
     temporaries: int | None
@@ -65,6 +66,7 @@ class Report:
     """
 
     target: Target
+    experiment: Experiment
     mesh: Mesh
     parameters: int
     parts: dict[str, int]
@@ -99,14 +101,12 @@ class Report:
         return {
             "compute": program.flops / n / chip.flops,
             "memory": program.traffic / chip.memory_rate,
-            "links": sum(c.sent for c in program.network) / self._ring_rate(),
+            "links": sum(c.sent / self._rate(c) for c in program.network),
         }
 
-    def _ring_rate(self) -> float:
-        """Bytes/s out of a chip along one axis of the slice: both ways round if it closes."""
-        axes = [int(size) for size in self.target.name.split(":")[-1].split("x")]
-        chip = self.target.chip
-        return chip.link_rate * (1 if any(size % chip.wraps for size in axes) else 2)
+    def _rate(self, c: Collective) -> float:
+        everywhere = len(c.group) == self.mesh.size
+        return self.target.chip.sending_rate(self.target.shape, everywhere=everywhere)
 
     def causes(self, program: Compiled) -> list[tuple[str, str, int, int, float]]:
         """(cause, kind, operations, executions, bytes sent per device)."""
@@ -156,9 +156,12 @@ def dry_run(config: ConfigDict, target: Target, *, sampler: bool = True) -> Repo
     """Compile the training step, and the sampler of its sample grids, for `target`.
 
     Raises:
-      InputError: a configuration that is wrong, or does not fit the number of devices.
+      InputError: a configuration that is wrong, or does not fit the number of devices; this machine
+        was measured in another dtype.
     """
     experiment = Experiment.from_config(config)
+    if target.measured:
+        target.measured.check_dtype(config.model.dtype)
     mesh = make_mesh(**config.mesh, devices=target.devices)
     program = make_program(experiment, mesh)
     model = experiment.card.model
@@ -172,12 +175,13 @@ def dry_run(config: ConfigDict, target: Target, *, sampler: bool = True) -> Repo
     sizes = {k: _bytes(v) for k, v in (program.abstract | more).items() if k != "step"}
     parts = {k: _bytes(v, on_device=True) for k, v in (state | more).items() if k != "step"}
     parts["batch"] = _bytes(batch, on_device=True)
-    programs = [_train_step(experiment, program, mesh, (state, batch), frozen)]
+    steps = [_train_step(experiment, program, target, mesh, (state, batch), frozen)]
     if sampler:
-        programs.append(_sampler(experiment, program, mesh, whole(state["ema"], frozen)))
+        ema = whole(state["ema"], frozen)
+        steps.append(_sampler(experiment, program, target, mesh, ema))
     gathered = gathered_sizes(program, mesh, model.depth)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.parameters))
-    return Report(target, mesh, count, parts, sizes, programs, gathered)
+    return Report(target, experiment, mesh, count, parts, sizes, steps, gathered)
 
 
 def _placed(leaf, sharding) -> jax.ShapeDtypeStruct:
@@ -202,7 +206,7 @@ def _bytes(tree: Any, *, on_device: bool = False) -> int:
     )
 
 
-def _train_step(experiment, program: Program, mesh: Mesh, inputs, frozen) -> Compiled:
+def _train_step(experiment, program: Program, target: Target, mesh, inputs, frozen) -> Compiled:
     state, batch = inputs
     config, model = experiment.config, experiment.card.model
     pattern, size = experiment.objective.pattern, config.data.batch_size
@@ -210,15 +214,39 @@ def _train_step(experiment, program: Program, mesh: Mesh, inputs, frozen) -> Com
     images = {stage: pattern.count(stage) / len(pattern) * size / mesh.size for stage in pattern}
     traffic = 2 * _bytes(state, on_device=True) + passes * _traffic(experiment, program, images)
     key = _placed(jax.eval_shape(lambda: jax.random.key(0)), replicated(mesh))
-    return _compile(
+    step = _compile(
         "training step",
-        [program.steps[0].run.lower(state, batch, key, frozen)],
+        size,
+        [program.steps[0].run.lower(state, batch, key, frozen)] if target.compiles else [],
         training_flops(model, pattern, size, experiment.objective.evaluated),
         traffic,
     )
+    if target.rough:
+        stages, itemsize = len(set(pattern)), jax.numpy.dtype(config.model.dtype).itemsize
+        step.network = [as_gpus_send(c, stages, itemsize) for c in step.network]
+        weights = _bytes(state["params"], on_device=True)
+        step.temporaries = training_bytes(config, model, weights, images)
+    return step
 
 
-def _sampler(experiment, program: Program, mesh: Mesh, ema) -> Compiled:
+def as_gpus_send(c: Collective, stages: int, itemsize: int) -> Collective:
+    """A sum of gradients that was compiled for CPUs, as XLA compiles it for GPUs.
+
+    Gradients of all stages are summed before they are sent, and those of the blocks are sent in the
+    dtype of the products, of `itemsize` bytes; XLA on CPU does neither.
+    """
+    counts = Counter(c.elements)
+    if c.kind != "all-reduce":
+        return c
+    if c.times > 1:
+        c = replace(c, size=c.size * itemsize // 4)
+    if any(n % stages for n in counts.values()):
+        return c
+    elements = tuple(size for size, n in counts.items() for _ in range(n // stages))
+    return replace(c, size=c.size // stages, elements=elements)
+
+
+def _sampler(experiment, program: Program, target: Target, mesh: Mesh, ema) -> Compiled:
     config, model = experiment.config, experiment.card.model
     sampler = make_plan(experiment.card, experiment.sampler).sampler(program.apply)
     size = -(-config.sample.count // data_shards(mesh)) * data_shards(mesh)
@@ -226,18 +254,19 @@ def _sampler(experiment, program: Program, mesh: Mesh, ema) -> Compiled:
     noise = told.pop("x")
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
     told = told if model.conditions else told[LABEL]
-    lowered = sampler.lower(ema, noise, told, _placed(keys, batch_sharding(mesh)))
+    keys = _placed(keys, batch_sharding(mesh))
+    lowered = sampler.lower(ema, noise, told, keys) if target.compiles else []
     traffic = sum(
         segment.steps * _traffic(experiment, program, {stage: (1 + guided) * size / mesh.size})
         for segment in sampler.segments
         for stage, guided in zip(segment.stages, segment.guided)
     )
-    return _compile(
-        f"sampler of {size} images",
-        lowered,
-        size * sampling_flops(model, sampler.segments),
-        traffic,
-    )
+    flops = size * sampling_flops(model, sampler.segments)
+    sampling = _compile(f"sampler of {size} images", size, lowered, flops, traffic)
+    if target.rough:
+        weights = _bytes(ema, on_device=True)
+        sampling.temporaries = sampler_bytes(config, model, weights, size / mesh.size)
+    return sampling
 
 
 def _traffic(experiment: Experiment, program: Program, images: dict[int, float]) -> float:
@@ -248,7 +277,7 @@ def _traffic(experiment: Experiment, program: Program, images: dict[int, float])
     return (weights + activations) * jax.numpy.dtype(config.model.dtype).itemsize
 
 
-def _compile(name: str, lowered: list[Any], flops: int, traffic: float) -> Compiled:
+def _compile(name: str, images: int, lowered: list[Any], flops: int, traffic: float) -> Compiled:
     """One `Compiled` of programs that run one after another."""
     temporaries, network = 0, []
     for program in lowered:
@@ -259,41 +288,10 @@ def _compile(name: str, lowered: list[Any], flops: int, traffic: float) -> Compi
                 raise
             said = re.search(r"total memory required[^.]*\.\d+\w\)[^.]*\.\d+\w\)", str(e))
             reason = said[0] if said else str(e).splitlines()[0][:200]
-            return Compiled(name, flops, traffic, None, failure=reason)
+            return Compiled(name, images, flops, traffic, None, failure=reason)
         memory = executable.memory_analysis()
         needed = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
         needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
         temporaries = max(temporaries, needed)
         network += collectives(executable.as_text())
-    return Compiled(name, flops, traffic, temporaries, network)
-
-
-def text(report: Report) -> str:
-    """The report as a person reads it."""
-    mesh, chip = report.mesh, report.target.chip
-    rows = [("", "bytes a device", "of the whole")]
-    for name, size in report.parts.items():
-        whole = f"1/{report.whole[name] / size:.2f}" if name in report.whole else ""
-        rows.append((name, f"{size:,}", whole))
-    lines = [
-        f"{report.parameters:,} parameters on {report.target.name}, mesh {dict(mesh.shape)}",
-        textwrap.indent(table(rows), "  "),
-    ]
-    for program in report.programs:
-        lines += ["", f"{program.name}: {program.flops / 1e12:,.2f} TFLOPs by formula"]
-        if program.failure:
-            lines.append(f"  out of memory: {program.failure}")
-            continue
-        lines.append(f"  temporaries {program.temporaries:,} bytes a device")
-        rows = [("collective", "operations", "runs", "MB sent", "cause")]
-        for why, kind, operations, runs, sent in report.causes(program):
-            rows.append((kind, str(operations), str(runs), f"{sent / 1e6:,.1f}", why))
-        lines.append(textwrap.indent(table(rows, left=(0, 4)), "  "))
-        if chip:
-            limits = report.seconds(program)
-            parts = ", ".join(f"{name} {1e3 * s:,.2f} ms" for name, s in limits.items())
-            lines.append(f"  at least, by published peaks: {parts} (an estimate, not measured)")
-    if report.peak is not None:
-        fits = "" if chip is None else ", does not fit" if report.misfit else ", fits"
-        lines += ["", f"peak {report.peak / 1e9:.2f} GB a device{fits}"]
-    return "\n".join(lines)
+    return Compiled(name, images, flops, traffic, temporaries, network)

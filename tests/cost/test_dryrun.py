@@ -4,8 +4,9 @@ import importlib
 import jax
 import pytest
 
-from ppflow_jax.cost import dry_run
+from ppflow_jax.cost import dry_run, report_text
 from ppflow_jax.cost.chips import CHIPS
+from ppflow_jax.cost.collectives import Collective
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.cost import training_flops
 from ppflow_jax.models.flops import forward_flops
@@ -48,10 +49,10 @@ def test_estimates_and_what_does_not_fit(sharded):
     (step,) = sharded.programs
     assert sharded.misfit == ""
     assert sharded.seconds(step)["compute"] == pytest.approx(step.flops / 8 / CHIP.flops)
-    assert "fits" in dry_run.text(sharded) and "not measured" in dry_run.text(sharded)
+    assert "fits" in report_text.text(sharded) and "not measured" in report_text.text(sharded)
     small = dataclasses.replace(CHIP, memory=1e5)
     tight = dataclasses.replace(sharded, target=dataclasses.replace(sharded.target, chip=small))
-    assert "do not fit" in tight.misfit and "does not fit" in dry_run.text(tight)
+    assert "do not fit" in tight.misfit and "does not fit" in report_text.text(tight)
     failed = dataclasses.replace(step, temporaries=None, failure="out of memory")
     assert "out of memory" in dataclasses.replace(sharded, programs=[failed]).misfit
 
@@ -75,7 +76,9 @@ def test_the_command_needs_no_data_and_no_workdir():
 @pytest.mark.parametrize(
     ("target", "words"),
     [
-        ("cpu", "unknown --dry_run=cpu: give cpu:8"),
+        ("cpu", "unknown --dry_run=cpu: give here, cpu:8"),
+        ("gpu:v100:8", "unknown --dry_run"),
+        ("16xH100", "--dry_run=gpu:h100:16: the links between machines are not known"),
         ("tpu:v9:2x2", "unknown --dry_run"),
         ("cpu:64", "64 CPU devices are asked for, and 8 exist"),
     ],
@@ -83,6 +86,31 @@ def test_the_command_needs_no_data_and_no_workdir():
 def test_bad_targets_are_refused_in_one_line(target, words):
     code, _, err = run("main", f"--config={ROOT}/configs/digits.py", f"--dry_run={target}")
     assert code == 1 and words in err and "Traceback" not in err
+
+
+def test_gpus_by_formula():
+    args = [f"--config={ROOT}/configs/sit_s.py", "--dry_run=8xH100", *SMALL]
+    code, out, err = run("main", *args, "--config.data.batch_size=32")
+    assert code == 0, err
+    assert "parameters on gpu:h100:8" in out and "fits (roughly, by formula)" in out
+    assert "gradients summed" in out and "limits" in out and "46%: the most of public runs" in out
+    assert "6 steps of 32 images: 0.0 epochs of 1,281,167 examples (ImageNet)" in out
+    assert "50,000 samples by euler, 2 intervals" in out
+    code, out, _ = run("main", *args, "--dry_run=gpu:l4:1", "--config.model.width=16384")
+    assert code == 1 and "does not fit" in out  # nothing was compiled
+
+
+def test_gradients_as_gpus_send_them():
+    twice = Collective("all-reduce", 48, (4, 2, 4, 2), 3, (0, 1), "")
+    once = dataclasses.replace(twice, size=24, elements=(4, 2))
+    assert dry_run.as_gpus_send(twice, 2, 4) == once
+    assert dry_run.as_gpus_send(twice, 2, 2).size == 12  # in bfloat16
+    assert dry_run.as_gpus_send(twice, 1, 4) == twice
+    assert dry_run.as_gpus_send(twice, 3, 4) == twice  # not the gradients of three stages
+    outside = dataclasses.replace(once, times=1)
+    assert dry_run.as_gpus_send(outside, 1, 2) == outside
+    gather = dataclasses.replace(twice, kind="all-gather")
+    assert dry_run.as_gpus_send(gather, 2, 2) == gather
 
 
 def test_missing_compiler_is_named(monkeypatch):
