@@ -142,8 +142,12 @@ def test_pictures_of_split_weights_are_those_of_whole_ones():
 
 
 def test_auto_holds_weights_whole_where_they_fit_and_else_splits_over_as_few_as_fit(monkeypatch):
-    auto = experiment(auto=True)
-    program = make_program(experiment(), make_mesh(8))
+    def deep(**mesh):
+        config = configured(**mesh)
+        config.model.depth = 8
+        return Experiment.from_config(config)
+
+    auto, program = deep(auto=True), make_program(deep(), make_mesh(8))
 
     def asked(memory):
         found = settled(auto, memory=memory)
@@ -155,11 +159,13 @@ def test_auto_holds_weights_whole_where_they_fit_and_else_splits_over_as_few_as_
     assert asked(1e9)[:2] == (8, 2) and "weights whole during a step" in asked(1e9)[2]
     assert asked(None)[:2] == (1, 3) and "not known" in asked(None)[2]
     whole = sum(need(auto, program, make_mesh(1, 8), 2)) / mesh_module.SHARE
-    assert asked(whole)[:2] == (8, 2)
-    monkeypatch.setattr(mesh_module, "WIDEST", 1)  # no room for whole weights
+    assert asked(whole + 10)[:2] == (8, 2)
+    assert asked(whole - 10)[1] == 3 and "whole they would need" in asked(whole - 10)[2]
+    monkeypatch.setattr(mesh_module, "WIDEST", 1)  # as if whole weights never fitted
     for fsdp in (2, 4, 8):
         least = sum(need(auto, program, make_mesh(-1, fsdp), 3)) / mesh_module.SHARE
-        assert (asked(least)[:2] == (fsdp, 3) and asked(least - 10)[0] != fsdp) or fsdp == 8
+        assert asked(least + 10)[:2] == (fsdp, 3)
+        assert asked(least - 10)[0] == min(2 * fsdp, 8)
     assert asked(1e3)[0] == 8 and "does not fit" in asked(1e3)[2]
     one = settled(auto, jax.devices()[:1], 1e3)
     assert (
