@@ -10,19 +10,22 @@ rows are kept in docs/scaling.json, so that the command continues where it stopp
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import json
+import textwrap
 import time
 from pathlib import Path
 
 from ppflow_jax.cost.dry_run import Report, dry_run
+from ppflow_jax.cost.links import seconds_by_all_links
 from ppflow_jax.cost.report_text import text
 from ppflow_jax.cost.targets import Target
 from ppflow_jax.files.disk import atomic
 
 DOCS = Path(__file__).parents[1] / "docs"
 # (slice, global batch); every chip gets whole stage patterns: 2 images at 2 levels, 4 at 3
-SLICES = [
+SIZES = [
     ("v5e:4x4", 256),
     ("v5e:16x16", 1024),
     ("v6e:16x16", 4096),
@@ -30,16 +33,23 @@ SLICES = [
     ("v5p:2x2x4", 256),
     ("v5e:16x16", 4096),
 ]
+WHOLE = " zero=2"  # at the end of the names of rows whose weights are whole during a step
+SLICES = [(*size, end) for end in ("", WHOLE) for size in SIZES]
 CONFIGS = {"ppflow_xl2": "XL, 2 levels", "ppflow_xl3": "XL, 3 levels"}
 FSDP = 16
+AIM = 0.45  # of peak FLOP/s
+BLOCKS = "weights gathered (blocks)"
+FORMULA = "zero=2 formula"
+# by the end of a row's name
+LAYOUTS = {"": "in turn", "zero=2": "once", FORMULA: "once, by formula"}
 
 
-def compiled(name: str, topology: str, batch: int) -> dict:
+def compiled(name: str, topology: str, batch: int, zero: int) -> dict:
     """One row: the numbers of a dry run."""
     config = importlib.import_module(f"configs.{name}").get_config()
     config.data.batch_size = batch
     config.model.remat = "dots"
-    config.mesh.fsdp = FSDP
+    config.mesh.update(fsdp=FSDP, zero=zero)
     config.sample.count = 16
     start = time.monotonic()
     report = dry_run(config, Target.parse(f"tpu:{topology}"))
@@ -56,6 +66,7 @@ def row(report: Report) -> dict:
                 "flops": program.flops,
                 "temporaries": program.temporaries,
                 "limits_s": report.seconds(program),
+                "all_links_s": seconds_by_all_links(report, program),
                 "collectives": report.causes(program),
                 "failure": program.failure,
             }
@@ -70,27 +81,66 @@ def row(report: Report) -> dict:
     }
 
 
+def reached(rows: dict[str, dict]) -> list[str]:
+    """Which rows of weights gathered once come to 45% of peak, if transfers hide behind work."""
+    short, good = [], []
+    for key, value in rows.items():
+        name, topology, batch, *layout = key.split()
+        program = value["programs"][0]
+        if layout and not program["failure"]:
+            best, _ = times(program["limits_s"])
+            of_peak = program["limits_s"]["compute"] / best
+            row = f"{CONFIGS[name]} {topology} batch {batch} {of_peak:.0%}"
+            (good if of_peak >= AIM else short).append(row)
+    text = f"With weights gathered once, {AIM:.0%} of peak are within reach of {len(good)} of "
+    text += f"{len(good) + len(short)} rows, if transfers hide behind work. Not of: "
+    return [*textwrap.wrap(text + ("; ".join(short) or "none") + ".", 90), ""]
+
+
 def times(limits: dict[str, float]) -> tuple[float, float]:
     """Seconds of one run if transfers hide behind work, and if none do."""
     work = max(limits["compute"], limits["memory"])
     return max(work, limits["links"]), work + limits["links"]
 
 
+def expected(row: dict) -> dict:
+    """By formula, from a compiled row of zero=3: that of weights that are gathered once.
+
+    Gradients are summed as they were; each block is gathered once for a step or a sampler instead
+    of whenever it is needed, and its copy is kept.
+    """
+    row = copy.deepcopy(row)
+    passes = next(c for c in row["programs"][0]["collectives"] if c[0] == BLOCKS)
+    once = passes[4] / 2  # forward and backward pass
+    for program in row["programs"]:
+        before = sum(c[4] for c in program["collectives"])
+        for c in program["collectives"]:
+            if c[0] == BLOCKS:
+                c[4] = once
+            elif c[0].startswith("weights"):
+                c[4] *= once / passes[4] if program is row["programs"][0] else 0
+        after = sum(c[4] for c in program["collectives"])
+        program["limits_s"]["links"] *= after / before
+    row["peak"] += round(once * FSDP / (FSDP - 1))
+    return row
+
+
 def table(rows: dict[str, dict], which: int) -> list[str]:
     lines = [
-        "| model | slice | batch | mesh (data x fsdp) | state / peak GB a chip | fits | TFLOPs | "
-        "sent a chip: weights, gradients, other | compute / HBM / links ms | images/s | of peak |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | slice | batch | mesh (data x fsdp) | weights | state / peak GB a chip | fits | "
+        "TFLOPs | sent a chip: weights, gradients, other | compute / HBM / links ms | images/s | "
+        "of peak | of peak, all links |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for key, value in rows.items():
-        name, topology, batch = key.split()
+        name, topology, batch, *layout = key.split()
         program = value["programs"][which]
         size = int(program["name"].split()[2]) if which else int(batch)
         state = sum(v for k, v in value["parts"].items() if k != "batch")
         start = f"| {CONFIGS[name]} | {topology} | {size} | {value['mesh']['data']} x "
-        start += f"{value['mesh']['fsdp']} | {state / 1e9:.2f} / "
+        start += f"{value['mesh']['fsdp']} | {LAYOUTS[' '.join(layout)]} | {state / 1e9:.2f} / "
         if program["failure"]:
-            lines.append(f"{start}- | no: {program['failure']} | | | | | |")
+            lines.append(f"{start}- | no: {program['failure']} | | | | | | |")
             continue
         sent = {"weights": 0.0, "gradients": 0.0, "other": 0.0}
         for cause, _, _, _, amount in program["collectives"]:
@@ -104,10 +154,17 @@ def table(rows: dict[str, dict], which: int) -> list[str]:
             + ", ".join(f"{v / 1e9:.2f} GB" for v in sent.values())
             + " | "
             + " / ".join(f"{1e3 * v:.1f}" for v in limits.values())
-            + f" | {size / worst:,.0f} to {size / best:,.0f} | "
-            f"{limits['compute'] / worst:.0%} to {limits['compute'] / best:.0%} |"
+            + f" | {size / worst:,.0f} to {size / best:,.0f} | {share(limits)} | "
+            + (share(limits | {"links": found}) if (found := program.get("all_links_s")) else "-")
+            + " |"
         )
     return lines
+
+
+def share(limits: dict[str, float]) -> str:
+    """Of peak FLOP/s."""
+    best, worst = times(limits)
+    return f"{limits['compute'] / worst:.0%} to {limits['compute'] / best:.0%}"
 
 
 def efficiency(rows: dict[str, dict]) -> list[str]:
@@ -115,7 +172,9 @@ def efficiency(rows: dict[str, dict]) -> list[str]:
     lines = ["| model | from | to | images/s a chip kept |", "|---|---|---|---|"]
     rates = {}
     for key, value in rows.items():
-        name, topology, batch = key.split()
+        name, topology, batch, *layout = key.split()
+        if layout:
+            continue
         program, chips = value["programs"][0], value["mesh"]["data"] * value["mesh"]["fsdp"]
         if not program["failure"]:
             best, worst = times(program["limits_s"])
@@ -136,7 +195,19 @@ def efficiency(rows: dict[str, dict]) -> list[str]:
     return lines
 
 
+def complete(rows: dict[str, dict]) -> dict[str, dict]:
+    """The rows of the document, each layout beside the others; by formula what is not compiled."""
+    found = {}
+    for key, value in rows.items():
+        if not key.endswith(WHOLE):
+            found[key] = value
+            whole = rows.get(key + WHOLE)
+            found[f"{key} {FORMULA}" if whole is None else key + WHOLE] = whole or expected(value)
+    return found
+
+
 def document(rows: dict[str, dict]) -> str:
+    rows = complete(rows)
     others: dict[str, float] = {}
     for value in rows.values():
         for program in value["programs"]:
@@ -157,23 +228,31 @@ def document(rows: dict[str, dict]) -> str:
             "steps are slower.",
             "",
             f"Float32 state, bfloat16 products, `config.model.remat=dots`, fsdp {FSDP}, no tensor",
-            "parallelism. What is sent is gathered weights, summed gradients, scalars and labels,",
+            "parallelism. Weights are gathered block by block, twice a step (`in turn`,",
+            "`config.mesh.zero=3`), or once a step (`once`, `zero=2`: see [Pods](pods.md)).",
+            "Rows `by formula` were not compiled: they are the row above with each block gathered",
+            "once, and its copy kept. `Links` counts one axis of the slice, as one ring has it;",
+            "`all links` counts every axis that a group of chips spans (`cost/links.py`).",
+            "",
+            "What is sent is gathered weights, summed gradients, scalars and labels,",
             f"except, with the most that a chip sends in one run: {found}.",
             "",
+            *reached(rows),
             "## Training step",
             "",
             *table(rows, 0),
             "",
             "## Sampler",
             "",
-            "Heun, 50 intervals, guidance everywhere, one image a chip; weights stay split and are",
-            "gathered for every evaluation, which a larger batch would spread over more images.",
+            "Heun, 50 intervals, guidance everywhere, one image a chip. Sample grids gather the",
+            "weights once, whatever `config.mesh.zero` is, if these take at most a quarter of the",
+            "memory; `in turn` is what earlier versions did, and what is done if they take more.",
             "",
             *table(rows, 1),
             "",
             "## From 16 chips to more",
             "",
-            "Images/s a chip of the training step, by the same limits.",
+            "Images/s a chip of the training step with weights in turn, by the same limits.",
             "",
             *efficiency(rows),
             "",
@@ -187,12 +266,12 @@ def main() -> None:
     only = parser.parse_args().only
     cache = DOCS / "scaling.json"
     rows = json.loads(cache.read_text()) if cache.exists() else {}
-    wanted = [f"{name} {s} {batch}" for s, batch in SLICES for name in CONFIGS if only in s]
-    for key in wanted:
+    wanted = [f"{name} {s} {batch}{end}" for s, batch, end in SLICES for name in CONFIGS]
+    for key in filter(lambda key: only in key, wanted):
         if key not in rows:
             print(f"== {key}", flush=True)
-            name, topology, batch = key.split()
-            rows[key] = compiled(name, topology, int(batch))
+            name, topology, batch = key.split()[:3]
+            rows[key] = compiled(name, topology, int(batch), 2 if key.endswith(WHOLE) else 3)
             with atomic(cache) as temporary:
                 temporary.write_text(json.dumps(rows, indent=1) + "\n")
         with atomic(DOCS / "scaling.md") as temporary:

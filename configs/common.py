@@ -129,4 +129,8 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.mesh.data = -1  # -1: all remaining devices
     c.mesh.fsdp = 1
     c.mesh.tensor = 1
+    # What fsdp splits: 3, all, and weights are gathered block by block, twice a step; 2, all but
+    # the weights during a step, gathered once: less is sent, more is held. See docs/pods.md
+    c.mesh.zero = 3
+    c.mesh.auto = False  # True: data, fsdp and zero are chosen by what a device holds
     return c

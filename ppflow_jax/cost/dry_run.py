@@ -13,16 +13,11 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from ppflow_jax.cost.causes import cause, gathered_sizes
 from ppflow_jax.cost.collectives import Collective, collectives
 from ppflow_jax.cost.estimate import sampler_bytes, training_bytes
 from ppflow_jax.cost.targets import Target
-from ppflow_jax.devices.sharding import (
-    batch_sharding,
-    data_shards,
-    leaf_path,
-    make_mesh,
-    replicated,
-)
+from ppflow_jax.devices.sharding import batch_sharding, data_shards, replicated
 from ppflow_jax.flow.cost import sampling_flops, training_flops
 from ppflow_jax.generate.plan import make_plan
 from ppflow_jax.models.conditions import LABEL
@@ -30,7 +25,7 @@ from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.flops import block_traffic
 from ppflow_jax.train.experiment import Experiment
 from ppflow_jax.train.inputs import field_shapes
-from ppflow_jax.train.optimizer import MUON
+from ppflow_jax.train.mesh import settled
 from ppflow_jax.train.program import Program, make_program
 from ppflow_jax.train.state import whole
 
@@ -63,6 +58,7 @@ class Report:
     Attributes:
       parts, whole: bytes per device and in all, by part of the state.
       gathered: see `gathered_sizes`.
+      chosen: why the mesh is what it is, with `config.mesh.auto`.
     """
 
     target: Target
@@ -73,6 +69,7 @@ class Report:
     whole: dict[str, int]
     programs: list[Compiled]
     gathered: frozenset[int]
+    chosen: str = ""
 
     @property
     def peak(self) -> int | None:
@@ -119,39 +116,6 @@ class Report:
         return [(*key, int(a), int(b), sent) for key, (a, b, sent) in sorted(rows.items())]
 
 
-def cause(c: Collective, mesh: Mesh, weights: frozenset[int]) -> str:
-    """Why a collective is there (none is `unexplained`); `weights`: sizes gathered before use."""
-    coordinates = np.unravel_index(np.asarray(c.group), tuple(mesh.shape.values()))
-    axes = {name for name, where in zip(mesh.shape, coordinates) if len(set(where.tolist())) > 1}
-    where = " (blocks)" if c.times > 1 else " (others)"
-    if "tensor" in axes:
-        return "tensor parallelism"
-    if f"/{MUON}/" in c.op_name:
-        return "matrices of Muon"
-    if c.kind == "all-gather" and weights.issuperset(c.elements):
-        return "weights gathered" + where
-    if c.size <= 4096:
-        return "scalars and labels"
-    # XLA names neither its own reduce-scatters nor the moves that take padded shards to their place
-    backward = "transpose(" in c.op_name or not c.op_name
-    if backward and c.kind in ("all-reduce", "reduce-scatter"):
-        return "gradients summed" + where
-    if backward and c.kind == "collective-permute" and c.size <= 4 * max(weights, default=0):
-        return "gradients to their shards" + where
-    return f"unexplained: {c.op_name}"
-
-
-def gathered_sizes(program: Program, mesh: Mesh, depth: int) -> frozenset[int]:
-    """Elements of every weight that is split over `fsdp`, as it is when gathered."""
-    sizes, leaves = set(), jax.tree_util.tree_leaves_with_path(program.parameters)
-    places = whole(program.shardings["params"], program.frozen_shardings)
-    for (path, leaf), sharding in zip(leaves, jax.tree.leaves(places)):
-        if any("fsdp" in (axis or ()) for axis in sharding.spec):
-            here = math.prod(sharding.shard_shape(leaf.shape)) * mesh.shape["fsdp"]
-            sizes.add(here // depth if leaf_path(path).startswith("blocks/") else here)
-    return frozenset(sizes)
-
-
 def dry_run(config: ConfigDict, target: Target, *, sampler: bool = True) -> Report:
     """Compile the training step, and the sampler of its sample grids, for `target`.
 
@@ -162,8 +126,9 @@ def dry_run(config: ConfigDict, target: Target, *, sampler: bool = True) -> Repo
     experiment = Experiment.from_config(config)
     if target.measured:
         target.measured.check_dtype(config.model.dtype)
-    mesh = make_mesh(**config.mesh, devices=target.devices)
-    program = make_program(experiment, mesh)
+    memory = target.chip and target.chip.memory
+    experiment, mesh, _, chosen = settled(experiment, target.devices, memory)
+    program = make_program(experiment, mesh, memory)
     model = experiment.card.model
     state = jax.tree.map(_placed, program.abstract, program.shardings)
     batch = _inputs(config.data.batch_size, model, mesh)
@@ -181,7 +146,7 @@ def dry_run(config: ConfigDict, target: Target, *, sampler: bool = True) -> Repo
         steps.append(_sampler(experiment, program, target, mesh, ema))
     gathered = gathered_sizes(program, mesh, model.depth)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.parameters))
-    return Report(target, experiment, mesh, count, parts, sizes, steps, gathered)
+    return Report(target, experiment, mesh, count, parts, sizes, steps, gathered, chosen)
 
 
 def _placed(leaf, sharding) -> jax.ShapeDtypeStruct:
@@ -254,8 +219,14 @@ def _sampler(experiment, program: Program, target: Target, mesh: Mesh, ema) -> C
     noise = told.pop("x")
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
     told = told if model.conditions else told[LABEL]
-    keys = _placed(keys, batch_sharding(mesh))
-    lowered = sampler.lower(ema, noise, told, keys) if target.compiles else []
+    lowered = []
+    if target.compiles:
+        if program.gather:
+            lowered.append(jax.jit(program.gather).lower(ema))
+            whole = jax.eval_shape(program.gather, ema)
+            ema = jax.tree.map(_placed, whole, program.gather.places(ema))
+        keys = _placed(keys, batch_sharding(mesh))
+        lowered += sampler.lower(ema, noise, told, keys)
     traffic = sum(
         segment.steps * _traffic(experiment, program, {stage: (1 + guided) * size / mesh.size})
         for segment in sampler.segments

@@ -26,6 +26,7 @@ def text(report: Report) -> str:
         rows.append((name, f"{size:,}", whole))
     lines = [
         f"{report.parameters:,} parameters on {target.name}, mesh {dict(mesh.shape)}",
+        *([report.chosen] if report.chosen else []),
         textwrap.indent(table(rows), "  "),
     ]
     for program in report.programs:

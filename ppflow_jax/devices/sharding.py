@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 
 from ppflow_jax.devices.layout import Attend, Layout
+from ppflow_jax.devices.slices import by_slice
 from ppflow_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
@@ -52,10 +53,11 @@ def make_mesh(
 ) -> Mesh:
     """Mesh of all devices, or of those given; one size of -1 takes what is left.
 
-    The last axes talk most and get the nearest devices.
+    The last axes talk most and get the nearest devices. Of several slices of TPUs each is a part
+    of `data`: between them only sums of gradients are sent, once a step.
 
     Raises:
-      InputError: the sizes do not multiply to the number of devices.
+      InputError: the sizes do not multiply to the number of devices, or slices cannot be cut so.
     """
     devices = jax.devices() if devices is None else devices
     sizes, count = [data, fsdp, tensor], len(devices)
@@ -69,7 +71,19 @@ def make_mesh(
             f"mesh data={data} fsdp={fsdp} tensor={tensor} does not cover the {count} device(s): "
             "the sizes must multiply to that number (-1: whatever is left)"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    slices = by_slice(devices)
+    if sizes[0] % len(slices) or len({*map(len, slices)}) > 1:
+        raise InputError(
+            f"mesh data={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]} on {len(slices)} slices of "
+            f"{', '.join(str(len(each)) for each in slices)} devices: data must be a multiple of "
+            "their number, so that fsdp and tensor stay within one"
+        )
+    part = (sizes[0] // len(slices), *sizes[1:])
+    types = (AxisType.Auto,) * 3
+    meshes = [jax.make_mesh(part, AXES, axis_types=types, devices=each) for each in slices]
+    if len(meshes) == 1:
+        return meshes[0]
+    return Mesh(np.concatenate([mesh.devices for mesh in meshes]), AXES, axis_types=types)
 
 
 def local_mesh() -> Mesh:
@@ -140,7 +154,8 @@ def _gather_bwd(here, stored, _, gradient):
 _gather.defvjp(_gather_fwd, _gather_bwd)
 
 
-def _without_fsdp(axis: str | tuple[str, ...] | None) -> str | None:
+def without_fsdp(axis: str | tuple[str, ...] | None) -> str | None:
+    """An axis of a leaf's sharding as it is when the leaf is gathered."""
     return "tensor" if isinstance(axis, tuple) else None if axis == "fsdp" else axis
 
 
@@ -165,7 +180,7 @@ def layout(mesh: Mesh, rules: Rules = ()) -> Layout:
                 stored = P(*_spec(name, (1, *leaf.shape), mesh, rules)[1:])
             else:
                 stored = _spec(name, leaf.shape, mesh, rules)
-            here = P(*(_without_fsdp(axis) for axis in stored))
+            here = P(*(without_fsdp(axis) for axis in stored))
             return _gather(leaf, NamedSharding(mesh, here), NamedSharding(mesh, stored))
 
         return jax.tree_util.tree_map_with_path(one, tree)
@@ -189,7 +204,7 @@ def layout(mesh: Mesh, rules: Rules = ()) -> Layout:
 
         def spec(path, leaf):
             stored = _spec(prefix + leaf_path(path), (1, *leaf.shape), mesh, rules)[1:]
-            return P(*map(_without_fsdp, stored))
+            return P(*map(without_fsdp, stored))
 
         specs = jax.tree_util.tree_map_with_path(spec, weights)
         split = any("tensor" in spec for spec in jax.tree.leaves(specs))

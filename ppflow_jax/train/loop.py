@@ -23,12 +23,12 @@ from ppflow_jax.console import progress, say
 from ppflow_jax.data.classes import describe
 from ppflow_jax.data.pipeline import Source, Stream
 from ppflow_jax.data.save import save_grid
+from ppflow_jax.devices.memory import device_memory
 from ppflow_jax.devices.sharding import (
     batch_sharding,
     data_shards,
     fetch,
     local_rows,
-    make_mesh,
     replicated,
     spread,
     to_global,
@@ -46,6 +46,7 @@ from ppflow_jax.train.ema import reminder
 from ppflow_jax.train.experiment import Experiment
 from ppflow_jax.train.init_from import with_base
 from ppflow_jax.train.inputs import Batch, make_inputs, open_inputs, shown_to
+from ppflow_jax.train.mesh import settled
 from ppflow_jax.train.metrics_log import MetricWriter, read_metrics, save_loss_plot
 from ppflow_jax.train.optimizer import learning_rate
 from ppflow_jax.train.posthoc import Snapshots
@@ -73,8 +74,10 @@ def train(config: ConfigDict, workdir: str) -> None:
     root = tried_store(workdir)
     experiment = Experiment.from_config(config)
     check_place(config.train.trackers, workdir)
-    mesh = make_mesh(**config.mesh)
-    program = make_program(experiment, mesh)
+    experiment, mesh, memory, chosen = settled(experiment, memory=device_memory())
+    if chosen:
+        _say(chosen)
+    program = make_program(experiment, mesh, memory)
     source, encoder, card = open_inputs(config.data, experiment.card)
     experiment = replace(experiment, card=card)
     if jax.process_index() == 0:
@@ -90,7 +93,7 @@ def train(config: ConfigDict, workdir: str) -> None:
                 _say(f"the run is at step {step}, train.steps={config.train.steps}: nothing to do")
                 return
             experiment = going_on(experiment, step, stored, root / FOLDER / str(step))
-            program = make_program(experiment, mesh)
+            program = make_program(experiment, mesh, memory)
         elif "base" in program.frozen:
             experiment = with_base(experiment)
         _run(experiment, program, mesh, source, encoder, root, stop)
@@ -278,8 +281,10 @@ def _sample_grid(
     folder = root / "samples"
     folder.mkdir(exist_ok=True)
 
+    gather = jax.jit(program.gather) if program.gather else lambda ema: ema
+
     def write(ema, step: int) -> Path:
-        images = fetch(sampler(ema, *spread(inputs, batch_sharding(mesh))))[:count]
+        images = fetch(sampler(gather(ema), *spread(inputs, batch_sharding(mesh))))[:count]
         path = folder / f"step_{step:07d}.png"
         if jax.process_index() == 0:
             save_grid(path, decoder.pictures(images), columns=min(10, count))

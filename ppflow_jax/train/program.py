@@ -18,6 +18,7 @@ from ppflow_jax.devices.sharding import (
     replicated,
     tree_shardings,
 )
+from ppflow_jax.devices.zero import Whole, check_stage
 from ppflow_jax.flow.terms import Batch, Metrics, Phase
 from ppflow_jax.models.network import Apply, Params, abstract_params, make_apply
 from ppflow_jax.models.trees import split
@@ -51,7 +52,8 @@ class Program(NamedTuple):
 
     `abstract` and `shardings` are trees of the training state, `frozen` and `frozen_shardings` of
     what is given to a step and not trained: `base`, the network's other leaves, if there are any,
-    and what the objective needs.
+    and what the objective needs. `gather` makes the network's leaves those that a sampler is given:
+    it would gather them for every evaluation. None: they are whole, or do not fit.
     """
 
     apply: Apply
@@ -62,6 +64,7 @@ class Program(NamedTuple):
     frozen: dict[str, Any]
     frozen_shardings: dict[str, Any]
     steps: tuple[PhaseStep, ...]
+    gather: Whole | None = None
 
     @property
     def parameters(self) -> Params:
@@ -73,8 +76,11 @@ class Program(NamedTuple):
         return next((s for s in self.steps if done < s.until), self.steps[-1])
 
 
-def make_program(experiment: Experiment, mesh: Mesh) -> Program:
+def make_program(experiment: Experiment, mesh: Mesh, memory: float | None = None) -> Program:
     """Network, optimizer and jitted training steps of `experiment` on `mesh`; allocates nothing.
+
+    Args:
+      memory: bytes of a device; None if not known.
 
     Raises:
       InputError: the batch cannot be divided among the devices, or these do not have the
@@ -104,6 +110,8 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
     frozen = {"base": base} if base else {}
     frozen |= {name: abstract_params(model) for name in objective.frozen}
     places = tree_shardings(frozen, mesh, rules)
+    check_stage(stage := config.mesh.get("zero", 3))
+    gather = Whole(mesh, rules, dtype) if mesh.shape["fsdp"] > 1 else None
 
     def step(phase: Phase) -> PhaseStep:
         run = make_train_step(
@@ -114,6 +122,7 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
             ema_warmup=config.train.ema_warmup,
             accumulate=config.train.accumulate,
             weights=phase.active,
+            gather=gather if stage == 2 else None,
         )
         everywhere = replicated(mesh)
         given = (shardings, batch_sharding(mesh), everywhere, places)
@@ -121,4 +130,6 @@ def make_program(experiment: Experiment, mesh: Mesh) -> Program:
         return PhaseStep(phase.until, objective.fields(phase.active), run)
 
     steps = tuple(map(step, experiment.phases))
-    return Program(apply, optimizer, init, abstract, shardings, frozen, places, steps)
+    fits = gather and gather.fits_beside(abstract_params(model), memory)
+    made = (apply, optimizer, init, abstract, shardings, frozen, places, steps)
+    return Program(*made, gather if fits else None)

@@ -23,7 +23,7 @@ FREE = (
     *("init_from", "sample", "eval", "mesh", "model.attention", "model.remat"),
     *("data.path", "data.vae", "data.workers", "data.unreadable", "data.stage"),
     *("train.accumulate", "train.log_every", "train.save_every", "train.keep"),
-    *("train.skip_nonfinite", "train.trackers"),
+    *("train.skip_nonfinite", "train.trackers", "mesh.zero", "mesh.auto"),
 )
 # Settings that are younger than some runs, with the value that those had.
 BEFORE = {
@@ -47,6 +47,8 @@ BEFORE = {
     "train.trackers": [],
     "optim.name": "adamw",
     "optim.decay_share": 0.2,
+    "mesh.zero": 3,
+    "mesh.auto": False,
 }
 # Settings with which a run has other arrays, and what a checkpoint of others holds
 STATE = {

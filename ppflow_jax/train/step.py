@@ -11,6 +11,7 @@ import optax
 
 from ppflow_jax.devices.programs import Programs
 from ppflow_jax.devices.sharding import leaf_path
+from ppflow_jax.devices.zero import Whole
 from ppflow_jax.flow.terms import OWN, Metrics, Objective, network_leaves
 from ppflow_jax.models.network import Apply
 from ppflow_jax.train.ema import rate
@@ -28,6 +29,7 @@ def make_train_step(
     ema_warmup: bool = False,
     accumulate: int = 1,
     weights: Mapping[str, float] = {},
+    gather: Whole | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """`step(state, {"x", "label", fields}, key, frozen={}) -> (state, metrics)`.
 
@@ -35,8 +37,9 @@ def make_train_step(
     `accumulate` microbatches changes only the rounding. The EMA, of the network alone, has decay
     `ema`, with `ema_warmup` less at first (see `ema.rate`). Terms without one of the `weights` stay
     as they are, and so do the network's leaves in `frozen["base"]`. What a state keeps
-    beside (`state.extended`) is updated too. Metrics, float32 scalars: those of the objective and
-    `grad_norm`.
+    beside (`state.extended`) is updated too. With `gather` the weights are gathered once, for all
+    microbatches; without it that is left to the network. Metrics, float32 scalars: those of the
+    objective and `grad_norm`.
     """
 
     def gradient(params, frozen, batch, draws):
@@ -44,7 +47,7 @@ def make_train_step(
             return objective.loss(apply, whole(params, frozen), frozen, batch, draws, weights)
 
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return grads, metrics
+        return (gather.back(grads) if gather else grads), metrics
 
     compute = _accumulated(gradient, accumulate, len(objective.pattern))
 
@@ -54,7 +57,10 @@ def make_train_step(
         draws = objective.draw(jax.random.fold_in(key, state["step"]), batch)
         seen = {name: value for name, value in batch.items() if name != "label"}
         before = state["params"]
-        grads, metrics = compute(before, frozen, seen, draws)
+        used, still = before, frozen
+        if gather:
+            used, still = gather(before), {name: gather(tree) for name, tree in frozen.items()}
+        grads, metrics = compute(used, still, seen, draws)
         updates, opt_state = tx.update(grads, state["opt_state"], before)
         params = optax.apply_updates(before, updates)
         average = rate(ema, ema_warmup, state["step"])
