@@ -59,13 +59,15 @@ def compiled(name: str, topology: str, batch: int, zero: int) -> dict:
 
 def row(report: Report) -> dict:
     programs = []
+    one_ring = report.target.chip.sending_rate(report.target.shape, everywhere=False)
     for program in report.programs:
+        sent = sum(c.sent for c in program.network)
         programs.append(
             {
                 "name": program.name,
                 "flops": program.flops,
                 "temporaries": program.temporaries,
-                "limits_s": report.seconds(program),
+                "limits_s": report.seconds(program) | {"links": sent / one_ring},
                 "all_links_s": seconds_by_all_links(report, program),
                 "collectives": report.causes(program),
                 "failure": program.failure,

@@ -9,11 +9,12 @@ from ppflow_jax.cost.dry_run import Compiled, Report
 
 
 def seconds_by_all_links(report: Report, program: Compiled) -> float:
-    """As `Report.seconds`' links, but each collective by all axes of the slice that it spans.
+    """As `Report.seconds`' links, but each collective by just the axes that its group spans.
 
-    `Report.seconds` counts one axis, as one ring has it. A group of chips that is spread over
-    several axes of the slice sends along all of them at once (J. Austin et al., "How to scale your
-    model", Google DeepMind 2025, part 3: bandwidth times the number of axes).
+    A group of chips that is spread over several axes of the slice sends along all of them at once
+    (J. Austin et al., "How to scale your model", Google DeepMind 2025, part 3: bandwidth times the
+    number of axes). `Report.seconds` does not look where the chips of a group are: one axis, or all
+    if all chips take part.
     """
     return sum(c.sent / _rate(c, report) for c in program.network)
 
