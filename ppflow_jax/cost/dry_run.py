@@ -205,7 +205,7 @@ def as_gpus_send(c: Collective, stages: int, itemsize: int) -> Collective:
         return c
     if c.times > 1:
         c = replace(c, size=c.size * itemsize // 4)
-    if any(n % stages for n in counts.values()):
+    if stages == 1 or any(n % stages for n in counts.values()):
         return c
     elements = tuple(size for size, n in counts.items() for _ in range(n // stages))
     return replace(c, size=c.size // stages, elements=elements)
