@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from tests.commands import ROOT
@@ -123,11 +124,16 @@ def call(script: str, *args: object, **env: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-def pids(folder: Path) -> list[int]:
-    """Of what the stand-ins have started, in the order of its names."""
-    return [int(path.read_text()) for path in sorted((folder / "pids").iterdir())]
+def pids(folder: Path, count: int) -> list[int]:
+    """Of what the stand-ins have started, in the order of its names; waits for `count` of them."""
+    for _ in range(1500):
+        found = [path.read_text().strip() for path in sorted(folder.glob("pids/*"))]
+        if len(found) >= count and all(found):
+            return [int(pid) for pid in found]
+        time.sleep(0.02)
+    raise TimeoutError(f"{found} of {count} processes")
 
 
 def preempt(folder: Path, which: int = 0, number: int = signal.SIGTERM) -> None:
     """Signal one of the processes, and the shell around it."""
-    os.killpg(pids(folder)[which], number)
+    os.killpg(pids(folder, which + 1)[which], number)

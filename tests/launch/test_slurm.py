@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.launch.standins import LAUNCH, SBATCH, SCONTROL, SRUN, call, install
+from tests.launch.standins import LAUNCH, SBATCH, SCONTROL, SRUN, call, install, preempt
 from tests.launch.test_scripts import pasted
 
 
@@ -49,7 +49,6 @@ def test_sigterm_reaches_the_command_and_the_shells_around_it_live(tmp_path):
     while not (tmp_path / "up").exists():
         time.sleep(0.02)
     job.send_signal(signal.SIGTERM)  # SLURM signals the script and every process of the tasks
-    for pid in (tmp_path / "pids").iterdir():
-        subprocess.run(["kill", "-TERM", f"-{pid.read_text().strip()}"], check=True)
+    preempt(tmp_path)
     assert job.wait(20) == 0
     assert (tmp_path / "calls").read_text().splitlines()[-1] == "requeue 12"
