@@ -19,11 +19,13 @@ import numpy as np
 
 from tests.acceptance.comparison import Row, report
 from tests.systems import (
+    parity_clear,
     parity_conditions,
     parity_ddae,
     parity_guided_distillation,
     parity_harmonica,
     parity_haste,
+    parity_linfusion,
     parity_moe,
     parity_peft,
     parity_repa,
@@ -31,8 +33,10 @@ from tests.systems import (
 )
 
 SYSTEMS: dict[str, Callable[[Reference], Iterator[Row]]] = {
+    "clear": parity_clear.rows,
     "conditions": parity_conditions.rows,
     "dit_moe": parity_moe.rows,
+    "linfusion": parity_linfusion.rows,
     "harmonica": parity_harmonica.rows,
     "peft": parity_peft.rows,
     "switch_dit": parity_switch.rows,
@@ -50,7 +54,7 @@ class Reference:
         self.name = file.stem
         self.arrays = dict(np.load(file))
         settings = "config" if "config" in self.arrays else "args"
-        self.config = json.loads(str(self.arrays[settings]))
+        self.config = json.loads(str(self.arrays.get(settings, "{}")))
         names = ("float32_deviation", "f64_deviation")
         found = next((self.arrays[name] for name in names if name in self.arrays), "{}")
         self.deviation = json.loads(str(found))

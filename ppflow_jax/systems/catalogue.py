@@ -218,6 +218,34 @@ SYSTEMS = (
         NOT_MEASURED,
     ),
     System(
+        "CLEAR",
+        ("2412.16112",),
+        "Huage001/CLEAR 98e9fed, Apache-2",
+        "systems/clear.py",
+        "--config.model.mixer=clear:radius=8",
+        "mixers.md",
+        "masks, outputs and gradients, with cells too, against arrays of the original",
+        "tiles and rectangles of keys instead of FlexAttention; no tokens of a text; no "
+        "proportional scale",
+        "tests/systems/test_mixers.py",
+        "quality not measured; radius 8, two blocks of width 384 on CPU: 0.89 of full attention's "
+        "time at 1,024 tokens, 1.04 at 256 ([mixers.md](mixers.md#from-where-on-they-pay))",
+    ),
+    System(
+        "LinFusion",
+        ("2409.02097",),
+        "Huage001/LinFusion 62ef289, Apache-2",
+        "systems/linfusion.py",
+        "--config.model.mixer=linfusion",
+        "mixers.md",
+        "outputs and gradients, against arrays of the original",
+        "sums over keys are divided by the number of keys, in the original by that of queries; the "
+        "MLPs are always there; the bias of DiT's projections stays",
+        "tests/systems/test_mixers.py",
+        "quality not measured; two blocks of width 384 on CPU: 0.67 of full attention's time at "
+        "1,024 tokens, 1.22 at 256 ([mixers.md](mixers.md#from-where-on-they-pay))",
+    ),
+    System(
         "MeanFlow",
         ("2505.13447",),
         "none looked at",

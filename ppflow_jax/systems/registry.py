@@ -12,11 +12,14 @@ from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.terms import Objective, Term
 from ppflow_jax.models.conditions import Channels, Condition, Scalar
 from ppflow_jax.models.config import ModelConfig
-from ppflow_jax.models.parts import BlockSpec, Ffn, Mlp, Part, Wrap
+from ppflow_jax.models.parts import BlockSpec, Ffn, FullAttention, Mixer, Mlp, Part, Wrap
 from ppflow_jax.pyramid import Pyramid
+from ppflow_jax.systems.clear import Clear
 from ppflow_jax.systems.guided_distillation import Guided, Halved
 from ppflow_jax.systems.haste import AttentionAlign
+from ppflow_jax.systems.linfusion import LinFusion
 from ppflow_jax.systems.meanflow import MeanFlow
+from ppflow_jax.systems.mixer_distillation import Distil
 from ppflow_jax.systems.moe import MoE
 from ppflow_jax.systems.repa import Repa
 from ppflow_jax.systems.switch import Switch
@@ -24,9 +27,12 @@ from ppflow_jax.systems.tasks import Colourisation, Edges, Inpainting, SuperReso
 
 FFNS: dict[str, type[Ffn]] = {part.kind: part for part in (Mlp, MoE)}
 WRAPS: dict[str, type[Wrap]] = {part.kind: part for part in (Switch,)}
-KINDS: dict[str, dict[str, Any]] = {"ffn": FFNS, "wrap": WRAPS}  # by the field of `BlockSpec`
+# The last one is what a state dict has that is none of the others
+MIXERS: dict[str, type[Mixer]] = {part.kind: part for part in (Clear, LinFusion, FullAttention)}
+# By the field of `BlockSpec`
+KINDS: dict[str, dict[str, Any]] = {"ffn": FFNS, "wrap": WRAPS, "mixer": MIXERS}
 TERMS: dict[str, Any] = {term.name: term for term in (Repa, AttentionAlign)}  # of the loss
-OBJECTIVES = {kind.kind: kind for kind in (MeanFlow, Guided, Halved)}
+OBJECTIVES = {kind.kind: kind for kind in (MeanFlow, Guided, Halved, Distil)}
 FLOW = "flow"  # the objective without further settings
 NONE = "none"  # of a part that there need not be
 TASKS: dict[str, type[Task]] = {
@@ -168,12 +174,12 @@ def read_conditions(state: Mapping[str, Any], pyramid: Pyramid) -> tuple[Conditi
 
 
 def read_block(
-    state: Mapping[str, Any], width: int, said: str | None = None
+    state: Mapping[str, Any], width: int, said: str | None = None, mixer: str | None = None
 ) -> tuple[BlockSpec, int]:
     """The parts of a PyTorch state dict, and the hidden units of its MLP or of an expert.
 
     `said` is the part after attention as a configuration has it, which says what names and shapes
-    do not.
+    do not; `mixer` that in place of attention.
 
     Raises:
       InputError: it has none that is known.
@@ -186,4 +192,6 @@ def read_block(
         )
     ffn, hidden = found[0]
     wrap = next(filter(None, (kind.read(state) for kind in WRAPS.values())), None)
-    return replace(take_block({"ffn": said or str(ffn)}), wrap=wrap), hidden
+    mixed = next(filter(None, (kind.read(state) for kind in MIXERS.values())))
+    texts = {"ffn": said or str(ffn), "mixer": mixer or str(mixed)}
+    return replace(take_block(texts), wrap=wrap), hidden
