@@ -16,6 +16,7 @@ NAMES = [p.name for p in CONFIGS if p.stem not in ("common", "imagenet256", "__i
     "digits_few_steps.py:guided,sit",
     "digits_few_steps.py:halved",
     "digits_mixers.py:linfusion,sit",
+    "digits_mixers.py:dico",
     "digits_tasks.py:inpainting",
     "digits_tasks.py:edges",
     "digits.py:difffit",

@@ -89,10 +89,14 @@ class Mixer(Part):
 
     def modules(self, model: ModelConfig, run: Execution, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
         """The projections; parts with more add to them."""
-        options = dict(programs=run.programs, per_device=run.layout.heads)
-        return {
-            "attention": Attention(model.width, model.heads, dtype=run.dtype, rngs=rngs, **options)
-        }
+        attention = Attention(
+            *(model.width, model.heads),
+            dtype=run.dtype,
+            rngs=rngs,
+            programs=run.programs,
+            per_device=run.layout.heads,
+        )
+        return {"attention": attention}
 
     def __call__(self, block: Block, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         """The branch before its gate; tokens are row by row of `block.grid`."""

@@ -64,8 +64,10 @@ class Clear(Mixer):
                 )
 
     def modules(self, model: ModelConfig, run: Execution, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
-        own = {self.kind: Cells(self.pool)} if self.pool else {}
-        return super().modules(model, run, rngs) | own
+        modules = super().modules(model, run, rngs)
+        if self.pool:
+            modules[self.kind] = Cells(self.pool)
+        return modules
 
     def __call__(self, block: Block, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         attention = block.attention
@@ -193,7 +195,7 @@ def local_attention(
         jnp.asarray(rows.squares)[:, None, :, None, :, None]
         + jnp.asarray(cols.squares)[None, :, None, :, None, :]
     )
-    scores = jnp.where(squares < radius**2, scores, -jnp.inf)
+    scores = jnp.where(squares[None, None] < radius**2, scores, -jnp.inf)
     top = jnp.max(scores, axis=(-2, -1))
     if more is not None:
         far = product("biyjxhe,bmhe->bhijyxm", q, more[0])

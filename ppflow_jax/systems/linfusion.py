@@ -60,8 +60,9 @@ class LinFusion(Mixer):
 
     def modules(self, model: ModelConfig, run: Execution, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
         hidden = self.hidden or model.width
-        own = nnx.Dict({name: Phi(model.width, hidden, run, rngs) for name in _SIDES})
-        return super().modules(model, run, rngs) | {self.kind: own}
+        modules = super().modules(model, run, rngs)
+        own = {name: Phi(model.width, hidden, run, rngs) for name in _SIDES}
+        return modules | {self.kind: nnx.Dict(own)}
 
     def __call__(self, block: Block, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         attention, phi = block.attention, block.linfusion
@@ -71,7 +72,10 @@ class LinFusion(Mixer):
         )
 
         def project(i: int, x: Array) -> Array:
-            one = lambda x: jnp.einsum("...d,dhe->...he", x, kernel[:, i]) + bias[i]
+            def one(x: Array) -> Array:
+                y = jnp.einsum("...d,dhe->...he", x, kernel[:, i])
+                return y + jnp.expand_dims(bias[i], range(x.ndim - 1))
+
             return block.per_token(one, x.astype(attention.dtype))
 
         q, k, v = (project(i, each) for i, each in enumerate((*given, x)))
@@ -89,8 +93,8 @@ class LinFusion(Mixer):
 
     def keys(self, layer: int) -> Iterator[Key]:
         for side in _SIDES:
-            name, path, index = f"blocks.{layer}.attn.to_{side}_", (self.kind, side), (layer,)
-            path = ("blocks", *path)
+            name, index = f"blocks.{layer}.attn.to_{side}_", (layer,)
+            path = ("blocks", self.kind, side)
             yield from linear_keys(f"{name}.0", *path, "fc1", index=index)
             yield Key(f"{name}.1.weight", (*path, "scale"), index)
             yield Key(f"{name}.1.bias", (*path, "shift"), index)

@@ -138,14 +138,14 @@ class Distillation:
         tapped = {"taps": self.taps} if self.taps else {}
         theirs = apply(teacher, xt, t, y, stages, mixer=FullAttention(), **tapped)
         losses = [base.errors(view, out) for view, out in zip(views, outputs)]
-        total, metrics = over_time(base.pyramid, losses, outputs, weights)
+        total, metrics = over_time(base.pyramid, losses, outputs, weights, base.durations)
         found = {
             "kd": [_difference(a.prediction, b.prediction) for a, b in zip(outputs, theirs)],
             "features": [_of_taps(a.taps, b.taps) for a, b in zip(outputs, theirs)],
         }
         for name, each in found.items():
             if weight := getattr(settings, name):
-                value = sum(d * v for d, v in zip(base.pyramid.durations, each))
+                value = sum(d * v for d, v in zip(base.durations, each))
                 total, metrics[name] = total + weight * value, value
         return total, metrics
 

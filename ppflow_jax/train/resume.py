@@ -38,6 +38,8 @@ BEFORE = {
     "flow.balance": 0.01,
     "flow.prior": 1.0,
     "flow.terms": [],
+    "flow.shift": 1.0,
+    "flow.times": "uniform",
     "flow.objective": "flow",
     "train.teacher": "",
     "data.fields": [],

@@ -46,10 +46,11 @@ PARTS = {
     "clear": {"mixer": "clear:radius=2"},
     "clear with cells": {"mixer": "clear:radius=2,pool=2"},
     "linfusion": {"mixer": "linfusion:hidden=24"},
+    "dico": {"mixer": "dico"},
 }
 # What takes long is done once, with all kinds together
 TOGETHER = PARTS["moe"] | PARTS["switch"]
-MIXERS = [PARTS["clear with cells"], PARTS["linfusion"]]
+MIXERS = [PARTS["clear with cells"], PARTS["linfusion"], PARTS["dico"]]
 FROM_PLAIN = PARTS["moe of MLPs"] | PARTS["switch"]  # starts as the model that it is made from
 FROM_PLAIN |= {"mixer": "clear:radius=9"}  # which covers the grid
 EVERYTHING_ACTIVE = {"moe": "moe:experts=2,top_k=2", "moe of MLPs": "moe:top_k=8,expert=gelu"}

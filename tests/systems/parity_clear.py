@@ -94,9 +94,9 @@ def outputs(ref, case, settings, w, x, text, radius) -> tuple[jax.Array, ...]:
     names = ("add_q_proj", "add_k_proj", "add_v_proj") if settings["joint"] else ()
 
     def project(i: int, name: str) -> jax.Array:
-        linear = lambda name, x: (x @ w[f"{name}.weight"].T + w[f"{name}.bias"]).reshape(
-            *x.shape[:2], heads, -1
-        )
+        linear = lambda name, x: (
+            x @ w[f"{name}.weight"].T + w[f"{name}.bias"][None, None]
+        ).reshape(*x.shape[:2], heads, -1)
         both = [linear(names[i] if names else name, text), linear(name, x)]
         if i < 2:
             kind = "qk"[i]
@@ -120,11 +120,15 @@ def outputs(ref, case, settings, w, x, text, radius) -> tuple[jax.Array, ...]:
     if not names:
         return (jnp.concatenate([of_text, picture], axis=1),)
     pairs = ((picture, "to_out.0"), (of_text, "to_add_out"))
-    return tuple(a @ w[f"{name}.weight"].T + w[f"{name}.bias"] for a, name in pairs)
+    return tuple(a @ w[f"{name}.weight"].T + w[f"{name}.bias"][None, None] for a, name in pairs)
 
 
 def rms(x: jax.Array, weight: jax.Array) -> jax.Array:
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6) * weight
+    return (
+        x
+        * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+        * weight[None, None, None]
+    )
 
 
 def turned(x: jax.Array, cos: np.ndarray, sin: np.ndarray) -> jax.Array:

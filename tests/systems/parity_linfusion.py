@@ -67,7 +67,7 @@ def outputs(settings, w, x, other) -> jax.Array:
     q, k = projected("to_q", given("q", x)), projected("to_k", given("k", keys))
     out = linear_attention(q, k, projected("to_v", keys)).reshape(*x.shape[:2], -1)
     out = out * (keys.shape[1] / x.shape[1])
-    return out @ w["to_out.0.weight"].T + w["to_out.0.bias"]
+    return out @ w["to_out.0.weight"].T + w["to_out.0.bias"][None, None]
 
 
 def phi(w, name: str, x: jax.Array) -> jax.Array:
