@@ -150,6 +150,19 @@ class Distillation:
         return total, metrics
 
 
+def check_teacher(objective: Any, teacher: ModelConfig) -> None:
+    """
+    Raises:
+      InputError: `objective` is a `Distillation`, which evaluates full attention, and the teacher
+        was trained with another mixer.
+    """
+    if isinstance(objective, Distillation) and teacher.block.mixer != FullAttention():
+        raise InputError(
+            f"config.train.teacher: objective {Distil.kind} needs a teacher with full attention, "
+            f"this one has {teacher.block.mixer}: give the run that it was made from"
+        )
+
+
 def _difference(a: Array, b: Array) -> Float[Array, ""]:
     return jnp.mean(jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32)))
 

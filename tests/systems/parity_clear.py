@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppflow_jax.models.attention import attend
 from ppflow_jax.systems.clear import axes, local_attention, pooled
 from tests.acceptance.comparison import Row
 
@@ -115,7 +114,7 @@ def outputs(ref, case, settings, w, x, text, radius) -> tuple[jax.Array, ...]:
         cells = (pooled(weight, a[:, cut:], grid) for a in (k, v))
         more = tuple(jnp.concatenate(pair, axis=1) for pair in zip(more, cells))
     picture = local_attention(q[:, cut:], k[:, cut:], v[:, cut:], grid, radius, more)
-    of_text = attend("xla", q[:, :cut], k, v)
+    of_text = jax.nn.dot_product_attention(q[:, :cut], k, v)
     picture, of_text = (a.reshape(*a.shape[:2], -1) for a in (picture, of_text))
     if not names:
         return (jnp.concatenate([of_text, picture], axis=1),)

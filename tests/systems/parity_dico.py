@@ -28,8 +28,9 @@ def rows(ref: Reference) -> Iterator[Row]:
     leaves: dict = {}
     for key in DiCo().keys(0):
         *parents, last = key.path[2:]
+        name = key.torch.removeprefix("blocks.0.")
         into = leaves.setdefault(parents[0], {}) if parents else leaves
-        into[last] = key.ours(weights[key.torch.removeprefix("blocks.0.")])
+        into[last] = jnp.asarray(key.ours(ref[f"model/{BLOCK}/{name}"]))
     own = nnx.merge(graph, leaves)
 
     def modulated(x, shift, scale):

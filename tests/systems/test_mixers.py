@@ -27,7 +27,7 @@ from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
 from ppflow_jax.systems.clear import Clear, covers, local_attention, pooled
 from ppflow_jax.systems.dico import Convolution, DiCo
 from ppflow_jax.systems.linfusion import EPSILON, LinFusion, linear_attention
-from ppflow_jax.systems.mixer_distillation import Distil
+from ppflow_jax.systems.mixer_distillation import Distil, check_teacher
 from tests import commands
 from tests.systems.checks import random_params, within
 from tests.systems.parity_clear import seen
@@ -222,6 +222,13 @@ def test_parameters_of_a_convolution():
                 with_mixer(LinFusion()), adapters=parse("lora:on=blocks/attention/qkv")
             ),
             "is none of blocks/attention/out",
+        ),
+        (
+            lambda: check_teacher(
+                Distil(every=1).on(FlowObjective(PPFLOW2, Flow(), 5), with_mixer(Clear())),
+                with_mixer(Clear()),
+            ),
+            "needs a teacher with full attention, this one has clear",
         ),
         (
             lambda: LinFusion().start(SMALL, with_mixer(Clear()), {}, jax.random.key(0)),
