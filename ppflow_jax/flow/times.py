@@ -97,6 +97,10 @@ class Law:
         normal = NormalDist(-self.normal.mean, self.normal.std)
         return normal.cdf(math.log(noise / (1 - noise)))
 
+    def _cleaner(self, ends: Float[np.ndarray, " b"]) -> Float[Array, " b"]:
+        few, where = np.unique(ends, return_inverse=True)
+        return jnp.asarray(np.float32([self.cleaner(float(t)) for t in few])[where])
+
     def masses(self, intervals: Sequence[tuple[float, float]]) -> tuple[float, ...]:
         """The probability of every interval of t."""
         return tuple(self.cleaner(a) - self.cleaner(b) for a, b in intervals)
@@ -105,7 +109,7 @@ class Law:
         self, u: Float[Array, " b"], low: Float[np.ndarray, " b"], high: Float[np.ndarray, " b"]
     ) -> Float[Array, " b"]:
         """Times in [low, high] from numbers uniform in [0, 1)."""
-        near, far = (jnp.float32([self.cleaner(float(t)) for t in ends]) for ends in (high, low))
+        near, far = (self._cleaner(ends) for ends in (high, low))
         p = near + u * (far - near)
         if self.normal is not None:
             z = jax.scipy.special.ndtri(p)

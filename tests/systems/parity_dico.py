@@ -21,7 +21,12 @@ BLOCK = "encoder_level_2.0"  # the one whose arrays are given
 
 
 def rows(ref: Reference) -> Iterator[Row]:
-    weights = {name: jnp.asarray(w) for name, w in ref.below(f"model/{BLOCK}").items()}
+    start = f"{BLOCK}."
+    weights = {
+        name.removeprefix(start): jnp.asarray(w)
+        for name, w in ref.below("model").items()
+        if name.startswith(start)
+    }
     x, c = jnp.asarray(ref["run/block_x"]), jnp.asarray(ref["run/block_c"])
     grid, width = x.shape[2:], x.shape[1]
     graph, _ = nnx.split(nnx.eval_shape(lambda: Convolution(width, Execution(), nnx.Rngs(0))))
@@ -30,7 +35,7 @@ def rows(ref: Reference) -> Iterator[Row]:
         *parents, last = key.path[2:]
         name = key.torch.removeprefix("blocks.0.")
         into = leaves.setdefault(parents[0], {}) if parents else leaves
-        into[last] = jnp.asarray(key.ours(ref[f"model/{BLOCK}/{name}"]))
+        into[last] = jnp.asarray(key.ours(ref[f"model/{start}{name}"]))
     own = nnx.merge(graph, leaves)
 
     def modulated(x, shift, scale):
