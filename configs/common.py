@@ -38,6 +38,8 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.model.learn_sigma = True  # variance channels of DiT, unused; the public weights have them
     c.model.level_embedding = True  # of several stages
     c.model.ffn = "mlp"  # or moe:experts=8,top_k=2,...: see docs/moe.md
+    # or clear:radius=8, linfusion, dico: see docs/mixers.md
+    c.model.mixer = "attention"
     c.model.wrap = "none"  # or switch:experts=3,top_k=2: see docs/switch.md
     # beside that of data.task, e.g. ("channels:name=low,channels=4",): see docs/conditions.md
     c.model.conditions = ()
@@ -49,7 +51,10 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.flow = ConfigDict()
     c.flow.path = "linear"  # linear, gvp, vp
     c.flow.prediction = "velocity"  # velocity, score, noise
-    c.flow.objective = "flow"  # or meanflow:..., guided:..., halved:...: see docs
+    # of times towards noise, for large latents; 0: sqrt(numbers / 4096); see docs/rae.md
+    c.flow.shift = 1.0
+    c.flow.times = "uniform"  # in training, before the shift, or logit_normal:mean=0,std=1
+    c.flow.objective = "flow"  # or meanflow:..., guided:..., halved:..., distil:...: see docs
     c.flow.weighting = "none"  # none, velocity, likelihood; for score and noise
     c.flow.label_drop = 0.1
     c.flow.balance = 0.01  # weight of the balance term of a mixture of experts

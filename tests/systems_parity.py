@@ -19,14 +19,18 @@ import numpy as np
 
 from tests.acceptance.comparison import Row, report
 from tests.systems import (
+    parity_clear,
     parity_conditions,
     parity_ddae,
+    parity_dico,
     parity_guided_distillation,
     parity_harmonica,
     parity_haste,
+    parity_linfusion,
     parity_mmd,
     parity_moe,
     parity_peft,
+    parity_rae,
     parity_ras,
     parity_repa,
     parity_rettention,
@@ -34,8 +38,11 @@ from tests.systems import (
 )
 
 SYSTEMS: dict[str, Callable[[Reference], Iterator[Row]]] = {
+    "clear": parity_clear.rows,
     "conditions": parity_conditions.rows,
+    "dico": parity_dico.rows,
     "dit_moe": parity_moe.rows,
+    "linfusion": parity_linfusion.rows,
     "harmonica": parity_harmonica.rows,
     "mmd_elucd_dualparal": parity_mmd.rows,
     "peft": parity_peft.rows,
@@ -43,6 +50,7 @@ SYSTEMS: dict[str, Callable[[Reference], Iterator[Row]]] = {
     "rettention": parity_rettention.rows,
     "switch_dit": parity_switch.rows,
     "guided_distillation": parity_guided_distillation.rows,
+    "rae": parity_rae.rows,
     "repa": parity_repa.rows,
     "haste": parity_haste.rows,
     "ddae": parity_ddae.rows,

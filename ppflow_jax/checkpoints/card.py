@@ -65,7 +65,7 @@ class Card:
         scale = {"latent_scale": self.latent_scale} if self.space == "latents" else {}
         return {
             "model": self.model.to_json(),
-            "flow": asdict(self.flow),
+            "flow": self.flow.to_json(),
             "data": {"space": self.space} | scale,
             "experiment": self.experiment,
         } | ({"base": asdict(self.base)} if self.base else {})
@@ -101,8 +101,8 @@ class Card:
 
     def differences(self, other: Card) -> str:
         """Settings of model and flow that differ, as `name: ours -> theirs`."""
-        ours = self.model.to_json() | asdict(self.flow)
-        theirs = other.model.to_json() | asdict(other.flow)
+        ours = self.model.to_json() | self.flow.to_json()
+        theirs = other.model.to_json() | other.flow.to_json()
         pairs = {k: (ours.get(k, "none"), theirs.get(k, "none")) for k in ours | theirs}
         return ", ".join(f"{k}: {a} -> {b}" for k, (a, b) in pairs.items() if a != b)
 

@@ -54,6 +54,9 @@ _FFN = flags.DEFINE_string(
     None,
     "Of a mixture of experts, as moe:experts=8,top_k=1; default: top_k=2 of the file's.",
 )
+_MIXER = flags.DEFINE_string(
+    "mixer", None, "In place of full attention, as clear:radius=16; default: as the names say."
+)
 _DTYPE = flags.DEFINE_enum("dtype", None, ["float32"], "Round to it; default: as in the file.")
 _PATH = flags.DEFINE_string("path", None, "linear, gvp, vp; default: as the file says, or linear.")
 _PREDICTION = flags.DEFINE_string(

@@ -107,6 +107,7 @@ def import_model(source: Source, kind: str, target: Path) -> None:
         heads=FLAGS.heads,
         latent_size=FLAGS.latent_size,
         ffn=FLAGS.ffn,
+        mixer=FLAGS.mixer,
         path=FLAGS.path,
         prediction=FLAGS.prediction,
         space=FLAGS.space,
@@ -139,7 +140,7 @@ def import_model(source: Source, kind: str, target: Path) -> None:
         f"{flow.path} path, {flow.prediction}"
     )
     if config.block != DIT:
-        print(f"blocks with {config.block}: what names and shapes do not say is as --ffn says")
+        print(f"blocks with {config.block}: what names do not say is as --ffn and --mixer say")
 
 
 def expand_checkpoint(source: str, target: Path) -> None:

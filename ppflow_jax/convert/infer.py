@@ -15,6 +15,11 @@ from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, Pyramid, Stage
 from ppflow_jax.systems.registry import read_block, read_conditions
 
 KINDS = ("sit", "ppflow", "vae", "taesd", "inception")
+_DIMS = {
+    "x_embedder.proj.weight": 4,
+    "final_layer.linear.weight": 2,
+    "y_embedder.embedding_table.weight": 2,
+}
 HEADS = {size["width"]: size["heads"] for size in SIZES.values()}
 
 
@@ -46,6 +51,7 @@ def find_config(
     heads: int | None = None,
     latent_size: int | None = None,
     ffn: str | None = None,
+    mixer: str | None = None,
 ) -> ModelConfig:
     """Architecture of a SiT or PPFlow state dict, from names and shapes.
 
@@ -55,22 +61,17 @@ def find_config(
       pyramid: of a PPFlow file, where it is not the public one.
       heads: where the width is not a public one.
       latent_size: where the file has no positions.
-      ffn: where the defaults of a mixture of experts are not its settings.
+      ffn, mixer: parts whose settings are not the defaults.
 
     Raises:
       InputError: what cannot be found, or does not agree.
     """
-    dims = {
-        "x_embedder.proj.weight": 4,
-        "final_layer.linear.weight": 2,
-        "y_embedder.embedding_table.weight": 2,
-    }
-    shapes = {k: state[k].shape if k in state else () for k in dims}
-    missing = [k for k, n in dims.items() if len(shapes[k]) != n or not all(shapes[k])]
+    shapes = {k: state[k].shape if k in state else () for k in _DIMS}
+    missing = [k for k, n in _DIMS.items() if len(shapes[k]) != n or not all(shapes[k])]
     if missing:
         raise InputError(
             f"the architecture of a {kind} model cannot be read from this file: it needs "
-            f"{', '.join(f'{k} with {dims[k]} axes' for k in missing)}"
+            f"{', '.join(f'{k} with {_DIMS[k]} axes' for k in missing)}"
         )
     width, channels, *base = state["x_embedder.proj.weight"].shape
     area = math.prod(base)
@@ -84,7 +85,7 @@ def find_config(
     found = several or Pyramid((Stage(1.0, tuple(base)),))
     last = "pos_embed" if kind == "sit" else f"pos_embed.{len(found) - 1}"
     blocks = {m[1] for name in state if (m := re.match(r"blocks\.(\d+)\.", name))}
-    block, hidden = read_block(state, width, ffn)
+    block, hidden = read_block(state, width, ffn, mixer)
     return ModelConfig(
         pyramid=found,
         latent_size=latent_size or _latent_size(state, last, area),

@@ -18,8 +18,8 @@ from jaxtyping import Float
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.adapters import beside
 from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.leaves import Key, linear_keys
 from ppflow_jax.models.network import Params
-from ppflow_jax.models.parts import Key, linear_keys
 from ppflow_jax.models.patch import positions
 
 
@@ -53,7 +53,12 @@ def key_table(config: ModelConfig) -> tuple[Key, ...]:
     if config.has_levels:
         table.append(Key("level_embedder.embedding_table.weight", ("level", "embedding")))
     for layer in range(config.depth):
-        table += _block(config, layer)
+        if config.block.mixer.attends:
+            table += _attention(config, layer)
+        table += config.block.keys(layer)
+        table += linear_keys(
+            f"blocks.{layer}.adaLN_modulation.1", "blocks", "adaln", index=(layer,)
+        )
     table += linear_keys("final_layer.adaLN_modulation.1", "final_adaln")
     for condition in config.conditions:
         table += condition.keys(config)
@@ -88,7 +93,7 @@ def _adapters(config: ModelConfig, table: list[Key]) -> list[Key]:
     return found
 
 
-def _block(config: ModelConfig, layer: int) -> Iterator[Key]:
+def _attention(config: ModelConfig, layer: int) -> Iterator[Key]:
     name, index, heads = f"blocks.{layer}", (layer,), dict(h=config.heads, c=3)
     yield Key(
         f"{name}.attn.qkv.weight",
@@ -105,8 +110,6 @@ def _block(config: ModelConfig, layer: int) -> Iterator[Key]:
         np.ravel,
     )
     yield from linear_keys(f"{name}.attn.proj", "blocks", "attention", "out", index=index)
-    yield from config.block.keys(layer)
-    yield from linear_keys(f"{name}.adaLN_modulation.1", "blocks", "adaln", index=index)
 
 
 _TRANSPOSED = Key("", (), (), np.transpose, np.transpose)

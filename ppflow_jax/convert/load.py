@@ -14,8 +14,8 @@ from ppflow_jax.convert.keys import key_table, position_names, position_values
 from ppflow_jax.convert.tensors import BFLOAT16
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.leaves import Key
 from ppflow_jax.models.network import Params, abstract_params
-from ppflow_jax.models.parts import Key
 
 DTYPES = (np.dtype("f4"), np.dtype("f8"), np.dtype("f2"), BFLOAT16)
 EXACT = 1e-6

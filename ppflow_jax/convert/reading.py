@@ -30,6 +30,7 @@ class Reading:
       heads: where the width is not that of a public model.
       latent_size: where the file has no positions.
       ffn: where the defaults of a mixture of experts are not its settings.
+      mixer: where it is not full attention.
       path, prediction: None takes them from the file's arguments, or linear and velocity.
       space: `latents` or `pixels`.
       dtype: of the parameters; None keeps that of each tensor.
@@ -40,6 +41,7 @@ class Reading:
     heads: int | None = None
     latent_size: int | None = None
     ffn: str | None = None
+    mixer: str | None = None
     path: str | None = None
     prediction: str | None = None
     space: str = "latents"
@@ -72,6 +74,7 @@ class Reading:
             heads=self.heads,
             latent_size=self.latent_size,
             ffn=self.ffn,
+            mixer=self.mixer,
         )
         if self.expands(config):
             expanded_config(config, self.stages)  # before anything is read

@@ -5,32 +5,37 @@ from __future__ import annotations
 import numpy as np
 
 from ppflow_jax.errors import InputError
+from ppflow_jax.flow.times import shifted, unshifted
 from ppflow_jax.pyramid import Pyramid
 
 
-def aligned_grid(lo: float, hi: float, steps: int, pyramid: Pyramid) -> np.ndarray:
+def aligned_grid(
+    lo: float, hi: float, steps: int, pyramid: Pyramid, shift: float = 1.0
+) -> np.ndarray:
     """float32 grid on [lo, hi] with `steps` intervals and every boundary inside as a point.
 
     Intervals are shared among the stages by duration (largest remainder, at least one each)
-    and are equal within a stage.
+    and are equal within a stage, both in the raw time of `flow.times`; all times here are t.
 
     Raises:
       InputError: fewer steps than stages.
     """
     ends = [lo, *(b for b in pyramid.boundaries if lo < b < hi), hi]
-    durations = np.diff(ends)
+    raw = [unshifted(t, shift) for t in ends]
+    durations = np.diff(raw)
     if steps < len(durations):
         raise InputError(
             f"{steps} step(s) for {len(durations)} stages on the aligned grid: "
             f"give at least {len(durations)}"
         )
-    ideal = durations / (hi - lo) * steps
+    ideal = durations / (raw[-1] - raw[0]) * steps
     counts = np.maximum(np.floor(ideal + 1e-9).astype(int), 1)
     while counts.sum() < steps:
         counts[np.argmax(ideal - counts)] += 1
     while counts.sum() > steps:
         counts[np.argmax(np.where(counts > 1, counts - ideal, -np.inf))] -= 1
-    pieces = [np.linspace(a, b, n + 1)[:-1] for a, b, n in zip(ends, ends[1:], counts)]
+    inner = [np.linspace(a, b, n + 1)[1:-1] for a, b, n in zip(raw, raw[1:], counts)]
+    pieces = [[a, *shifted(points, shift)] for a, points in zip(ends, inner)]
     return np.concatenate([*pieces, [hi]]).astype(np.float32)
 
 

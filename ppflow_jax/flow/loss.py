@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.path import WEIGHTINGS, Flow, interpolate, residual
+from ppflow_jax.flow.strata import check_batch, over_time, strided
 from ppflow_jax.flow.terms import (
     OWN,
     Batch,
@@ -25,6 +26,7 @@ from ppflow_jax.flow.terms import (
     network_leaves,
     own_leaves,
 )
+from ppflow_jax.flow.times import Law, LogitNormal, shares
 from ppflow_jax.models.conditions import LABEL, Cond, Condition
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Apply, Output, Params
@@ -57,6 +59,7 @@ class FlowObjective:
         times (FlexiDiT, arXiv 2502.20126).
       terms: what else may be minimised, besides what the parts of the blocks give.
       conditions: of the network; a batch has their values as fields.
+      logit_normal: how raw times are distributed; None: uniformly. The flow's shift moves them.
 
     Raises:
       InputError: unknown weighting, weighting of a velocity, shares or times that do not fit the
@@ -72,6 +75,7 @@ class FlowObjective:
     stage_times: tuple[tuple[float, float], ...] = ()
     terms: tuple[Term, ...] = ()
     conditions: tuple[Condition, ...] = ()
+    logit_normal: LogitNormal | None = None
 
     frozen = ()
     forward_mode = False
@@ -104,9 +108,26 @@ class FlowObjective:
             )
 
     @property
+    def law(self) -> Law:
+        """How times are distributed."""
+        return Law(self.flow.shift, self.logit_normal)
+
+    @property
+    def durations(self) -> tuple[float, ...]:
+        """How much each stage counts: by the probability of its times."""
+        law = self.law
+        return self.pyramid.durations if law.plain else law.masses(self.pyramid.intervals)
+
+    @property
+    def shares(self) -> tuple[int, ...]:
+        """Samples of each stage out of every pattern."""
+        by_time = self.pyramid.shares() if self.law.plain else shares(self.durations)
+        return self.stage_share or by_time
+
+    @property
     def pattern(self) -> tuple[int, ...]:
         """Stage of sample i is `pattern[i % len(pattern)]`."""
-        counts = self.stage_share or self.pyramid.shares()
+        counts = self.shares
         return tuple(stage for stage, count in enumerate(counts) for _ in range(count))
 
     @property
@@ -123,8 +144,8 @@ class FlowObjective:
         Raises:
           InputError: it does not.
         """
-        shares = ":".join(map(str, self.stage_share or self.pyramid.shares()))
-        check_batch(self.pattern, batch_size, shards, f"stage shares {shares}")
+        text = ":".join(map(str, self.shares))
+        check_batch(self.pattern, batch_size, shards, f"stage shares {text}")
 
     def init(self, model: ModelConfig, key: Key[Array, ""]) -> Params:
         """The leaves of the terms."""
@@ -154,9 +175,11 @@ class FlowObjective:
         )
 
     def times(self, u: Float[Array, " b"]) -> Float[Array, " b"]:
-        """Times of a batch, uniform in each stage's range, from numbers uniform in [0, 1)."""
+        """Times of a batch in each stage's range, from numbers uniform in [0, 1)."""
         lo, hi = np.asarray(self.time_ranges, np.float32)[list(self.pattern)].T
         repeats = len(u) // len(self.pattern)
+        if not self.law.plain:
+            return self.law.times(u, np.tile(lo, repeats), np.tile(hi, repeats))
         return jnp.tile(lo, repeats) + jnp.tile(hi - lo, repeats) * u
 
     def told(self, labels: Int[Array, " b"], drop: Float[Array, " b"], batch: Batch) -> Cond:
@@ -190,12 +213,12 @@ class FlowObjective:
         taps = functools.reduce(operator.or_, (term.taps for term in terms), Taps())
         views, outputs = self.predicted(apply, params, frozen, batch, draws, taps)
         losses = [self.errors(view, output) for view, output in zip(views, outputs)]
-        total, metrics = over_time(self.pyramid, losses, outputs, weights)
+        total, metrics = over_time(self.pyramid, losses, outputs, weights, self.durations)
         own = params.get(OWN, {})
         for term in terms:
             leaves = own.get(term.name, {})
             given = (jnp.mean(term(leaves, out, view)) for out, view in zip(outputs, views))
-            value = sum(d * v for d, v in zip(self.pyramid.durations, given))
+            value = sum(d * v for d, v in zip(self.durations, given))
             total, metrics[term.name] = total + weights[term.name] * value, value
         return total, metrics
 
@@ -241,60 +264,3 @@ class FlowObjective:
             *(self.flow, self.weighting, view.noise, view.velocity, output.prediction, view.t)
         )
         return jnp.mean(jnp.square(error), axis=(1, 2, 3))
-
-
-def check_batch(pattern: tuple[int, ...], batch_size: int, shards: int, rows: str) -> None:
-    """Every one of `shards` equal parts of a batch must hold whole patterns.
-
-    Args:
-      rows: what the pattern comes from, for the message.
-
-    Raises:
-      InputError: it does not.
-    """
-    unit = len(pattern) * shards
-    if batch_size < 1 or batch_size % unit:
-        below = max(unit, batch_size // unit * unit)
-        raise InputError(
-            f"batch of {batch_size} cannot be divided among {shards} data shard(s) with {rows}: "
-            f"choose a multiple of {unit}, e.g. {below}"
-        )
-
-
-def over_time(
-    pyramid: Pyramid,
-    losses: Sequence[Float[Array, " _"]],
-    outputs: Sequence[Output],
-    weights: Weights,
-) -> tuple[Float[Array, ""], Metrics]:
-    """The loss as a mean over time, with what the parts of the blocks add to it, and metrics.
-
-    Args:
-      losses: of every sample, by stage.
-      outputs: of every stage.
-    """
-    means = [jnp.mean(x) for x in losses]
-    loss = sum(d * m for d, m in zip(pyramid.durations, means))
-    metrics = {f"loss/stage{i}": m for i, m in enumerate(means)} if len(means) > 1 else {}
-    total, terms = with_block_terms(loss, pyramid, outputs, weights)
-    return total, metrics | terms | {"loss": loss}
-
-
-def with_block_terms(
-    loss: Float[Array, ""], pyramid: Pyramid, outputs: Sequence[Output], weights: Weights
-) -> tuple[Float[Array, ""], Metrics]:
-    """`loss` and the weighted terms of the parts of the blocks, means over time; these by name."""
-    found = {}
-    for name in outputs[0].aux:
-        if weight := weights.get(name):
-            term = sum(d * output.aux[name] for d, output in zip(pyramid.durations, outputs))
-            loss, found[name] = loss + weight * term, term
-    return loss, found
-
-
-def strided(x: Array, pattern: tuple[int, ...], stage: int) -> Array:
-    """Samples of one stage, in order: a slice of every pattern, so no shard talks to another."""
-    where = np.flatnonzero(np.asarray(pattern) == stage)
-    first, count = int(where[0]), len(where)
-    rows = x.reshape(x.shape[0] // len(pattern), len(pattern), *x.shape[1:])
-    return rows[:, first : first + count].reshape(-1, *x.shape[1:])

@@ -7,8 +7,10 @@ Sec. 2 and Appendix B. All functions take t of shape [b] and arrays [b, h, w, c]
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -84,12 +86,16 @@ PATHS = {p.name: p for p in (LINEAR, GVP, VP)}
 class Flow:
     """What the network predicts along which path; stored inside every checkpoint.
 
+    Attributes:
+      shift: of the times that are drawn and stepped through, see `flow.times`; 1 is none.
+
     Raises:
-      InputError: unknown path or prediction.
+      InputError: unknown path or prediction, or a shift that is not above 0.
     """
 
     path: str = "linear"
     prediction: str = "velocity"
+    shift: float = 1.0
 
     def __post_init__(self):
         if self.path not in PATHS:
@@ -98,6 +104,13 @@ class Flow:
             raise InputError(
                 f"unknown prediction {self.prediction!r}: one of {', '.join(PREDICTIONS)}"
             )
+        if not 0 < self.shift < math.inf:
+            raise InputError(f"the shift of times must be a number above 0, got {self.shift}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Without a shift that is none."""
+        values = asdict(self)
+        return values if self.shift != 1 else {k: v for k, v in values.items() if k != "shift"}
 
     @property
     def interpolant(self) -> Path:

@@ -17,6 +17,7 @@ from ppflow_jax.flow.method import Method
 from ppflow_jax.flow.multistep import MULTISTEP, Rows
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.solvers import DIFFUSIONS, JUMPS, LAST_STEPS, ODE_SOLVERS, SDE_SOLVERS
+from ppflow_jax.flow.times import shifted, unshifted
 from ppflow_jax.pyramid import Pyramid
 
 GRIDS = ("aligned", "reference")
@@ -220,9 +221,7 @@ def plan(config: SamplerConfig, pyramid: Pyramid, flow: Flow) -> tuple[Segment, 
     multistep, jumps = config.solver in MULTISTEP, config.solver in JUMPS
     nodes = (0.0,) if multistep else (ODE_SOLVERS | SDE_SOLVERS | JUMPS)[config.solver].nodes
     aligned = config.grid == "aligned"
-    make = jump_grid if jumps else aligned_grid
-    grid = (lo, hi, config.steps)
-    times = make(*grid, pyramid) if aligned else reference_grid(*grid)
+    times = _grid(config, pyramid, flow, (lo, hi))
 
     def facts(t0: np.float32, t1: np.float32) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """Stage and scale of every evaluation; a step is guided or not as a whole."""
@@ -253,6 +252,22 @@ def plan(config: SamplerConfig, pyramid: Pyramid, flow: Flow) -> tuple[Segment, 
         last = (float(start), float(start) + config.last_step_size)
         segments.append(Segment("last", (stage,), (scale,), last))
     return tuple(segments)
+
+
+def _grid(
+    config: SamplerConfig, pyramid: Pyramid, flow: Flow, between: tuple[float, float]
+) -> np.ndarray:
+    """float32 times, moved by the flow's shift (see `flow.times`)."""
+    if config.solver in JUMPS:
+        if flow.shift != 1:
+            raise InputError(f"solver={config.solver} has no shifted times: choose an ODE solver")
+        return jump_grid(*between, config.steps, pyramid)
+    if config.grid == "aligned":
+        return aligned_grid(*between, config.steps, pyramid, flow.shift)
+    if flow.shift == 1:
+        return reference_grid(*between, config.steps)
+    raw = reference_grid(*(unshifted(t, flow.shift) for t in between), config.steps)
+    return np.float32(shifted(np.float64(raw), flow.shift))
 
 
 def _adaptive(

@@ -23,7 +23,7 @@ from flax import nnx
 
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.layers import FREQUENCIES
-from ppflow_jax.models.parts import Site
+from ppflow_jax.models.leaves import Site
 from ppflow_jax.models.trees import Path, Tree, at, parted, put
 
 if TYPE_CHECKING:
@@ -132,13 +132,9 @@ def sites(model: ModelConfig) -> tuple[Site, ...]:
     `blocks/gates` is the pair of gates of a block, which adaLN computes: they have no kernel of
     their own and can be scaled only.
     """
-    d, attention = model.width, ("blocks", "attention")
-    heads = (3, model.heads, model.head_width)
-    channels = model.channels
+    d, channels = model.width, model.channels
     out_channels = channels * (2 if model.learn_sigma else 1)
     found = [
-        Site("blocks/attention/qkv", attention, d, heads, "attention", prefix="qkv_"),
-        Site("blocks/attention/out", (*attention, "out"), d, (d,), "attention"),
         *(site for part in model.block.parts for site in part.sites(model)),
         Site("blocks/adaln", ("blocks", "adaln"), d, (6 * d,), "image"),
         Site("blocks/gates", ("blocks",), 0, (2, d), "image", prefix="gates_"),

@@ -12,17 +12,17 @@ def block_flops(
 ) -> int:
     """FLOPs of the matrix products of one block for one image, 2 per multiply-add.
 
-    8 N D^2 (attention projections) + 4 N^2 D (attention) + 12 D^2 (adaLN) + what the block's parts
-    and adapters count, for N tokens that enter attention and M that enter the MLP; all, where not
-    given.
+    12 D^2 (adaLN) + what the block's parts and adapters count; `attention` and `mlp` tokens enter
+    those branches, all where not given.
     """
     rows, cols = model.pyramid.grid(stage, model.latent_size)
-    d = model.width
+    block = model.block
     n = rows * cols if attention is None else attention
     m = rows * cols if mlp is None else mlp
-    parts = sum(part.flops(model, m) for part in model.block.parts)
+    parts = block.mixer.flops(model, stage, n) + block.ffn.flops(model, m)
+    parts += 0 if block.wrap is None else block.wrap.flops(model, m)
     adapters, _ = low_rank_flops(model, stage, n, m)
-    return 8 * n * d * d + 4 * n * n * d + 12 * d * d + parts + adapters
+    return 12 * model.width**2 + parts + adapters
 
 
 def ends_flops(model: ModelConfig, stage: int) -> int:
@@ -46,10 +46,12 @@ def forward_flops(model: ModelConfig, stage: int) -> int:
 def block_traffic(model: ModelConfig, stage: int) -> int:
     """Elements that the matrix products and the softmax of all blocks read and write, one image.
 
-    Per block: 12 N D + 2 N u + 4 h N^2 with h heads and u hidden units that a token passes; an
-    estimate of what crosses HBM if each product is one kernel. Weights are not counted.
+    Per block: 12 N D + 2 N u + 4 h S for h heads, u hidden units that a token passes, S elements of
+    a head's softmax, N^2 in full attention; an estimate of what crosses HBM if each product is
+    one kernel. Weights are not counted.
     """
     rows, cols = model.pyramid.grid(stage, model.latent_size)
     n, d = rows * cols, model.width
     hidden = model.block.ffn.hidden(model)
-    return model.depth * (int((12 * d + 2 * hidden) * n) + 4 * model.heads * n * n)
+    scores = model.block.mixer.scores(model, stage)
+    return model.depth * (int((12 * d + 2 * hidden) * n) + 4 * model.heads * scores)

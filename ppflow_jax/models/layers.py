@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -17,13 +18,22 @@ from ppflow_jax.models.attention import attend
 
 if TYPE_CHECKING:
     from ppflow_jax.models.config import ModelConfig
-    from ppflow_jax.models.parts import Aux, Execution
+    from ppflow_jax.models.leaves import Aux
 
 _xavier = nnx.initializers.xavier_uniform()
 _zeros = nnx.initializers.zeros
 _normal = nnx.initializers.normal(0.02)
 
 FREQUENCIES = 128
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How blocks are computed, not what; never in a checkpoint."""
+
+    dtype: DTypeLike = jnp.float32
+    programs: Programs = Programs()
+    layout: Layout = Layout()
 
 
 def timestep_features(t: Float[Array, " b"]) -> Float[Array, "b f"]:
@@ -166,11 +176,17 @@ class Attention(nnx.Module):
         return jnp.einsum("bqhe,bkhe->bhqk", q, k, preferred_element_type=jnp.float32)
 
     def per_token(self, f: Callable[[Array], Array], x: Float[Array, "b n d"]) -> Array:
-        """f of every token."""
-        if not self.programs.rows:
-            return f(x)
-        out = f(x.reshape(-1, x.shape[-1]))
-        return out.reshape(*x.shape[:-1], *out.shape[1:])
+        return per_token(self.programs, f, x)
+
+
+def per_token(
+    programs: Programs, f: Callable[[Array], Array], x: Float[Array, "b n d"]
+) -> Float[Array, "b n ..."]:
+    """f of every token."""
+    if not programs.rows:
+        return f(x)
+    out = f(x.reshape(-1, x.shape[-1]))
+    return out.reshape(*x.shape[:-1], *out.shape[1:])
 
 
 class Signal(nnx.Variable):
@@ -178,26 +194,26 @@ class Signal(nnx.Variable):
 
 
 class Block(nnx.Module):
-    """Transformer block with adaLN-Zero: every branch is gated, and the gates start at zero."""
+    """Transformer block with adaLN-Zero: every branch is gated, and the gates start at zero.
+
+    Attributes:
+      grid: rows and columns of the tokens that enter it; nothing that has weights depends on it.
+    """
+
+    attention: Attention
+    grid: tuple[int, int] = (0, 0)
 
     def __init__(self, model: ModelConfig, run: Execution, *, rngs: nnx.Rngs):
-        width, dtype = model.width, run.dtype
-        self.spec = model.block
-        self.adaln = linear(width, 6 * width, rngs, dtype=dtype, init=_zeros)
-        self.attention = Attention(
-            width,
-            model.heads,
-            dtype=dtype,
-            rngs=rngs,
-            programs=run.programs,
-            per_device=run.layout.heads,
-        )
+        width = model.width
+        self.spec, self.programs = model.block, run.programs
+        self.adaln = linear(width, 6 * width, rngs, dtype=run.dtype, init=_zeros)
         for part in self.spec.parts:
             for name, module in part.modules(model, run, rngs).items():
                 setattr(self, name, module)
 
-    def given(self, signal: Any) -> Block:
-        """This block, with what its wrap has for it (None: nothing)."""
+    def given(self, signal: Any, grid: tuple[int, int]) -> Block:
+        """This block, for tokens of a grid, with what its wrap has for it (None: nothing)."""
+        self.grid = grid
         if signal is not None:
             self.signal = Signal(signal)
         return self
@@ -209,6 +225,13 @@ class Block(nnx.Module):
             for i, gamma in zip((2, 5), self.gates_gamma[...].astype(jnp.float32)):
                 parts[i] = parts[i] * gamma[None]
         return parts
+
+    def per_token(self, f: Callable[[Array], Array], x: Float[Array, "b n d"]) -> Array:
+        return per_token(self.programs, f, x)
+
+    def mix(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """The branch in which tokens see each other before its gate, whatever part it is."""
+        return self.spec.mixer(self, x)
 
     def mlp(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         """The branch after attention before its gate, whatever part it is."""
@@ -223,7 +246,7 @@ class Block(nnx.Module):
         if self.spec.wrap is not None:
             x = self.spec.wrap(self, x)
         inner = x
-        attention = self.attention(modulate(x, shift1, scale1))
+        attention = self.mix(modulate(x, shift1, scale1))
         x = x + gate1[:, None] * attention
         mlp, aux = self.spec.ffn(self, modulate(x, shift2, scale2))
         x = x + gate2[:, None] * mlp

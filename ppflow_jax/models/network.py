@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from ppflow_jax.models.adapters import attach
 from ppflow_jax.models.conditions import Cond, Told, split
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.layers import Block, TimestepEmbedder, _normal, _zeros, linear, modulate
-from ppflow_jax.models.parts import Aux, Execution
+from ppflow_jax.models.parts import Aux, Execution, FullAttention
 from ppflow_jax.models.patch import patchify, positions, unpatchify
 from ppflow_jax.models.stack import REMAT_POLICIES, Params, Stack, Taps, unstacked
 
@@ -153,7 +154,8 @@ class PPFlow(nnx.Module):
         told = split(self.config.conditions, y)
         c = jax.nn.silu(self.embeddings((t,), (told,), (stage,))[0])
         signal, _ = self.signals(Stack(self.blocks, (), self.run, self.remat), t)
-        h, extra = trunk(self.blocks.given(signal), self.tokens(x, stage, told), c)
+        blocks = self.blocks.given(signal, self.grid(stage))
+        h, extra = trunk(blocks, self.tokens(x, stage, told), c)
         return self.prediction(h, c, stage), extra
 
     def by_stage(
@@ -174,10 +176,14 @@ class PPFlow(nnx.Module):
         hs = tuple(self.tokens(*each) for each in zip(xs, stages, told))
         stack = Stack(self.blocks, layers, self.run, self.remat)
         signals, given = zip(*(self.signals(stack, t) for t in ts))
-        hs, auxes, found = stack(hs, cs, signals, taps)
+        hs, auxes, found = stack(hs, cs, signals, tuple(map(self.grid, stages)), taps)
         predictions = (self.prediction(*each) for each in zip(hs, cs, stages))
         terms = (self.config.block.terms(aux | more) for aux, more in zip(auxes, given))
         return tuple(map(Output, predictions, terms, found))
+
+    def grid(self, stage: int) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        return self.config.pyramid.grid(stage, self.config.latent_size)
 
     def signals(self, stack: Stack, t: Float[Array, " b"]) -> tuple[Any, Aux]:
         """What the wrap of the blocks has for them at these times, see `models.parts.Wrap`."""
@@ -191,8 +197,9 @@ class PPFlow(nnx.Module):
     ) -> Float[Array, "b h w c"]:
         """What the tokens that leave the trunk predict."""
         config = self.config
-        grid = config.pyramid.grid(stage, config.latent_size)
-        out = unpatchify(self.final(h, c, stage), grid, config.pyramid.stages[stage].patch)
+        out = unpatchify(
+            self.final(h, c, stage), self.grid(stage), config.pyramid.stages[stage].patch
+        )
         return out[..., : config.channels]
 
 
@@ -226,21 +233,22 @@ def make_apply(
     layout: Layout = Layout(),
     one_time: bool = False,
 ) -> Apply:
-    """The network as a pure function `apply(params, x, t, y, stage, trunk=None, taps=Taps())`.
+    """The network as a pure function `apply(params, x, t, y, stage, trunk, taps, mixer)`.
 
     x float32 [b, h, w, c] latent; t float32 [b] in [0, 1]; y int32 [b], null label allowed, of a
     model with conditions {"label": y, name: values} (see `models.conditions`); stage a Python int.
     Returns float32 [b, h, w, c]: the velocity, score or noise it was trained to predict. With a
     tuple for each of x, t, y and stage: an `Output` of each, in one pass over the blocks; with
-    `taps` an `Output` of one stage too. `params` may be `unstacked`. `dtype` is that of the matrix
-    products, `programs` how it is computed (None: as suits passes on the default device), `layout`
-    that of the mesh. With `one_time` all images of a call have one time, as in sampling. `trunk`
-    (see `Trunk`) replaces the scan over the blocks, whose weights are then all gathered at once;
-    the result is (prediction, what the trunk returned besides).
+    `taps` an `Output` of one stage too. With `mixer` tokens see each other as that part has it, on
+    the same leaves (see `models.parts.Mixer`). `params` may be `unstacked`. `dtype` is that of the
+    matrix products, `programs` how it is computed (None: as suits passes on the default device),
+    `layout` that of the mesh. With `one_time` all images of a call have one time, as in sampling.
+    `trunk` (see `Trunk`) replaces the scan over the blocks, whose weights are then all gathered at
+    once; the result is (prediction, what the trunk returned besides).
 
     Raises:
       InputError: unknown remat policy, or a policy for unrolled blocks; in `apply`, taps of blocks
-        that there are not.
+        or logits that there are not.
     """
     programs = programs or for_passes(dtype=dtype, head=config.head_width)
     if remat not in REMAT_POLICIES:
@@ -252,14 +260,18 @@ def make_apply(
         nnx.eval_shape(lambda: _module(config, jax.random.key(0), dtype, remat, **options))
     )
 
-    def apply(params, x, t, y, stage, trunk=None, taps=Taps()):
+    def apply(params, x, t, y, stage, trunk=None, taps=Taps(), mixer=None):
         taps.check(config.depth)
+        spec = config.block if mixer is None else replace(config.block, mixer=mixer)
+        if taps.logits and not isinstance(spec.mixer, FullAttention):
+            raise InputError(f"logits of attention: in the blocks there is {spec.mixer} instead")
         if programs.unrolled and trunk is None:
             params = unstacked(params)
         here = {name: part for name, part in params.items() if trunk or name != "blocks"}
         params = params | layout.weights(here, "")
         layers = params["blocks"] if isinstance(params["blocks"], tuple) else ()
         network = nnx.merge(graphdef, params | {"blocks": layers[0]} if layers else params)
+        network.blocks.spec = spec
         if trunk is not None:
             return network(x, t, y, stage, trunk)
         if isinstance(stage, tuple):

@@ -9,105 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.sharding import PartitionSpec as P
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from ppflow_jax.devices.layout import Layout
-from ppflow_jax.devices.programs import Programs
 from ppflow_jax.errors import InputError
-from ppflow_jax.models.layers import linear
+from ppflow_jax.models.layers import Attention, Execution, linear
+from ppflow_jax.models.leaves import Aux, Described, Key, Leaves, Matrix, Rule, Site, linear_keys
 
 if TYPE_CHECKING:
     from ppflow_jax.models.config import ModelConfig
     from ppflow_jax.models.layers import Block
-
-Leaves = dict[str, Any]
-# What a part gives besides its output, by name
-Aux = dict[str, Array]
-# Pattern of paths such as `blocks/fc1/kernel`, and the mesh axes of such a leaf, depth first
-Rule = tuple[str, P]
-# Pattern of paths, and the axes of inputs and of outputs of the matrices that such a leaf holds
-Matrix = tuple[str, tuple[int, ...], tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class Execution:
-    """How blocks are computed, not what; never in a checkpoint."""
-
-    dtype: DTypeLike = jnp.float32
-    programs: Programs = Programs()
-    layout: Layout = Layout()
-
-
-def _same(x: np.ndarray) -> np.ndarray:
-    return x
-
-
-class Key(NamedTuple):
-    """A tensor of the PyTorch code, and where it is in our leaves.
-
-    Attributes:
-      torch: its name.
-      path: of our leaf.
-      index: of its layer, and of its expert, in the leading axes of our leaf.
-      ours, theirs: into our layout and back; bijections of the elements.
-    """
-
-    torch: str
-    path: tuple[str | int, ...]
-    index: tuple[int, ...] = ()
-    ours: Callable[[np.ndarray], np.ndarray] = _same
-    theirs: Callable[[np.ndarray], np.ndarray] = _same
-
-
-class Site(NamedTuple):
-    """A linear map of the network, beside whose kernel adapters may stand.
-
-    Attributes:
-      name: as the patterns of adapters have it, such as `blocks/fc1`.
-      module: path of the module with its leaves; those below `blocks` have an axis of depth.
-      inputs: width of what enters; 0 where only a scale is possible, because there is no kernel.
-      outputs: shape of what leaves for one row.
-      rows: of one image: `attention` and `mlp` (tokens that enter that branch) or `image` (one).
-      stage: the only stage that computes it; None: all.
-      prefix: of the names of its leaves.
-    """
-
-    name: str
-    module: tuple[str | int, ...]
-    inputs: int
-    outputs: tuple[int, ...]
-    rows: str
-    stage: int | None = None
-    prefix: str = ""
-
-
-def linear_keys(torch: str, *path: str | int, index: tuple[int, ...] = ()) -> Iterator[Key]:
-    """Weight and bias of a linear layer."""
-    yield Key(f"{torch}.weight", (*path, "kernel"), index, np.transpose, np.transpose)
-    yield Key(f"{torch}.bias", (*path, "bias"), index)
-
-
-@dataclass(frozen=True)
-class Described:
-    """What configurations and checkpoints have as text: `kind:field=value,...`.
-
-    Attributes:
-      kind: its name there.
-    """
-
-    kind: ClassVar[str]
-
-    def __str__(self) -> str:
-        pairs = (f"{f.name}={str(getattr(self, f.name)).lower()}" for f in fields(self))
-        return ":".join(filter(None, (self.kind, ",".join(pairs))))
 
 
 @dataclass(frozen=True)
@@ -126,10 +40,6 @@ class Part(Described):
 
     def modules(self, model: ModelConfig, run: Execution, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
         """What is attached to a block, by the names of its leaves."""
-        raise NotImplementedError
-
-    def flops(self, model: ModelConfig, tokens: int) -> int:
-        """FLOPs of its matrix products for so many tokens of one image, 2 per multiply-add."""
         raise NotImplementedError
 
     def keys(self, layer: int) -> Iterator[Key]:
@@ -161,11 +71,94 @@ class Part(Described):
         return {}
 
 
+class Mixer(Part):
+    """The branch of a block in which tokens see each other.
+
+    Attributes:
+      attends: it has the projections of DiT's attention, as `block.attention`, whose PyTorch names
+        `convert.keys` knows; what such parts have besides is in modules of their own.
+    """
+
+    attends: ClassVar[bool] = True
+
+    def check(self, model: ModelConfig) -> None:
+        """
+        Raises:
+          InputError: a grid of tokens that it cannot be on.
+        """
+
+    def modules(self, model: ModelConfig, run: Execution, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
+        """The projections; parts with more add to them."""
+        attention = Attention(
+            *(model.width, model.heads),
+            dtype=run.dtype,
+            rngs=rngs,
+            programs=run.programs,
+            per_device=run.layout.heads,
+        )
+        return {"attention": attention}
+
+    def __call__(self, block: Block, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """The branch before its gate; tokens are row by row of `block.grid`."""
+        raise NotImplementedError
+
+    def flops(self, model: ModelConfig, stage: int, tokens: int) -> int:
+        """FLOPs of its matrix products for so many tokens of one image, 2 per multiply-add.
+
+        All of the stage's, or fewer where tokens are merged.
+        """
+        raise NotImplementedError
+
+    def scores(self, model: ModelConfig, stage: int) -> int:
+        """Elements of one head's softmax, for estimates of memory traffic."""
+        raise NotImplementedError
+
+    def keys(self, layer: int) -> Iterator[Key]:
+        return iter(())
+
+    def sites(self, model: ModelConfig) -> Iterator[Site]:
+        d, attention = model.width, ("blocks", "attention")
+        heads = (3, model.heads, model.head_width)
+        yield Site("blocks/attention/qkv", attention, d, heads, "attention", prefix="qkv_")
+        yield Site("blocks/attention/out", (*attention, "out"), d, (d,), "attention")
+
+    @classmethod
+    def read(cls, state: Any) -> Mixer | None:
+        """The part of a PyTorch state dict, where its names tell it."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class FullAttention(Mixer):
+    """DiT's: every token sees all."""
+
+    kind = "attention"
+
+    def __call__(self, block: Block, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        return block.attention(x)
+
+    def flops(self, model: ModelConfig, stage: int, tokens: int) -> int:
+        """8 N D^2 + 4 N^2 D."""
+        return 8 * tokens * model.width**2 + 4 * tokens * tokens * model.width
+
+    def scores(self, model: ModelConfig, stage: int) -> int:
+        rows, cols = model.pyramid.grid(stage, model.latent_size)
+        return (rows * cols) ** 2
+
+    @classmethod
+    def read(cls, state: Any) -> Mixer | None:
+        return cls()
+
+
 class Ffn(Part):
     """The branch of a block in which tokens do not see each other."""
 
     def __call__(self, block: Block, x: Float[Array, "b n d"]) -> tuple[Float[Array, "b n d"], Aux]:
         """The branch before its gate, and what it gives besides."""
+        raise NotImplementedError
+
+    def flops(self, model: ModelConfig, tokens: int) -> int:
+        """FLOPs of its matrix products for so many tokens of one image, 2 per multiply-add."""
         raise NotImplementedError
 
     def hidden(self, model: ModelConfig) -> float:
@@ -198,7 +191,7 @@ class Mlp(Ffn):
         def mlp(x):
             return block.fc2(jax.nn.gelu(block.fc1(x), approximate=True))
 
-        return block.attention.per_token(mlp, x), {}
+        return block.per_token(mlp, x), {}
 
     def flops(self, model: ModelConfig, tokens: int) -> int:
         """4 r N D^2."""
@@ -243,6 +236,10 @@ class Wrap(Part):
         """u of a block that x enters."""
         raise NotImplementedError
 
+    def flops(self, model: ModelConfig, tokens: int) -> int:
+        """See `Ffn.flops`."""
+        raise NotImplementedError
+
     @classmethod
     def read(cls, state: Any) -> Wrap | None:
         """The part of a PyTorch state dict, if it has it."""
@@ -251,14 +248,16 @@ class Wrap(Part):
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """The parts of a block, whose attention and adaLN-Zero are DiT's."""
+    """The parts of a block, whose adaLN-Zero is DiT's."""
 
     ffn: Ffn = Mlp()
     wrap: Wrap | None = None
+    mixer: Mixer = FullAttention()
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        return (self.ffn,) if self.wrap is None else (self.ffn, self.wrap)
+        branches = (self.mixer, self.ffn)
+        return branches if self.wrap is None else (*branches, self.wrap)
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -294,7 +293,7 @@ class BlockSpec:
         return {name: str(p) for name, p in parts.items() if p != getattr(DIT, name)}
 
     def __str__(self) -> str:
-        return ", ".join(map(str, self.parts))
+        return ", ".join(str(p) for p in self.parts if p != FullAttention())
 
 
 DIT = BlockSpec()

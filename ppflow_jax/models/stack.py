@@ -36,21 +36,28 @@ class Taps:
       `h/8`: float32 [b, n, d], the tokens after the first 8 blocks.
       `logits/4`: float32 [b, heads, n, n], what enters the softmax of the block with index 4,
         which is the fifth: queries times keys over the root of the head's width.
+      `mixed/4`: [b, n, d], the attention branch of that block before its gate, in the dtype of the
+        matrix products.
 
     Attributes:
       h: numbers of blocks, from 1 to the depth.
-      logits: indices of blocks, from 0 to the depth - 1.
+      logits, mixed: indices of blocks, from 0 to the depth - 1.
     """
 
     h: tuple[int, ...] = ()
     logits: tuple[int, ...] = ()
+    mixed: tuple[int, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.h or self.logits)
+        return bool(self.h or self.logits or self.mixed)
 
     def __or__(self, other: Taps) -> Taps:
-        h, logits = ({*a, *b} for a, b in ((self.h, other.h), (self.logits, other.logits)))
-        return Taps(tuple(sorted(h)), tuple(sorted(logits)))
+        pairs = ((self.h, other.h), (self.logits, other.logits), (self.mixed, other.mixed))
+        return Taps(*(tuple(sorted({*a, *b})) for a, b in pairs))
+
+    def inside(self, block: int) -> tuple[str, ...]:
+        """What is taken inside this block."""
+        return tuple(name for name in ("logits", "mixed") if block in getattr(self, name))
 
     def check(self, depth: int) -> None:
         """
@@ -59,8 +66,9 @@ class Taps:
         """
         if wrong := [i for i in self.h if not 1 <= i <= depth]:
             raise InputError(f"tokens after {wrong} blocks: the model has 1 to {depth}")
-        if wrong := [i for i in self.logits if not 0 <= i < depth]:
-            raise InputError(f"logits of blocks {wrong}: the model has 0 to {depth - 1}")
+        for name in ("logits", "mixed"):
+            if wrong := [i for i in getattr(self, name) if not 0 <= i < depth]:
+                raise InputError(f"{name} of blocks {wrong}: the model has 0 to {depth - 1}")
 
 
 @dataclass(frozen=True)
@@ -88,42 +96,46 @@ class Stack:
         hs: tuple[Float[Array, "_ _ d"], ...],
         cs: tuple[Float[Array, "_ d"], ...],
         signals: tuple[Any, ...],
+        grids: tuple[tuple[int, int], ...],
         taps: Taps = Taps(),
     ) -> tuple[tuple[Float[Array, "_ _ d"], ...], tuple[Aux, ...], tuple[dict[str, Array], ...]]:
         """Tokens of every stage, what the parts give, with a leading axis of depth, and the taps.
 
         Several stages pass a block side by side, each with its own token count, so that its
         weights are gathered, and their gradients summed over a mesh, once for all of them. Each of
-        `cs` is already SiLU(c), each of `signals` what the blocks' wrap has for it, or None.
+        `cs` is already SiLU(c), each of `signals` what the blocks' wrap has for it, or None, each
+        of `grids` rows and columns of its tokens.
         """
 
-        def body(hs, layer, logits=False):
+        def body(hs, layer, inside=()):
             block, signals = layer
             # Weights cross the mesh in the dtype of the matrix products, which is all they enter.
             block = jax.tree.map(lambda p: p.astype(self.run.dtype), block)
             block = self.run.layout.weights(block, "blocks/")
 
-            def through(signal, h, c):
-                here = block.given(signal)
-                seen = here.logits(h, c) if logits else None
-                h, _, aux = here.outputs(h, c)
+            def through(signal, grid, h, c):
+                here = block.given(signal, grid)
+                seen = {"logits": here.logits(h, c)} if "logits" in inside else {}
+                h, (mixed, _), aux = here.outputs(h, c)
+                seen |= {"mixed": mixed} if "mixed" in inside else {}
                 return self.run.layout.batch(h), aux, seen
 
-            hs, auxes, seen = zip(*map(through, signals, hs, cs))
+            hs, auxes, seen = zip(*map(through, signals, grids, hs, cs))
             return hs, (auxes, seen)
 
         found: tuple[dict[str, Array], ...] = tuple({} for _ in hs)
         given, runs = [], list(cuts(self.depth, taps))
         for (first, last), layers in zip(runs, self._split(signals, runs)):
-            logits = first in taps.logits
-            here = functools.partial(body, logits=True) if logits else body
+            inside = taps.inside(first)
+            here = functools.partial(body, inside=inside) if inside else body
             hs, (auxes, seen) = self._run(here, hs, layers)
             given.append(auxes)
             for i, h in enumerate(hs):
                 if last in taps.h:
                     found[i][f"h/{last}"] = h.astype(jnp.float32)
-                if logits:
-                    found[i].update((f"logits/{k}", seen[i][k - first]) for k in range(first, last))
+                for name in inside:
+                    taken = seen[i][name]
+                    found[i].update((f"{name}/{k}", taken[k - first]) for k in range(first, last))
         if len(given) == 1:
             return hs, given[0], found
         return hs, jax.tree.map(lambda *parts: jnp.concatenate(parts), *given), found
@@ -169,11 +181,11 @@ def cuts(depth: int, taps: Taps) -> Iterator[tuple[int, int]]:
     """Runs of blocks (first, last + 1) that the taps leave whole.
 
     After a block whose tokens are taken the stack is cut, and so it is around each run of blocks
-    whose logits are.
+    inside which the same is taken.
     """
     edges = {0, depth, *taps.h}
     for i in range(1, depth):
-        if (i in taps.logits) != (i - 1 in taps.logits):
+        if taps.inside(i) != taps.inside(i - 1):
             edges.add(i)
     ends = sorted(edges)
     return zip(ends, ends[1:])

@@ -13,6 +13,7 @@ from ppflow_jax.flow.plan import ADAPTIVE, SamplerConfig, Segment
 from ppflow_jax.flow.segments import segments_of
 from ppflow_jax.flow.solvers import JUMPS
 from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.parts import FullAttention
 from ppflow_jax.systems.forecast import ForecastConfig, forecasted
 from ppflow_jax.systems.ras import RasConfig, regional
 from ppflow_jax.systems.rettention import RettentionConfig, sparse
@@ -214,6 +215,11 @@ def accelerated(
             raise InputError(
                 f"token merging takes blocks apart that {model.block.wrap.kind} stands around: "
                 "leave merge out of --accelerate"
+            )
+        if not isinstance(model.block.mixer, FullAttention):
+            raise InputError(
+                f"token merging is for full attention, not for {model.block.mixer}: leave merge "
+                "out of --accelerate"
             )
         segments = merged(segments, model, merge)
     if accelerate.ras is not None:

@@ -36,9 +36,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from ppflow_jax.errors import InputError
-from ppflow_jax.flow.loss import FlowObjective, check_batch, strided, with_block_terms
+from ppflow_jax.flow.loss import FlowObjective
 from ppflow_jax.flow.path import LINEAR, Flow, interpolate
 from ppflow_jax.flow.plan import SamplerConfig
+from ppflow_jax.flow.strata import check_batch, strided, with_block_terms
 from ppflow_jax.flow.terms import Batch, Metrics, Weights, network_leaves
 from ppflow_jax.models.conditions import INTERVAL, supplied
 from ppflow_jax.models.config import ModelConfig

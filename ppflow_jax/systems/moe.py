@@ -79,7 +79,7 @@ class MoE(Ffn):
         scores, gate, expert = self.route(block.moe.router[...], x)
         y = block.moe(x, gate, expert)
         if self.shared:
-            y = y + block.attention.per_token(block.moe.shared, x)
+            y = y + block.per_token(block.moe.shared, x)
         return y, {"balance": balance(scores, expert)}
 
     def route(

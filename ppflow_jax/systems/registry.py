@@ -10,14 +10,19 @@ from ppflow_jax.errors import InputError
 from ppflow_jax.flow.loss import FlowObjective
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.terms import Objective, Term
+from ppflow_jax.flow.times import LogitNormal
 from ppflow_jax.models.conditions import Channels, Condition, Scalar
 from ppflow_jax.models.config import ModelConfig
-from ppflow_jax.models.parts import BlockSpec, Ffn, Mlp, Part, Wrap
+from ppflow_jax.models.parts import BlockSpec, Ffn, FullAttention, Mixer, Mlp, Part, Wrap
 from ppflow_jax.pyramid import Pyramid
 from ppflow_jax.systems.cascade import Upsampling
+from ppflow_jax.systems.clear import Clear
+from ppflow_jax.systems.dico import DiCo
 from ppflow_jax.systems.guided_distillation import Guided, Halved
 from ppflow_jax.systems.haste import AttentionAlign
+from ppflow_jax.systems.linfusion import LinFusion
 from ppflow_jax.systems.meanflow import MeanFlow
+from ppflow_jax.systems.mixer_distillation import Distil
 from ppflow_jax.systems.mmd import Mmd
 from ppflow_jax.systems.moe import MoE
 from ppflow_jax.systems.repa import Repa
@@ -26,9 +31,15 @@ from ppflow_jax.systems.tasks import Colourisation, Edges, Inpainting, SuperReso
 
 FFNS: dict[str, type[Ffn]] = {part.kind: part for part in (Mlp, MoE)}
 WRAPS: dict[str, type[Wrap]] = {part.kind: part for part in (Switch,)}
-KINDS: dict[str, dict[str, Any]] = {"ffn": FFNS, "wrap": WRAPS}  # by the field of `BlockSpec`
+# The last one is what a state dict has that is none of the others
+MIXERS: dict[str, type[Mixer]] = {
+    part.kind: part for part in (Clear, LinFusion, DiCo, FullAttention)
+}
+# By the field of `BlockSpec`
+KINDS: dict[str, dict[str, Any]] = {"ffn": FFNS, "wrap": WRAPS, "mixer": MIXERS}
 TERMS: dict[str, Any] = {term.name: term for term in (Repa, AttentionAlign)}  # of the loss
-OBJECTIVES = {kind.kind: kind for kind in (MeanFlow, Guided, Halved, Mmd)}
+OBJECTIVES = {kind.kind: kind for kind in (MeanFlow, Guided, Halved, Distil, Mmd)}
+UNIFORM = "uniform"  # raw times of training, where they are nothing else
 FLOW = "flow"  # the objective without further settings
 NONE = "none"  # of a part that there need not be
 TASKS: dict[str, type[Task]] = {
@@ -88,7 +99,24 @@ def objective(text: str, base: FlowObjective, model: ModelConfig) -> Objective:
     Raises:
       InputError: see `part`; an objective that does not fit the model.
     """
-    return base if text == FLOW else _made(text, "objective", OBJECTIVES).on(base, model)
+    if text == FLOW:
+        return base
+    settings = _made(text, "objective", OBJECTIVES)
+    if not base.law.plain and not isinstance(settings, Distil):
+        raise InputError(
+            f"objective {settings.kind} has times of its own: leave config.flow.shift=1 and "
+            "config.flow.times=uniform"
+        )
+    return settings.on(base, model)
+
+
+def times(text: str) -> LogitNormal | None:
+    """How training draws raw times: `uniform`, or `logit_normal:mean=0,std=1`.
+
+    Raises:
+      InputError: see `part`.
+    """
+    return None if text == UNIFORM else _made(text, "times", {LogitNormal.kind: LogitNormal})
 
 
 def notes_of(text: str, config: SamplerConfig) -> tuple[str, ...]:
@@ -170,12 +198,12 @@ def read_conditions(state: Mapping[str, Any], pyramid: Pyramid) -> tuple[Conditi
 
 
 def read_block(
-    state: Mapping[str, Any], width: int, said: str | None = None
+    state: Mapping[str, Any], width: int, said: str | None = None, mixer: str | None = None
 ) -> tuple[BlockSpec, int]:
     """The parts of a PyTorch state dict, and the hidden units of its MLP or of an expert.
 
     `said` is the part after attention as a configuration has it, which says what names and shapes
-    do not.
+    do not; `mixer` that in place of attention.
 
     Raises:
       InputError: it has none that is known.
@@ -188,4 +216,6 @@ def read_block(
         )
     ffn, hidden = found[0]
     wrap = next(filter(None, (kind.read(state) for kind in WRAPS.values())), None)
-    return replace(take_block({"ffn": said or str(ffn)}), wrap=wrap), hidden
+    mixed = next(filter(None, (kind.read(state) for kind in MIXERS.values())))
+    texts = {"ffn": said or str(ffn), "mixer": mixer or str(mixed)}
+    return replace(take_block(texts), wrap=wrap), hidden

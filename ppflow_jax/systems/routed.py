@@ -51,7 +51,7 @@ def through(
 
 
 def _attention(block: Block, x: Array, shift: Array, scale: Array) -> Array:
-    return block.attention(modulate(x, shift, scale))
+    return block.mix(modulate(x, shift, scale))
 
 
 def _mlp(block: Block, x: Array, shift: Array, scale: Array) -> Array:
@@ -62,7 +62,7 @@ def new_memory(
     blocks: Block, h: Float[Array, "b n d"], c: Float[Array, "b d"]
 ) -> tuple[Float[Array, "b n d"], Kept]:
     """A trunk that makes a memory; only its shapes are used."""
-    branches = jnp.stack([h.astype(blocks.attention.dtype)] * depth_of(blocks))
+    branches = jnp.stack([h.astype(blocks.adaln.dtype)] * depth_of(blocks))
     return h, (branches, branches)
 
 

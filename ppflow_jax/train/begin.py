@@ -7,14 +7,17 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from ppflow_jax.checkpoints.card import read_card
 from ppflow_jax.checkpoints.run import Checkpoints, latest_card
 from ppflow_jax.checkpoints.weights import load_frozen
 from ppflow_jax.devices.sharding import replicated
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.disk import writable_directory
 from ppflow_jax.files.place import is_object
+from ppflow_jax.files.store import find_checkpoint
 from ppflow_jax.models.network import Params
 from ppflow_jax.models.trees import split
+from ppflow_jax.systems.mixer_distillation import check_teacher
 from ppflow_jax.train.experiment import Experiment
 from ppflow_jax.train.init_from import open_start
 from ppflow_jax.train.program import Program
@@ -62,6 +65,7 @@ def open_frozen(
         raise InputError(f"objective {kind} takes no teacher: leave config.train.teacher empty")
     found = load_frozen(root, experiment.card, mesh)
     if names:
+        check_teacher(experiment.objective, read_card(find_checkpoint(path)).model)
         params, start = open_start(path, experiment.card, mesh, "config.train.teacher")
     for name in names:
         grown = jax.jit(start, out_shardings=program.frozen_shardings[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from ppflow_jax.flow.loss import FlowObjective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.terms import Objective, Phase, parse_phases
+from ppflow_jax.flow.times import shift_of
 from ppflow_jax.models.adapters import NONE, parse, text
 from ppflow_jax.models.conditions import Channels
 from ppflow_jax.models.config import ModelConfig
@@ -26,6 +28,7 @@ from ppflow_jax.pyramid import Pyramid
 from ppflow_jax.systems.registry import notes_of, take_block, take_conditions, term
 from ppflow_jax.systems.registry import objective as objective_of
 from ppflow_jax.systems.registry import task as task_of
+from ppflow_jax.systems.registry import times as times_of
 from ppflow_jax.systems.tasks import Task
 from ppflow_jax.train.optimizer import OptimConfig, muon_axes
 from ppflow_jax.train.posthoc import check_widths
@@ -70,7 +73,8 @@ class Experiment:
         model = ModelConfig(pyramid=Pyramid.parse(c.pyramid), **made, **settings)
         if task := task_of(config.data.task):
             model = _told(model, task, config.data.space)
-        flow = Flow(config.flow.path, config.flow.prediction)
+        shift = config.flow.shift or shift_of(math.prod(model.shape))
+        flow = Flow(config.flow.path, config.flow.prediction, shift)
         terms = tuple(map(term, config.flow.terms))
         base = FlowObjective(
             pyramid=model.pyramid,
@@ -82,6 +86,7 @@ class Experiment:
             stage_times=tuple(tuple(map(float, pair)) for pair in config.flow.stage_times),
             terms=terms,
             conditions=model.asked,
+            logit_normal=times_of(config.flow.times),
         )
         _check_given(base, task, tuple(config.data.fields))
         objective = objective_of(config.flow.objective, base, model)

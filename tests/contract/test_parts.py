@@ -43,10 +43,16 @@ PARTS = {
     "moe": {"ffn": "moe:experts=4"},
     "moe of MLPs": {"ffn": "moe:experts=3,top_k=2,shared=0,renormalise=true,expert=gelu"},
     "switch": {"wrap": "switch:experts=3,top_k=2"},
+    "clear": {"mixer": "clear:radius=2"},
+    "clear with cells": {"mixer": "clear:radius=2,pool=2"},
+    "linfusion": {"mixer": "linfusion:hidden=24"},
+    "dico": {"mixer": "dico"},
 }
 # What takes long is done once, with all kinds together
 TOGETHER = PARTS["moe"] | PARTS["switch"]
+MIXERS = [PARTS["clear with cells"], PARTS["linfusion"], PARTS["dico"]]
 FROM_PLAIN = PARTS["moe of MLPs"] | PARTS["switch"]  # starts as the model that it is made from
+FROM_PLAIN |= {"mixer": "clear:radius=9"}  # which covers the grid
 EVERYTHING_ACTIVE = {"moe": "moe:experts=2,top_k=2", "moe of MLPs": "moe:top_k=8,expert=gelu"}
 each = pytest.mark.parametrize("name", PARTS)
 
@@ -57,9 +63,9 @@ def model_of(name, **sizes):
     return ModelConfig(PPFLOW2, **(small | sizes), block=block)
 
 
-def experiment_of(**mesh):
+def experiment_of(mixer, **mesh):
     config = importlib.import_module("configs.digits").get_config()
-    config.model.update(dict(width=32, depth=2, heads=4) | TOGETHER)
+    config.model.update(dict(width=32, depth=2, heads=4) | TOGETHER | mixer)
     config.data.batch_size = 32
     config.mesh.update(mesh)
     return config
@@ -103,8 +109,8 @@ def test_leaves_have_pytorch_names_and_come_back_with_the_same_bits(name):
     params = jax.tree.map(np.asarray, random_params(model))
     state = to_torch(model, params)
     assert len(state) == len(key_table(model))
-    said = PARTS[name].get("ffn")
-    assert find_config(state, "ppflow", heads=2, latent_size=8, ffn=said) == model
+    said = {field: PARTS[name].get(field) for field in ("ffn", "mixer")}
+    assert find_config(state, "ppflow", heads=2, latent_size=8, **said) == model
     back = load_state(model, state).params
     jax.tree.map(np.testing.assert_array_equal, back, params)
 
@@ -115,9 +121,12 @@ def test_flops_are_those_of_the_compiler(name):
     block = take_block(PARTS[name] | {"ffn": EVERYTHING_ACTIVE.get(name, "mlp")})
     model = replace(model_of(name, width=128, latent_size=16), block=block)
     apply = make_apply(model, programs=Programs(experts="dense"))
+    count = lambda m, apply: xla_forward_flops(m, apply, 1, gradient=False)
+    if "mixer" in PARTS[name]:  # in the place of attention, not beside it
+        assert -0.07 < forward_flops(model, 1) / count(model, apply) - 1 < 0.01
+        return
     ours = forward_flops(model, 1) - forward_flops(replace(model, block=DIT), 1)
     plain = make_apply(replace(model, block=DIT))
-    count = lambda m, apply: xla_forward_flops(m, apply, 1, gradient=False)
     theirs = count(model, apply) - count(replace(model, block=DIT), plain)
     assert -0.07 < ours / theirs - 1 < 0.01  # it also counts what is done element by element
 
@@ -137,8 +146,9 @@ def test_rules_cover_every_large_leaf(name):
 
 
 @pytest.mark.long
-def test_a_dry_run_finds_nothing_unexplained():
-    config = experiment_of(data=2, fsdp=2, tensor=2)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_dry_run_finds_nothing_unexplained(mixer):
+    config = experiment_of(mixer, data=2, fsdp=2, tensor=2)
     report = dry_run(config, Target("cpu:8", tuple(jax.devices()), None), sampler=False)
     (step,) = report.programs
     causes = report.causes(step)
@@ -147,8 +157,9 @@ def test_a_dry_run_finds_nothing_unexplained():
 
 
 @pytest.mark.long
-def test_one_device_and_eight_agree():
-    experiment = Experiment.from_config(experiment_of())
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_one_device_and_eight_agree(mixer):
+    experiment = Experiment.from_config(experiment_of(mixer))
     model, key = experiment.card.model, jax.random.key(0)
     x = jax.random.normal(key, (32, *model.shape))
     batch = {"x": x, "label": jnp.arange(32) % model.num_classes}

@@ -48,7 +48,9 @@ class SwitchModel(Model):
         weights = jnp.where(part.kept(gates), gates, 0)
         c, hidden, factors = jax.nn.silu(c), [], []
         for i in range(self.config.depth):
-            block: Block = jax.tree.map(lambda leaf, i=i: leaf[i], net.blocks).given(weights[i])
+            block: Block = jax.tree.map(lambda leaf, i=i: leaf[i], net.blocks).given(
+                weights[i], (0, 0)
+            )
             factors.append(block.switch(h, weights[i]))
             h = block(h, c)
             hidden.append(h)
