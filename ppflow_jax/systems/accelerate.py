@@ -203,6 +203,12 @@ def accelerated(
             f"{config.solver} evaluates another average at every step, and {late[0]} takes values "
             f"of earlier steps: leave {late[0]} out of --accelerate"
         )
+    inside = [name for name in parts if name != "forecast"]  # of blocks
+    if inside and not isinstance(model.block.mixer, FullAttention):
+        raise InputError(
+            f"{inside[0]} is for full attention, not for {model.block.mixer}: leave {inside[0]} out "
+            "of --accelerate"
+        )
     if forecast is not None:
         if forecast.forecast == "adams" and config.solver != "euler":
             raise InputError(
@@ -215,11 +221,6 @@ def accelerated(
             raise InputError(
                 f"token merging takes blocks apart that {model.block.wrap.kind} stands around: "
                 "leave merge out of --accelerate"
-            )
-        if not isinstance(model.block.mixer, FullAttention):
-            raise InputError(
-                f"token merging is for full attention, not for {model.block.mixer}: leave merge "
-                "out of --accelerate"
             )
         segments = merged(segments, model, merge)
     if accelerate.ras is not None:

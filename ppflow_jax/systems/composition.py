@@ -59,12 +59,14 @@ METHODS = {
     "keep": "known parts put in their place at every step, `--keep=steps`",
     "moe": "blocks with experts (DiT-MoE)",
     "switch": "blocks of Switch-DiT",
+    "mixer": "blocks without full attention (CLEAR, LinFusion, DiCo)",
 }
 ENGINES = ("forecast", "merge", "ras", "rettention")  # change the evaluations
 _NOISE = "adds noise at every step"
 _GRID = "chooses its own steps"
 _JUMPS = "evaluates another average at every step"
 _APART = "takes blocks apart"
+_FULL = "is for full attention"
 _ONE = "cannot have both"
 _FILE = "a plan file decides"
 
@@ -72,6 +74,7 @@ _EXCEPTIONS = (
     *(Pair(a, b, STAGES, _ONE) for a, b in itertools.combinations(ENGINES, 2)),
     *(Pair(engine, "meanflow", REFUSED, _JUMPS) for engine in ("forecast", "ras", "rettention")),
     Pair("merge", "switch", REFUSED, _APART),
+    *(Pair(engine, "mixer", REFUSED, _FULL) for engine in ("merge", "ras", "rettention")),
     *(Pair(engine, "plan", REFUSED, _FILE) for engine in ENGINES),
     *(Pair(engine, "sde", REFUSED, _NOISE) for engine in ENGINES),
     *(Pair(engine, "dopri5", REFUSED, _GRID) for engine in ENGINES),

@@ -254,7 +254,7 @@ def test_token_merging_is_refused_and_other_accelerators_are_not(mixer):
     config, model = SamplerConfig("euler", 8), with_mixer(mixer)
     for text in ("forecast.interval=2", "forecast.place=blocks,forecast.blocks=1-2"):
         assert accelerated(config, model, Flow(), AccelerateConfig.parse(text))
-    with pytest.raises(InputError, match="token merging is for full attention"):
+    with pytest.raises(InputError, match="merge is for full attention"):
         accelerated(config, model, Flow(), AccelerateConfig.parse("merge.ratio=0.5"))
 
 
