@@ -206,8 +206,8 @@ def accelerated(
     inside = [name for name in parts if name != "forecast"]  # of blocks
     if inside and not isinstance(model.block.mixer, FullAttention):
         raise InputError(
-            f"{inside[0]} is for full attention, not for {model.block.mixer}: leave {inside[0]} out "
-            "of --accelerate"
+            f"{inside[0]} is for full attention, not for {model.block.mixer}: leave it out of "
+            "--accelerate"
         )
     if forecast is not None:
         if forecast.forecast == "adams" and config.solver != "euler":
