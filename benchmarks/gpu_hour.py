@@ -24,6 +24,7 @@ from pathlib import Path
 
 from absl import flags
 
+from benchmarks.hour.parts import PARTS
 from ppflow_jax import cli
 from ppflow_jax.errors import InputError
 
@@ -33,16 +34,6 @@ _MINUTES = flags.DEFINE_float("minutes", 10.0, "Of this call, everything include
 _PARTS = flags.DEFINE_list("parts", [], "Only these.")
 _LATENTS = flags.DEFINE_string("latents", "", "latents.npy and labels.npy to train on.")
 
-# Shares of the time, and functions
-PARTS = {
-    "parity": (60, "benchmarks.hour.parity:run"),
-    "attention": (55, "benchmarks.hour.attention:run"),
-    "speed": (180, "benchmarks.hour.speed:run"),
-    "peer": (105, "benchmarks.hour.peer:run"),
-    "accelerate": (55, "benchmarks.hour.accelerate:run"),
-    "plans": (60, "benchmarks.hour.plans:run"),
-    "training": (65, "benchmarks.hour.training:run"),
-}
 FOR_REPORT = 0.25  # minutes
 
 

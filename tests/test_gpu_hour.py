@@ -6,20 +6,20 @@ import json
 import random
 import time
 from concurrent.futures import Future
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from benchmarks import gpu_hour
 from benchmarks.hour import device, models, parity, peer, report, runner, speed
+from benchmarks.hour.parts import PARTS
 from benchmarks.hour.record import CUT, DONE, FAILED, RUNNING, SKIPPED
 from benchmarks.hour.runner import Part, finished
 from benchmarks.hour.work import Settings, Skip, Work
 from ppflow_jax.errors import InputError
 from ppflow_jax.pyramid import SIT
 from tests.acceptance import gpu_hour_kills
+from tests.commands import ROOT
 
 
 def parts(*names: str, share: float = 1) -> list[Part]:
@@ -177,7 +177,7 @@ def test_the_report_has_every_part_and_its_failures(here):
     failed = here.record("plans")
     failed.add("XL", {"error": "RESOURCE_EXHAUSTED"})
     failed.write(state=FAILED, reason="a | b", left=["B"])
-    report.write(here, tuple(gpu_hour.PARTS))
+    report.write(here, tuple(PARTS))
     text = (here.out / "report.md").read_text()
     for found in (
         "| other | 1.0e-07 | 1e-05 | **over** |",
@@ -196,7 +196,7 @@ def test_the_report_has_every_part_and_its_failures(here):
 
 
 def test_a_report_of_nothing_can_be_read(here):
-    report.write(here, tuple(gpu_hour.PARTS))
+    report.write(here, tuple(PARTS))
     assert "| parity | not begun |" in (here.out / "report.md").read_text()
 
 
@@ -208,7 +208,7 @@ def test_aims_are_of_training_steps_and_only_of_real_sizes(here):
     steps.add("train B SiT", {"error": "no memory"})
     beside.add("train B SiT", ROWS["peer"])
     for tiny in (True, False):
-        report.write(Settings(here.out, tiny), tuple(gpu_hour.PARTS))
+        report.write(Settings(here.out, tiny), tuple(PARTS))
         text = (here.out / "report.md").read_text()
         assert ("## Aims" in text) != tiny
     assert "* train XL SiT: 49% of the ceiling, 50% or more: **missed**" in text
@@ -293,8 +293,7 @@ def test_a_killed_hour_continues(tmp_path, monkeypatch):
 
 
 def test_every_part_has_a_function_a_table_and_a_title():
-    assert set(gpu_hour.PARTS) == set(report.TABLES) == set(report.TITLES)
-    root = Path(gpu_hour.__file__).parents[1]
-    for _, target in gpu_hour.PARTS.values():
+    assert set(PARTS) == set(report.TABLES) == set(report.TITLES)
+    for _, target in PARTS.values():
         module, name = target.split(":")
-        assert f"def {name}(" in (root / (module.replace(".", "/") + ".py")).read_text()
+        assert f"def {name}(" in (ROOT / (module.replace(".", "/") + ".py")).read_text()
