@@ -172,7 +172,7 @@ def test_one_device_and_eight_agree(mixer):
         gradients = optax.tree.get(state["opt_state"], "mu")  # a tenth of them
         found.append(({k: float(v) for k, v in metrics.items()}, jax.device_get(gradients)))
     (one, gradients), (eight, others) = found
-    assert one == pytest.approx(eight, rel=5e-5)
+    assert one == pytest.approx(eight, rel=5e-4)
     leaves = jax.tree_util.tree_leaves_with_path(gradients)
     for (path, a), b in zip(leaves, jax.tree.leaves(others)):
         assert np.abs(a).max() > 0, leaf_path(path)
