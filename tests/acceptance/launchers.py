@@ -33,7 +33,9 @@ from tests.acceptance import kill_resume
 from tests.acceptance.kill_resume import data, final_state
 from tests.launch import standins
 
-STEPS, AFTER = 40, 12  # all; a run is disturbed after so many, which is after a checkpoint
+# All; a run is disturbed after so many, which is after a checkpoint. The others must outlast the
+# second in which a notice is noticed.
+STEPS, AFTER = 200, 12
 COMMAND = [
     *kill_resume.COMMAND,
     "--config.model.pyramid=4x4@1",
