@@ -179,9 +179,9 @@ of an AMD EPYC with nothing else to do.
 | 16x16x4, 2 levels, width 192, depth 6, 16 | 0.113 | 0.102 (0.084 to 0.104) | 1.10 |
 
 The worst error on the fourteen programs themselves was 4%. 64 digits by `config.sample`, timed
-after the rounds: foretold 0.79 s, measured 0.83 s. With thirty other processes waiting for the cores the same
-command gave ratios of 0.86 and 0.87 for steps and 1.59 for sampling: calibrate a machine that is
-quiet.
+after the rounds: foretold 0.79 s, measured 0.83 s. With thirty other processes waiting for the
+cores the same command gave ratios of 0.86 and 0.87 for steps and 1.59 for sampling: calibrate a
+machine that is quiet.
 """
 
 HEAD = f"""# How long on my hardware
