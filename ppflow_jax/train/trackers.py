@@ -61,7 +61,7 @@ def check_place(names: Sequence[str], workdir: str | Path) -> None:
     if MLflow.name in names and is_object(workdir) and not os.environ.get(_MLFLOW):
         raise InputError(
             f"config.train.trackers: mlflow keeps a database, which {workdir} cannot hold: set "
-            f"{_MLFLOW} to a server, or to a file such as sqlite:////home/me/mlflow.db"
+            f"{_MLFLOW} to a server, or to a file such as sqlite:///mlflow.db"
         )
 
 

@@ -167,16 +167,18 @@ def test_one_device_and_eight_agree(mixer):
     for sizes in ((1, 1, 1), (2, 2, 2)):
         devices = jax.devices()[: int(np.prod(sizes))]
         program = make_program(experiment, make_mesh(*sizes, devices=devices))
-        start = jax.tree.map(jnp.zeros_like, program.init(key)) | {"params": random_params(model)}
+        # Whole, they make gradients of norm 1,700, in which rounding grows to 3e-4
+        params = jax.tree.map(lambda leaf: leaf / 3, random_params(model))
+        start = jax.tree.map(jnp.zeros_like, program.init(key)) | {"params": params}
         state, metrics = program.step(0)(jax.device_put(start, program.shardings), batch, key, {})
         gradients = optax.tree.get(state["opt_state"], "mu")  # a tenth of them
         found.append(({k: float(v) for k, v in metrics.items()}, jax.device_get(gradients)))
     (one, gradients), (eight, others) = found
-    assert one == pytest.approx(eight, rel=5e-4)
+    assert one == pytest.approx(eight, rel=1e-5)
     leaves = jax.tree_util.tree_leaves_with_path(gradients)
     for (path, a), b in zip(leaves, jax.tree.leaves(others)):
         assert np.abs(a).max() > 0, leaf_path(path)
-        assert np.abs(a - b).max() < 1e-3 * np.abs(a).max(), leaf_path(path)
+        assert np.abs(a - b).max() < 1e-4 * np.abs(a).max(), leaf_path(path)
 
 
 def test_they_start_from_a_plain_run_and_compute_the_same(small_run):

@@ -260,14 +260,14 @@ def test_a_database_in_a_bucket_is_refused(monkeypatch):
 
 
 def test_where_one_keeps_its_files_is_said(monkeypatch, tmp_path, capsys):
-    there = SimpleNamespace(name="wandb", where="/home/me/wandb", scalars=0, picture=0, close=0)
+    there = SimpleNamespace(name="wandb", where="/data/wandb", scalars=0, picture=0, close=0)
     monkeypatch.setitem(module.TRACKERS, "wandb", lambda *_: there)
     monkeypatch.setattr(module, "is_object", lambda path: "bucket" in str(path))
     for workdir, count in ((tmp_path / "bucket", 1), (tmp_path / "disk", 0)):
         workdir.mkdir()
         assert open_trackers(("wandb",), workdir, {}) == (there,)
         assert (
-            capsys.readouterr().err.count("wandb keeps its files on this machine, in /home/")
+            capsys.readouterr().err.count("wandb keeps its files on this machine, in /data/")
             == count
         )
 
