@@ -1,7 +1,7 @@
 """Few evaluations by training: MeanFlow, and students of a guided model, against their teacher.
 
     python -m benchmarks.few_steps --out=DIR --features=FEATURES [--seeds=3] [--train_steps=600] \
-        [--batch_size=256] [--halved=8,4,2] [--num=1024] [--rounds=7] [--docs=FILE.md]
+        [--batch_size=256] [--num=1024] [--rounds=7] [--docs=FILE.md]
 
 Trains on digits, for SiT and for two levels and every seed: the model of configs/digits.py, which
 is the teacher; MeanFlow; the guided student; and rounds of halved steps from it. Each run has
@@ -41,7 +41,7 @@ from ppflow_jax.tune.command import tune
 
 PYRAMIDS = {"SiT": "sit", "2 levels": ""}
 STEPS, CFG, BATCH = 20, 2.0, 64
-FEWER = (8, 4, 2)  # of the teacher and of the guided student
+FEWER = (8, 4, 2)  # of the teacher, of the guided student, and rounds of halved steps
 TUNED = (8, 5)
 JUMPS = (1, 2, 4)
 
@@ -55,7 +55,7 @@ class Setting(NamedTuple):
     tuned: int = 0
 
 
-def settings(halved: tuple[int, ...]) -> Iterator[Setting]:
+def settings() -> Iterator[Setting]:
     guided = {"solver": "euler", "cfg": CFG}
     for steps in (STEPS, *FEWER):
         yield Setting("teacher", f"Euler {steps}, two evaluations", guided | {"steps": steps})
@@ -63,14 +63,14 @@ def settings(halved: tuple[int, ...]) -> Iterator[Setting]:
     for steps in TUNED:
         name = f"tuned plan of {steps} steps, two evaluations"
         yield Setting("teacher", name, {"cfg": CFG}, tuned=steps)
-    for steps in halved:
+    for steps in FEWER:
         name = f"halved to {steps} steps"
         yield Setting(f"halved{steps}", name, guided | {"steps": steps})
     for steps in JUMPS:
         yield Setting("meanflow", f"MeanFlow {steps}", {"solver": "meanflow", "steps": steps})
 
 
-BASE = next(settings(())).name
+BASE = next(settings()).name
 
 
 def configurations(folder: Path, pyramid: str, seed: int, args: Any) -> dict[str, ConfigDict]:
@@ -83,7 +83,7 @@ def configurations(folder: Path, pyramid: str, seed: int, args: Any) -> dict[str
 
     found = {"teacher": digits.get_config(pyramid), "meanflow": few("meanflow", "")}
     found["guided"], before = few("guided", "teacher"), "guided"
-    for count in args.halved:
+    for count in FEWER:
         name = f"halved{count}"
         found[name] = few("halved", before)
         found[name].flow.objective = f"halved:steps={count},low=1,high=4"
@@ -121,16 +121,16 @@ def judged(folder: Path, setting: Setting, evaluator: Evaluator, num: int) -> di
     return {"fid": float(fid), "nfe": plan.nfe}
 
 
-def times(folder: Path, args: Any) -> dict[str, float]:
+def times(folder: Path, rounds: int) -> dict[str, float]:
     """Time of every row, as a share of the first's."""
     runs = {}
-    for setting in settings(args.halved):
+    for setting in settings():
         model, plan = planned(folder, setting)
         noise = image_noise(0, np.arange(BATCH), model.config.shape)[0]
         labels = np.arange(BATCH, dtype=np.int32) % model.config.num_classes
         sampler = plan.sampler()
         runs[setting.name] = lambda s=sampler, p=model.params, x=noise, y=labels: s(p, x, y)
-    return timed(runs, BASE, args.rounds)
+    return timed(runs, BASE, rounds)
 
 
 def table(rows: dict[str, dict], shares: dict[str, dict[str, float]], args: Any) -> str:
@@ -146,7 +146,7 @@ def table(rows: dict[str, dict], shares: dict[str, dict[str, float]], args: Any)
         "|---|---|---|---|---|",
     ]
     for title in PYRAMIDS:
-        for setting in settings(args.halved):
+        for setting in settings():
             found = [rows[f"{seed} | {title} | {setting.name}"] for seed in range(args.seeds)]
             fids = [row["fid"] for row in found]
             spread = f"{statistics.mean(fids):.2f} ({min(fids):.2f} to {max(fids):.2f})"
@@ -154,10 +154,6 @@ def table(rows: dict[str, dict], shares: dict[str, dict[str, float]], args: Any)
             share = shares[title][setting.name]
             lines.append(f"| {title} | {setting.name} | {passes} | {share:.3f} | {spread} |")
     return "\n".join(lines) + "\n"
-
-
-def counts(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split(","))) if text else ()
 
 
 def main() -> None:
@@ -168,7 +164,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--train_steps", type=int, default=600)
     parser.add_argument("--batch_size", type=int, default=256)
-    parser.add_argument("--halved", type=counts, default=FEWER, help="steps, or empty for none")
     parser.add_argument("--num", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--docs", type=Path)
@@ -185,14 +180,14 @@ def main() -> None:
     for seed in range(args.seeds):
         for title, pyramid in PYRAMIDS.items():
             folders[seed, title] = trained(out, pyramid, seed, args)
-            for setting in settings(args.halved):
+            for setting in settings():
                 key = f"{seed} | {title} | {setting.name}"
                 if key not in rows:
                     rows[key] = judged(folders[seed, title], setting, evaluator, args.num)
                     with atomic(store) as temporary:
                         temporary.write_text(json.dumps(rows, indent=1))
                 print(f"{key}: {rows[key]}", flush=True)
-    shares = {title: times(folders[0, title], args) for title in PYRAMIDS}
+    shares = {title: times(folders[0, title], args.rounds) for title in PYRAMIDS}
     text = table(rows, shares, args)
     print(text)
     (out / "table.md").write_text(text)

@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 
 from ppflow_jax.cost.dry_run import Report, dry_run
-from ppflow_jax.cost.links import seconds_by_all_links
 from ppflow_jax.cost.report_text import text
 from ppflow_jax.cost.targets import Target
 from ppflow_jax.files.disk import atomic
@@ -59,16 +58,17 @@ def compiled(name: str, topology: str, batch: int, zero: int) -> dict:
 
 def row(report: Report) -> dict:
     programs = []
-    one_ring = report.target.chip.sending_rate(report.target.shape, everywhere=False)
+    chip, shape = report.target.chip, report.target.shape
+    one_ring = chip.sending_rate(shape, [int(shape.split("x")[0]), 1, 1])
     for program in report.programs:
-        sent = sum(c.sent for c in program.network)
+        sent, limits = sum(c.sent for c in program.network), report.seconds(program)
         programs.append(
             {
                 "name": program.name,
                 "flops": program.flops,
                 "temporaries": program.temporaries,
-                "limits_s": report.seconds(program) | {"links": sent / one_ring},
-                "all_links_s": seconds_by_all_links(report, program),
+                "limits_s": limits | {"links": sent / one_ring},
+                "all_links_s": limits["links"],
                 "collectives": report.causes(program),
                 "failure": program.failure,
             }
@@ -234,7 +234,7 @@ def document(rows: dict[str, dict]) -> str:
             "`config.mesh.zero=3`), or once a step (`once`, `zero=2`: see [Pods](pods.md)).",
             "Rows `by formula` were not compiled: they are the row above with each block gathered",
             "once, and its copy kept. `Links` counts one axis of the slice, as one ring has it;",
-            "`all links` counts every axis that a group of chips spans (`cost/links.py`).",
+            "`all links` counts every axis that a group of chips spans (`cost/chips.py`).",
             "",
             "What is sent is gathered weights, summed gradients, scalars and labels,",
             f"except, with the most that a chip sends in one run: {found}.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -31,18 +32,21 @@ class Chip:
     def gpu(self) -> bool:
         return not self.wraps
 
-    def sending_rate(self, shape: str, *, everywhere: bool) -> float:
-        """Bytes/s out of a device in a collective on a slice such as 4x4x4.
+    def sending_rate(self, shape: str, spans: Sequence[int] = ()) -> float:
+        """Bytes/s out of a device in a collective on a slice such as 4x4x4; of a GPU `link_rate`.
 
-        Along one axis, both ways round if the slice is a torus, and along all axes at once if the
-        collective is over the whole slice; of a GPU `link_rate`.
+        A group of chips sends along all axes that it spans at once, both ways round where they
+        close (J. Austin et al., "How to scale your model", Google DeepMind 2025, part 3).
+
+        Args:
+          spans: places of the group along every axis; empty: the whole slice.
         """
         if self.gpu:
             return self.link_rate
         axes = [int(size) for size in shape.split("x")]
-        ways = 1 if any(size % self.wraps for size in axes) else 2
-        rings = sum(size > 1 for size in axes) if everywhere else 1
-        return self.link_rate * ways * max(rings, 1)
+        torus = not any(size % self.wraps for size in axes)
+        ways = (2 if torus and n == size else 1 for size, n in zip(axes, spans or axes) if n > 1)
+        return self.link_rate * max(sum(ways), 1)
 
 
 # docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}, "System architecture". Link rate:

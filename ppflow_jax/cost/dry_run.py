@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -102,8 +103,13 @@ class Report:
         }
 
     def _rate(self, c: Collective) -> float:
-        everywhere = len(c.group) == self.mesh.size
-        return self.target.chip.sending_rate(self.target.shape, everywhere=everywhere)
+        """Bytes/s out of a device, by where the group lies on the slice."""
+        chip, shape = self.target.chip, self.target.shape
+        if chip.gpu:
+            return chip.link_rate
+        rate = chip.sending_rate(shape, spanned([self.mesh.devices.flat[k] for k in c.group]))
+        # A move is from one place to one other
+        return chip.link_rate if c.kind == "collective-permute" else rate
 
     def causes(self, program: Compiled) -> list[tuple[str, str, int, int, float]]:
         """(cause, kind, operations, executions, bytes sent per device)."""
@@ -114,6 +120,11 @@ class Report:
             row[1] += c.times
             row[2] += c.sent
         return [(*key, int(a), int(b), sent) for key, (a, b, sent) in sorted(rows.items())]
+
+
+def spanned(devices: Sequence[Any]) -> list[int]:
+    """How many places along each axis of their slice some TPU devices are in."""
+    return [len(set(places)) for places in zip(*(device.coords for device in devices))]
 
 
 def dry_run(config: ConfigDict, target: Target, *, sampler: bool = True) -> Report:

@@ -68,7 +68,7 @@ class Work:
         return {
             "compute": self.flops / devices / chip.flops,
             "memory": self.traffic / chip.memory_rate,
-            "links": self.sent / chip.sending_rate(shape, everywhere=True),
+            "links": self.sent / chip.sending_rate(shape),
         }
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 import importlib
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -45,7 +46,21 @@ def test_state_is_one_nth_and_within_the_arguments_of_the_compiler(sharded):
     assert sharded.parameters * 4 == sharded.whole["params"]
 
 
-def test_estimates_and_what_does_not_fit(sharded):
+def test_the_rate_of_a_collective_is_by_where_its_group_lies(sharded, monkeypatch):
+    slice_ = [SimpleNamespace(coords=(k // 4, k % 4, 0)) for k in range(8)]
+    assert dry_run.spanned(slice_) == [2, 4, 1] and dry_run.spanned(slice_[::4]) == [2, 1, 1]
+    (step,) = sharded.programs
+    for spans, ways in (([2, 4, 1], 2), ([1, 4, 1], 1)):
+        monkeypatch.setattr(dry_run, "spanned", lambda devices, spans=spans: spans)
+        for kind, at_once in (("all-reduce", ways), ("collective-permute", 1)):
+            moved = Collective(kind, 8000, (2000,), 1, (0, 1), "")
+            program = dataclasses.replace(step, network=[moved])
+            seconds = moved.sent / (at_once * CHIP.link_rate)
+            assert sharded.seconds(program)["links"] == pytest.approx(seconds)
+
+
+def test_estimates_and_what_does_not_fit(sharded, monkeypatch):
+    monkeypatch.setattr(dry_run, "spanned", lambda devices: [2, 4])  # CPU devices are nowhere
     (step,) = sharded.programs
     assert sharded.misfit == ""
     assert sharded.seconds(step)["compute"] == pytest.approx(step.flops / 8 / CHIP.flops)

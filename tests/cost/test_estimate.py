@@ -30,12 +30,14 @@ def test_every_chip_has_figures_and_a_source():
         assert best.source and diffusion.source
 
 
-def test_collectives_take_one_axis_or_all():
+def test_collectives_take_all_axes_that_they_span():
     chip = CHIPS["v5p"]
-    assert chip.sending_rate("4x4x4", everywhere=False) == 2 * chip.link_rate  # a torus: both ways
-    assert chip.sending_rate("4x4x4", everywhere=True) == 6 * chip.link_rate
-    assert chip.sending_rate("2x2x1", everywhere=True) == 2 * chip.link_rate  # open, two axes
-    assert GPUS["h100"].sending_rate("8", everywhere=True) == 450e9
+    assert chip.sending_rate("4x4x4", (4, 1, 1)) == 2 * chip.link_rate  # a torus: both ways
+    assert chip.sending_rate("4x4x4", (4, 2, 1)) == 3 * chip.link_rate  # half an axis is open
+    assert chip.sending_rate("4x4x4") == 6 * chip.link_rate
+    assert chip.sending_rate("2x2x1") == 2 * chip.link_rate  # open, two axes
+    assert chip.sending_rate("4x4x4", (1, 1, 1)) == chip.link_rate  # the devices of one chip
+    assert GPUS["h100"].sending_rate("8") == 450e9
 
 
 def test_a_table_of_one_chip_agrees_with_arithmetic():
