@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 
 from ppflow_jax.devices.layout import Attend, Layout
-from ppflow_jax.devices.slices import by_slice
+from ppflow_jax.devices.slices import by_slice, may_cross
 from ppflow_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
@@ -53,8 +53,8 @@ def make_mesh(
 ) -> Mesh:
     """Mesh of all devices, or of those given; one size of -1 takes what is left.
 
-    The last axes talk most and get the nearest devices. Of several slices of TPUs each is a part
-    of `data`: between them only sums of gradients are sent, once a step.
+    The last axes talk most and get the nearest devices. Of several slices each is a part of `data`:
+    between them only gradients are summed. Of GPUs `fsdp` and `tensor` may be wider than a machine.
 
     Raises:
       InputError: the sizes do not multiply to the number of devices, or slices cannot be cut so.
@@ -71,15 +71,16 @@ def make_mesh(
             f"mesh data={data} fsdp={fsdp} tensor={tensor} does not cover the {count} device(s): "
             "the sizes must multiply to that number (-1: whatever is left)"
         )
-    slices = by_slice(devices)
+    slices, types = by_slice(devices), (AxisType.Auto,) * 3
     if sizes[0] % len(slices) or len({*map(len, slices)}) > 1:
+        if may_cross(devices[0]):
+            return Mesh(np.array(sum(slices, [])).reshape(sizes), AXES, axis_types=types)
         raise InputError(
             f"mesh data={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]} on {len(slices)} slices of "
             f"{', '.join(str(len(each)) for each in slices)} devices: data must be a multiple of "
             "their number, so that fsdp and tensor stay within one"
         )
     part = (sizes[0] // len(slices), *sizes[1:])
-    types = (AxisType.Auto,) * 3
     meshes = [jax.make_mesh(part, AXES, axis_types=types, devices=each) for each in slices]
     if len(meshes) == 1:
         return meshes[0]

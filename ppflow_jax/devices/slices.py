@@ -1,4 +1,7 @@
-"""Slices: devices with links among them, which the data centre's network connects to others."""
+"""Slices: devices with links among them, which the data centre's network connects to others.
+
+JAX numbers those of TPUs, and of GPUs the machines or NVLink domains.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import jax
 
 
 def slice_of(device: jax.Device) -> int:
-    """The slice of a TPU; other devices are in one."""
+    """The slice of a TPU or GPU; other devices are in one."""
     return getattr(device, "slice_index", 0)
 
 
@@ -19,6 +22,11 @@ def by_slice(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
     for device in devices:
         found[slice_of(device)].append(device)
     return [found[index] for index in sorted(found)]
+
+
+def may_cross(device: jax.Device) -> bool:
+    """Whether weights may be split over slices: GPUs do so over the network between machines."""
+    return device.platform == "gpu"
 
 
 def near(devices: Sequence[jax.Device]) -> int:

@@ -15,7 +15,7 @@ from ppflow_jax.autoencoders.decode import Decoder
 from ppflow_jax.cost import dry_run
 from ppflow_jax.cost.chips import CHIPS
 from ppflow_jax.cost.targets import Target
-from ppflow_jax.devices import slices
+from ppflow_jax.devices import sharding, slices
 from ppflow_jax.devices.sharding import (
     batch_sharding,
     leaf_path,
@@ -206,6 +206,15 @@ def test_slices_are_parts_of_data(monkeypatch):
         make_mesh(1, 8, 1)
     with pytest.raises(InputError, match="2 slices of 4, 3 devices"):
         make_mesh(-1, 1, 1, jax.devices()[:7])
+
+
+def test_weights_may_be_split_over_machines_with_gpus(monkeypatch):
+    monkeypatch.setattr(slices, "slice_of", lambda device: device.id % 2)
+    monkeypatch.setattr(sharding, "may_cross", lambda device: True)
+    order = [device.id for device in make_mesh(1, 8, 1).devices.flat]
+    assert order == [0, 2, 4, 6, 1, 3, 5, 7]  # those of a machine stay together
+    assert [device.id for device in make_mesh(2, 2, 2).devices[1].flat] == [1, 3, 5, 7]
+    assert make_mesh(-1, 1, 1, jax.devices()[:7]).shape["data"] == 7
 
 
 def trained(steps=3, **settings):
