@@ -74,7 +74,7 @@ def make_mesh(
     slices, types = by_slice(devices), (AxisType.Auto,) * 3
     if sizes[0] % len(slices) or len({*map(len, slices)}) > 1:
         if may_cross(devices[0]):
-            return Mesh(np.array(sum(slices, [])).reshape(sizes), AXES, axis_types=types)
+            return Mesh(np.concatenate(slices).reshape(sizes), AXES, axis_types=types)
         raise InputError(
             f"mesh data={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]} on {len(slices)} slices of "
             f"{', '.join(str(len(each)) for each in slices)} devices: data must be a multiple of "
