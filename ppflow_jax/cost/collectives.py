@@ -68,12 +68,17 @@ def collectives(hlo: str) -> list[Collective]:
     writes a reduce-scatter as a fusion of that name around an all-reduce.
 
     Raises:
-      ValueError: a loop with collectives whose number of rounds cannot be read.
+      ValueError: collectives whose number of executions cannot be read: in a loop of unknown
+        length, or called in a way that is not known here.
     """
     operations = _computations(hlo)
     found, parts = [], set()
     fused = set(re.findall(r" fusion\(.*?calls=%?([\w.\-]+)", hlo))
-    for name, times in _executions(hlo, operations).items():
+    executions = _executions(hlo, operations)
+    for name in operations.keys() - executions.keys():
+        if any(operation.startswith(KINDS) for _, _, operation, _ in operations[name]):
+            raise ValueError(f"a collective that nothing is seen to call, computation {name}")
+    for name, times in executions.items():
         started: dict[str, str] = {}
         for result, shape, operation, rest in operations[name]:
             kind = operation.removesuffix("-start").removesuffix("-done")
@@ -133,7 +138,7 @@ def _executions(hlo: str, operations) -> dict[str, int | None]:
             if operation == "while":
                 trips = _trips(rest, operations)
             for role, callees in _CALLED.findall(rest):
-                if role == "to_apply" and operation != "call":
+                if role == "to_apply" and operation not in ("call", "call-start"):
                     continue
                 for callee in re.findall(r"[\w.\-]+", callees):
                     visit(callee, None if trips is None or count is None else count * trips)

@@ -19,6 +19,7 @@ from ppflow_jax.cost.collectives import Collective, collectives
 from ppflow_jax.cost.estimate import sampler_bytes, training_bytes
 from ppflow_jax.cost.targets import Target
 from ppflow_jax.devices.sharding import batch_sharding, data_shards, replicated
+from ppflow_jax.errors import InputError
 from ppflow_jax.flow.cost import sampling_flops, training_flops
 from ppflow_jax.generate.plan import make_plan
 from ppflow_jax.models.conditions import LABEL
@@ -275,5 +276,15 @@ def _compile(name: str, images: int, lowered: list[Any], flops: int, traffic: fl
         needed = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
         needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
         temporaries = max(temporaries, needed)
-        network += collectives(executable.as_text())
+        network += collectives(_text(executable))
     return Compiled(name, images, flops, traffic, temporaries, network)
+
+
+def _text(executable: Any) -> str:
+    try:
+        return executable.as_text()
+    except jax.errors.JaxRuntimeError as e:  # of a compiler that jax loaded, of another version
+        raise InputError(
+            f"jax {jax.__version__} cannot read what this compiler writes: for a TPU, install the "
+            "libtpu of this jax, pip install 'jax[tpu]'"
+        ) from e

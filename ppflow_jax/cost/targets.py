@@ -95,7 +95,7 @@ def _cpus(count: int) -> tuple[Any, ...]:
 
 def _tpus(generation: str, shape: str) -> tuple[Any, ...]:
     if importlib.util.find_spec("libtpu") is None:
-        raise InputError("compiling for TPU needs its compiler: pip install libtpu")
+        raise InputError("compiling for TPU needs its compiler: pip install 'jax[tpu]'")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # this machine is no TPU: do not ask it
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling takes no chip from others
     jax.config.update("jax_platforms", "cpu")

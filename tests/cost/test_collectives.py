@@ -65,3 +65,29 @@ def test_transposed_groups():
 def test_a_loop_of_unknown_length_is_not_guessed():
     with pytest.raises(ValueError, match="unknown length"):
         collectives(PROGRAM.replace("%bound = s32[] constant(5)", "%bound = s32[] parameter(1)"))
+
+
+# As the compiler of TPU7x starts a gather on another core and goes on.
+STARTED = """
+%called (r: f32[4]) -> f32[12] {
+  %r = f32[4]{0} parameter(0)
+  ROOT %gather.2 = f32[12]{0} all-gather(%r), channel_id=6, replica_groups=[1,3]<=[3]
+}, execution_thread="other"
+
+ENTRY"""
+
+
+def test_a_collective_on_another_core_counts():
+    program = PROGRAM.replace("\nENTRY", STARTED).replace(
+        "  ROOT %done =",
+        "  %begun = ((f32[4]{0}, token[]), f32[12]{0}) call-start(%a, %done.1), "
+        'async_execution_thread="other", to_apply=%called\n'
+        "  %ended = f32[12]{0} call-done(%begun)\n  ROOT %done =",
+    )
+    gathers = [c.times for c in collectives(program) if c.kind == "all-gather"]
+    assert sorted(gathers) == [1, 5]
+
+
+def test_a_collective_that_nothing_calls_is_not_left_out():
+    with pytest.raises(ValueError, match="nothing is seen to call, computation called"):
+        collectives(PROGRAM.replace("\nENTRY", STARTED))

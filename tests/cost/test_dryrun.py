@@ -130,7 +130,7 @@ def test_gradients_as_gpus_send_them():
 
 def test_missing_compiler_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="pip install libtpu"):
+    with pytest.raises(InputError, match=r"pip install 'jax\[tpu\]'"):
         dry_run.Target.parse("tpu:v5e:4x4")
 
 
