@@ -102,10 +102,11 @@ def _chosen(
     def meshed(fsdp: int) -> Mesh:
         return make_mesh(-1, fsdp, tensor, devices=devices)
 
-    widest = meshed(max(f for f in inside if f <= WIDEST))
-    whole = need(experiment, program, widest, 2)
-    if widest.shape["fsdp"] > 1 and sum(whole) <= room:
-        return widest, 2, f"weights whole during a step: {whole} {limit}"
+    for fsdp in _groups(inside, count, plain.devices.flat[0].platform == "tpu") or [1]:
+        mesh = meshed(fsdp)
+        whole = need(experiment, program, mesh, 2)
+        if fsdp > 1 and sum(whole) <= room:
+            return mesh, 2, f"weights whole during a step: {whole} {limit}"
     for fsdp in [*(f for f in inside if f > 1), *(f for f in widths if f not in inside)]:
         mesh = meshed(fsdp)
         split = need(experiment, program, mesh, 3)
@@ -120,6 +121,19 @@ def _chosen(
             "config.train.accumulate or config.model.remat=full"
         ),
     )
+
+
+def _groups(widths: list[int], count: int, tpu: bool) -> list[int]:
+    """Numbers of devices that may share what `zero=2` splits, the best first.
+
+    On TPUs one group of all devices comes last: there XLA sums the gradients by moving parts round,
+    which sends two to three times as much as in two groups (docs/scaling.md).
+    """
+    found = [f for f in widths if 1 < f <= WIDEST]
+    parted = [f for f in found if f < count]
+    if tpu and parted:
+        return [parted[-1], *(f for f in found if f == count)]
+    return found[-1:]
 
 
 def need(experiment: Experiment, program: Program, mesh: Mesh, stage: int) -> Need:

@@ -173,6 +173,22 @@ def test_auto_holds_weights_whole_where_they_fit_and_else_splits_over_as_few_as_
     )
 
 
+@pytest.mark.parametrize(
+    ("count", "tpu", "found"),
+    [
+        (16, False, [16]),
+        (16, True, [8, 16]),
+        (2, True, [2]),
+        (8, True, [4, 8]),
+        (64, True, [16]),
+        (1, True, []),
+    ],
+)
+def test_auto_makes_two_groups_of_a_slice_rather_than_one(count, tpu, found):
+    widths = [f for f in range(1, count + 1) if count % f == 0]
+    assert mesh_module._groups(widths, count, tpu) == found
+
+
 def test_the_state_that_auto_counts_is_that_of_the_program():
     split = experiment(data=2, fsdp=4)
     program = make_program(split, make_mesh(2, 4))
