@@ -44,7 +44,7 @@ class Parquet(Pictures):
         found = find_tables(path, split, stage)
         self.size, self.name, self.split = size, path, split
         self.image, self.label = image, label
-        self.address, self.files = found.address, found.files
+        self.address, self.files, self._others = found.address, found.files, found.others
         groups, pairs = RowGroups(), list(zip(found.paths, found.files))
         with ThreadPoolExecutor(_THREADS) as pool:
             openings = [pool.submit(self._open, *pair, groups) for pair in pairs]
@@ -86,13 +86,17 @@ class Parquet(Pictures):
         return Classes.of(self.labels, self._names)
 
     def notes(self) -> list[str]:
+        found = []
+        if self._others:
+            some = ", ".join(self._others[:4]) + (", ..." if len(self._others) > 4 else "")
+            found.append(f"{self.name}: not read, as their names have no split: {some}")
         size, rows = max(table.largest() for table in self._tables)
-        if size < LARGE:
-            return []
-        return [
-            f"{self.name}: row groups of {rows:,} pictures, {size / 2**20:,.0f} MiB; training "
-            "reads one for nearly every picture, python -m ppflow_jax.prepare every one once"
-        ]
+        if size >= LARGE:
+            found.append(
+                f"{self.name}: row groups of {rows:,} pictures, {size / 2**20:,.0f} MiB; training "
+                "reads one for nearly every picture, python -m ppflow_jax.prepare every one once"
+            )
+        return found
 
     def identity(self) -> dict[str, Any]:
         rows = hashlib.sha256()

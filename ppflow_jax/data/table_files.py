@@ -44,6 +44,7 @@ class TableFiles:
       files: below the dataset, in the order of the examples.
       paths: of the same on this machine.
       features: of the columns as `datasets` writes them; empty where no file beside them says so.
+      others: Parquet files whose names have no split, where those of others have one; not read.
     """
 
     name: str
@@ -51,6 +52,7 @@ class TableFiles:
     files: tuple[str, ...]
     paths: tuple[Path, ...]
     features: dict[str, Any] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,12 @@ class _Tree:
         except (OSError, ValueError) as e:
             raise InputError(f"{self.name}: cannot read {name} ({e}): copy it again") from e
 
-    def chosen(self, files: list[str], features: dict[str, Any]) -> TableFiles:
+    def chosen(
+        self, files: list[str], features: dict[str, Any], others: tuple[str, ...] = ()
+    ) -> TableFiles:
         root = self.fetch(files)
         paths = tuple(root / file for file in files)
-        return TableFiles(self.name, self.address, tuple(files), paths, features)
+        return TableFiles(self.name, self.address, tuple(files), paths, features, others)
 
 
 def find_tables(path: str, split: str, stage: str = "") -> TableFiles:
@@ -96,7 +100,7 @@ def find_tables(path: str, split: str, stage: str = "") -> TableFiles:
         return _saved(tree, f"{split}/", split)
     if STATE in tree.names:
         return _saved(tree, "", split)
-    return tree.chosen(_shards(tree, split), _features(tree))
+    return tree.chosen(*_shards(tree, split))
 
 
 def _parts(path: str) -> tuple[str, str]:
@@ -166,8 +170,8 @@ def _saved(tree: _Tree, below: str, split: str) -> TableFiles:
     return tree.chosen(files, info.get("features") or {})
 
 
-def _shards(tree: _Tree, split: str) -> list[str]:
-    """Parquet files of a split, by their names."""
+def _shards(tree: _Tree, split: str) -> tuple[list[str], dict[str, Any], tuple[str, ...]]:
+    """Parquet files of a split, by their names; features; files whose names have no split."""
     found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name in sorted(n for n in tree.names if n.endswith(PARQUET)):
         folder, _, file = name.rpartition("/")
@@ -187,7 +191,8 @@ def _shards(tree: _Tree, split: str) -> list[str]:
         raise InputError(f"{tree.name} has the split {split} in {some}: give one of these folders")
     files = [f"{folder}/{file}".lstrip("/") for folder, f in folders.items() for file in f]
     _check_numbers(tree.name, files)
-    return files
+    others = (f"{k}/{file}".lstrip("/") for k, names in found[""].items() for file in names)
+    return files, _features(tree), tuple(others)
 
 
 def _one_of(name: str, split: str, splits: list[str]) -> str:

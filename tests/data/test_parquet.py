@@ -284,6 +284,14 @@ def test_large_row_groups_are_said(rows, tmp_path, monkeypatch):
     assert opened(tables.saved(tmp_path / "s", rows)).notes() == []
 
 
+def test_files_without_a_split_beside_others_are_said(rows, tmp_path):
+    d = tables.pushed(tmp_path / "d", rows)
+    pq.write_table(rows.slice(0, 1), d / "stray.parquet")
+    (note,) = opened(d).notes()
+    assert note.endswith("not read, as their names have no split: stray.parquet")
+    assert len(opened(d)) == 12
+
+
 def test_a_reference_of_pictures(rows, root, tmp_path):
     ours = open_images(str(tables.pushed(tmp_path / "d", rows)), 16)
     theirs = open_images(str(root), 16)
