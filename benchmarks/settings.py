@@ -8,12 +8,15 @@ from typing import Any
 
 from absl import flags
 
+from configs import common
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.disk import atomic
 
 
 def same_settings(out: Path, *names: str) -> None:
     """A folder holds runs of one `--config` and one value of each of these flags; makes it.
+
+    Settings that came after its runs must be at their defaults.
 
     Raises:
       InputError: it holds others.
@@ -26,5 +29,20 @@ def same_settings(out: Path, *names: str) -> None:
     if not path.exists():
         with atomic(path) as temporary:
             temporary.write_text(json.dumps(mine, indent=1))
-    elif wrong := [k for k, v in json.loads(path.read_text()).items() if mine.get(k) != v]:
-        raise InputError(f"{out} holds runs of another {wrong[0]}: use another --out")
+        return
+    theirs = _flat(json.loads(path.read_text()))
+    defaults = _flat({"config": json.loads(common.get_config("S", "2x2@1").to_json())})
+    for name, value in _flat(mine).items():
+        if theirs.pop(name, defaults.get(name)) != value:
+            raise InputError(f"{out} holds runs of another {name}: use another --out")
+    if theirs:
+        raise InputError(f"{out} holds runs with {next(iter(theirs))}: use another --out")
+
+
+def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Values by their path, "config.model.width"."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        path = f"{above}{name}"
+        found |= _flat(value, f"{path}.") if isinstance(value, dict) else {path: value}
+    return found

@@ -1,8 +1,13 @@
 """Budgets and verdicts of the study (study/)."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 
+from benchmarks.settings import same_settings
 from configs import digits
+from ppflow_jax.errors import InputError
 from study.rows import ROWS, Claim, configured, training_cost
 from study.table import Line, interval, judged
 
@@ -57,3 +62,30 @@ def test_budgets():
             assert config.train.steps == base.train.steps  # equal in samples seen
     assert configured(base, ROWS["expand3"], 0).train.ema == pytest.approx(0.9)
     assert base.model.pyramid == "4x4@0.5,2x2@1"
+
+
+def test_kept_runs_are_of_the_same_settings(tmp_path, monkeypatch):
+    config = digits.get_config()
+
+    class Flags(dict):
+        pass
+
+    given = Flags(num=SimpleNamespace(value=8))
+    given.config = config
+    monkeypatch.setattr("benchmarks.settings.flags", SimpleNamespace(FLAGS=given))
+    same_settings(tmp_path, "num")
+    kept = json.loads((tmp_path / "settings.json").read_text())
+    del kept["config"]["model"]["mixer"]  # as of a time before there was one
+    (tmp_path / "settings.json").write_text(json.dumps(kept))
+    same_settings(tmp_path, "num")
+    config.model.mixer = "linfusion"
+    with pytest.raises(InputError, match=r"another config\.model\.mixer"):
+        same_settings(tmp_path, "num")
+    config.model.mixer = "attention"
+    given["num"] = SimpleNamespace(value=9)
+    with pytest.raises(InputError, match="another num"):
+        same_settings(tmp_path, "num")
+    given["num"] = SimpleNamespace(value=8)
+    (tmp_path / "settings.json").write_text(json.dumps(kept | {"size": 32}))
+    with pytest.raises(InputError, match="runs with size"):
+        same_settings(tmp_path, "num")
