@@ -76,6 +76,13 @@ ROWS = {
         "2 levels, upcycled to 2 of 4 experts, FLOPs of 50% more steps", TWO,
         {"model.ffn": f"{MOE},top_k=2,renormalise=true"}, starts_from="levels2", costs_as="longer",
     ),
+    "switch": Row(
+        "2 levels, Switch-DiT with 2 of 3 experts", TWO, {"model.wrap": "switch:experts=3,top_k=2"}
+    ),
+    "shifted": Row(
+        "2 levels, logit-normal times shifted by 2", TWO,
+        {"flow.shift": 2.0, "flow.times": "logit_normal:mean=0,std=1"},
+    ),
 }  # fmt: skip
 
 
@@ -189,4 +196,6 @@ CLAIMS = (
     Claim("REPA for half of the steps beats REPA for all", ("repa_half", "one"), ("repa", "one")),
     Claim("1 of 4 experts beats dense at equal FLOPs", ("moe1", "one"), ("longer", "one")),
     Claim("2 of 4 experts beat dense at equal training FLOPs", ("moe2", "one"), ("longer", "one")),
+    Claim("Switch-DiT's experts help", ("switch", "one"), ("levels2", "one")),
+    Claim("shifted logit-normal times help", ("shifted", "one"), ("levels2", "one")),
 )  # fmt: skip
