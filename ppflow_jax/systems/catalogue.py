@@ -259,8 +259,9 @@ SYSTEMS = (
         "tiles and rectangles of keys instead of FlexAttention; no tokens of a text; no "
         "proportional scale",
         "tests/systems/test_mixers.py",
-        "quality not measured; radius 8, two blocks of width 384 on CPU: 0.89 of full attention's "
-        "time at 1,024 tokens, 1.04 at 256 ([mixers.md](mixers.md#from-where-on-they-pay))",
+        "quality not measured; radius 8, two blocks of width 384 on CPU: 0.38 of full attention's "
+        "time at 4,096 tokens, 0.87 at 1,024, 1.01 at 256 "
+        "([mixers.md](mixers.md#from-where-on-they-pay))",
     ),
     System(
         "LinFusion",
@@ -273,8 +274,8 @@ SYSTEMS = (
         "sums over keys are divided by the number of keys, in the original by that of queries; the "
         "MLPs are always there; the bias of DiT's projections stays",
         "tests/systems/test_mixers.py",
-        "quality not measured; two blocks of width 384 on CPU: 0.67 of full attention's time at "
-        "1,024 tokens, 1.22 at 256 ([mixers.md](mixers.md#from-where-on-they-pay))",
+        "quality not measured; two blocks of width 384 on CPU: 0.28 of full attention's time at "
+        "4,096 tokens, 0.60 at 1,024, 1.18 at 256 ([mixers.md](mixers.md#from-where-on-they-pay))",
     ),
     System(
         "Distillation of mixers",
