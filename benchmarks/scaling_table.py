@@ -1,16 +1,15 @@
 """Compiles the XL training step and sampler for TPU slices, and writes docs/scaling.md.
 
-    pip install libtpu
+    pip install 'jax[tpu]'
     python -m benchmarks.scaling_table [--only=v5e:4x4]
 
-No TPU is needed and none is measured. Every row takes one to ten minutes of one core; finished
-rows are kept in docs/scaling.json, so that the command continues where it stopped.
+No TPU is needed and none is measured. Every row takes about a minute of one core; finished rows
+are kept in docs/scaling.json, so that the command continues where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib
 import json
 import textwrap
@@ -23,32 +22,48 @@ from ppflow_jax.cost.targets import Target
 from ppflow_jax.files.disk import atomic
 
 DOCS = Path(__file__).parents[1] / "docs"
-# (slice, global batch); every chip gets whole stage patterns: 2 images at 2 levels, 4 at 3
+# (slice, global batch, fsdp where weights are gathered once); every device gets whole stage
+# patterns: 2 images at 2 levels, 4 at 3
 SIZES = [
-    ("v5e:4x4", 256),
-    ("v5e:16x16", 1024),
-    ("v6e:16x16", 4096),
-    ("v5p:8x8x16", 4096),
-    ("v5p:2x2x4", 256),
-    ("v5e:16x16", 4096),
+    ("v5e:4x4", 256, 8),
+    ("v5e:16x16", 1024, 16),
+    ("v5e:16x16", 4096, 16),
+    ("v6e:16x16", 4096, 16),
+    ("v5p:2x2x4", 256, 8),
+    ("v5p:8x8x16", 4096, 16),
+    ("tpu7x:2x2x2", 256, 8),
+    ("tpu7x:4x4x4", 1024, 16),
+    ("tpu7x:8x8x8", 4096, 16),
 ]
-WHOLE = " zero=2"  # at the end of the names of rows whose weights are whole during a step
-SLICES = [(*size, end) for end in ("", WHOLE) for size in SIZES]
 CONFIGS = {"ppflow_xl2": "XL, 2 levels", "ppflow_xl3": "XL, 3 levels"}
-FSDP = 16
+IN_TURN = (16, 3)  # fsdp and stage of ZeRO: blocks gathered in turn
 AIM = 0.45  # of peak FLOP/s
-BLOCKS = "weights gathered (blocks)"
-FORMULA = "zero=2 formula"
-# by the end of a row's name
-LAYOUTS = {"": "in turn", "zero=2": "once", FORMULA: "once, by formula"}
+LAYOUTS = {3: "in turn", 2: "once"}
 
 
-def compiled(name: str, topology: str, batch: int, zero: int) -> dict:
+def keys() -> list[str]:
+    """Of all rows: what is compiled, and how weights are gathered."""
+    return [
+        f"{name} {topology} {batch} fsdp={fsdp} zero={zero}"
+        for topology, batch, wide in SIZES
+        for name in CONFIGS
+        for fsdp, zero in (IN_TURN, (wide, 2))
+    ]
+
+
+def parts(key: str) -> tuple[str, str, int, int, int]:
+    """Configuration, slice, batch, fsdp and stage of ZeRO of a row."""
+    name, topology, batch, fsdp, zero = key.split()
+    return name, topology, int(batch), int(fsdp.split("=")[1]), int(zero.split("=")[1])
+
+
+def compiled(key: str) -> dict:
     """One row: the numbers of a dry run."""
+    name, topology, batch, fsdp, zero = parts(key)
     config = importlib.import_module(f"configs.{name}").get_config()
     config.data.batch_size = batch
     config.model.remat = "dots"
-    config.mesh.update(fsdp=FSDP, zero=zero)
+    config.mesh.update(fsdp=fsdp, zero=zero)
     config.sample.count = 16
     start = time.monotonic()
     report = dry_run(config, Target.parse(f"tpu:{topology}"))
@@ -85,17 +100,20 @@ def row(report: Report) -> dict:
 
 def reached(rows: dict[str, dict]) -> list[str]:
     """Which rows of weights gathered once come to 45% of peak, if transfers hide behind work."""
-    short, good = [], []
+    short, good = [], 0
     for key, value in rows.items():
-        name, topology, batch, *layout = key.split()
+        name, topology, batch, _, zero = parts(key)
         program = value["programs"][0]
-        if layout and not program["failure"]:
-            best, _ = times(program["limits_s"])
-            of_peak = program["limits_s"]["compute"] / best
-            row = f"{CONFIGS[name]} {topology} batch {batch} {of_peak:.0%}"
-            (good if of_peak >= AIM else short).append(row)
-    text = f"With weights gathered once, {AIM:.0%} of peak are within reach of {len(good)} of "
-    text += f"{len(good) + len(short)} rows, if transfers hide behind work. Not of: "
+        if zero == 3 or program["failure"]:
+            continue
+        best, _ = times(program["limits_s"])
+        of_peak = program["limits_s"]["compute"] / best
+        if of_peak >= AIM:
+            good += 1
+        else:
+            short.append(f"{CONFIGS[name]} {topology} batch {batch} {of_peak:.1%}")
+    text = f"With weights gathered once, {AIM:.0%} of peak are within reach of {good} of "
+    text += f"{good + len(short)} rows, if transfers hide behind work. Not of: "
     return [*textwrap.wrap(text + ("; ".join(short) or "none") + ".", 90), ""]
 
 
@@ -105,42 +123,20 @@ def times(limits: dict[str, float]) -> tuple[float, float]:
     return max(work, limits["links"]), work + limits["links"]
 
 
-def expected(row: dict) -> dict:
-    """By formula, from a compiled row of zero=3: that of weights that are gathered once.
-
-    Gradients are summed as they were; each block is gathered once for a step or a sampler instead
-    of whenever it is needed, and its copy is kept.
-    """
-    row = copy.deepcopy(row)
-    passes = next(c for c in row["programs"][0]["collectives"] if c[0] == BLOCKS)
-    once = passes[4] / 2  # forward and backward pass
-    for program in row["programs"]:
-        before = sum(c[4] for c in program["collectives"])
-        for c in program["collectives"]:
-            if c[0] == BLOCKS:
-                c[4] = once
-            elif c[0].startswith("weights"):
-                c[4] *= once / passes[4] if program is row["programs"][0] else 0
-        after = sum(c[4] for c in program["collectives"])
-        program["limits_s"]["links"] *= after / before
-    row["peak"] += round(once * FSDP / (FSDP - 1))
-    return row
-
-
 def table(rows: dict[str, dict], which: int) -> list[str]:
     lines = [
-        "| model | slice | batch | mesh (data x fsdp) | weights | state / peak GB a chip | fits | "
-        "TFLOPs | sent a chip: weights, gradients, other | compute / HBM / links ms | images/s | "
-        "of peak | of peak, all links |",
+        "| model | slice | batch | mesh (data x fsdp) | weights | "
+        "state / peak GB a device | fits | TFLOPs | sent a device: weights, gradients, other | "
+        "compute / HBM / links ms | images/s | of peak | of peak, all links |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for key, value in rows.items():
-        name, topology, batch, *layout = key.split()
+        name, topology, batch, fsdp, zero = parts(key)
         program = value["programs"][which]
-        size = int(program["name"].split()[2]) if which else int(batch)
+        size = int(program["name"].split()[2]) if which else batch
         state = sum(v for k, v in value["parts"].items() if k != "batch")
         start = f"| {CONFIGS[name]} | {topology} | {size} | {value['mesh']['data']} x "
-        start += f"{value['mesh']['fsdp']} | {LAYOUTS[' '.join(layout)]} | {state / 1e9:.2f} / "
+        start += f"{fsdp} | {LAYOUTS[zero]} | {state / 1e9:.2f} / "
         if program["failure"]:
             lines.append(f"{start}- | no: {program['failure']} | | | | | | |")
             continue
@@ -170,20 +166,20 @@ def share(limits: dict[str, float]) -> str:
 
 
 def efficiency(rows: dict[str, dict]) -> list[str]:
-    """Training images/s a chip against the slice of 16 chips of the same kind."""
-    lines = ["| model | from | to | images/s a chip kept |", "|---|---|---|---|"]
+    """Training images/s a device against the slice of 16 devices of the same kind."""
+    lines = ["| model | from | to | images/s a device kept |", "|---|---|---|---|"]
     rates = {}
     for key, value in rows.items():
-        name, topology, batch, *layout = key.split()
-        if layout:
+        name, topology, batch, _, zero = parts(key)
+        if zero != 2:
             continue
         program, chips = value["programs"][0], value["mesh"]["data"] * value["mesh"]["fsdp"]
         if not program["failure"]:
             best, worst = times(program["limits_s"])
             rates[name, topology, batch] = (
                 chips,
-                int(batch) / chips / worst,
-                int(batch) / chips / best,
+                batch / chips / worst,
+                batch / chips / best,
             )
     for (name, topology, batch), (chips, *ends) in rates.items():
         for (other, base, first), (count, *starts) in rates.items():
@@ -197,19 +193,7 @@ def efficiency(rows: dict[str, dict]) -> list[str]:
     return lines
 
 
-def complete(rows: dict[str, dict]) -> dict[str, dict]:
-    """The rows of the document, each layout beside the others; by formula what is not compiled."""
-    found = {}
-    for key, value in rows.items():
-        if not key.endswith(WHOLE):
-            found[key] = value
-            whole = rows.get(key + WHOLE)
-            found[f"{key} {FORMULA}" if whole is None else key + WHOLE] = whole or expected(value)
-    return found
-
-
 def document(rows: dict[str, dict]) -> str:
-    rows = complete(rows)
     others: dict[str, float] = {}
     for value in rows.values():
         for program in value["programs"]:
@@ -229,15 +213,23 @@ def document(rows: dict[str, dict]) -> str:
             "to B` is from transfers that wait for the work to transfers hidden behind it. Real",
             "steps are slower.",
             "",
-            f"Float32 state, bfloat16 products, `config.model.remat=dots`, fsdp {FSDP}, no tensor",
-            "parallelism. Weights are gathered block by block, twice a step (`in turn`,",
-            "`config.mesh.zero=3`), or once a step (`once`, `zero=2`: see [Pods](pods.md)).",
-            "Rows `by formula` were not compiled: they are the row above with each block gathered",
-            "once, and its copy kept. `Links` counts one axis of the slice, as one ring has it;",
-            "`all links` counts every axis that a group of chips spans (`cost/chips.py`).",
+            "Float32 state, bfloat16 products, `config.model.remat=dots`, no tensor parallelism.",
+            "Weights are gathered block by block, twice a step (`in turn`, `config.mesh.zero=3`,",
+            "as earlier versions did), or once a step (`once`, `zero=2`: see [Pods](pods.md)),",
+            "over groups of `fsdp` devices. `Links` counts one axis of the slice, as one ring has",
+            "it; `all links` counts every axis that a group spans (`cost/chips.py`). A chip of",
+            "TPU7x is two devices.",
             "",
-            "What is sent is gathered weights, summed gradients, scalars and labels,",
-            f"except, with the most that a chip sends in one run: {found}.",
+            "Where one group is the whole slice (16 of 16), XLA sums gradients by moving parts",
+            "round, which sends two to three times as much: two groups of 8 send less.",
+            "",
+            *textwrap.wrap(
+                "What is sent is gathered weights, summed gradients, scalars and labels, except, "
+                f"with the most that a device sends in one run: {found}. It does not grow with the "
+                "batch, as the work does: with four times the images a device, four times the "
+                "share of peak, until the work takes longer than the transfers.",
+                90,
+            ),
             "",
             *reached(rows),
             "## Training step",
@@ -254,7 +246,7 @@ def document(rows: dict[str, dict]) -> str:
             "",
             "## From 16 chips to more",
             "",
-            "Images/s a chip of the training step with weights in turn, by the same limits.",
+            "Images/s a device of the training step, weights gathered once, by the same limits.",
             "",
             *efficiency(rows),
             "",
@@ -268,16 +260,15 @@ def main() -> None:
     only = parser.parse_args().only
     cache = DOCS / "scaling.json"
     rows = json.loads(cache.read_text()) if cache.exists() else {}
-    wanted = [f"{name} {s} {batch}{end}" for s, batch, end in SLICES for name in CONFIGS]
-    for key in filter(lambda key: only in key, wanted):
-        if key not in rows:
+    for key in keys():
+        if key not in rows and only in key:
             print(f"== {key}", flush=True)
-            name, topology, batch = key.split()[:3]
-            rows[key] = compiled(name, topology, int(batch), 2 if key.endswith(WHOLE) else 3)
+            rows[key] = compiled(key)
+            rows = {key: rows[key] for key in keys() if key in rows}
             with atomic(cache) as temporary:
                 temporary.write_text(json.dumps(rows, indent=1) + "\n")
-        with atomic(DOCS / "scaling.md") as temporary:
-            temporary.write_text(document(rows))
+    with atomic(DOCS / "scaling.md") as temporary:
+        temporary.write_text(document(rows))
 
 
 if __name__ == "__main__":
