@@ -103,8 +103,9 @@ class Stack:
 
         Several stages pass a block side by side, each with its own token count, so that its
         weights are gathered, and their gradients summed over a mesh, once for all of them. Each of
-        `cs` is already SiLU(c), of an image or of every token, as the blocks take it; each of `signals` what the blocks' wrap has for it, or None, each
-        of `grids` rows and columns of its tokens.
+        `cs` is already SiLU(c), of an image or of every token, as the blocks take it; each of
+        `signals` what the blocks' wrap has for it, or None; each of `grids` rows and columns of its
+        tokens.
         """
 
         def body(hs, layer, inside=()):

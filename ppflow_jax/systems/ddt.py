@@ -107,7 +107,7 @@ class DDT(Backbone):
         return WideHead(model, self, **options)
 
     def ends_flops(self, model: ModelConfig, stage: int) -> int:
-        """Projections, and the head's blocks: 12 N h^2 of their adaLN and what their parts count."""
+        """Projections, and of the head's blocks 12 N h^2 of adaLN and what their parts count."""
         d, h, pixels = model.width, self.width, model.latent_size**2 * model.channels
         rows, cols = model.pyramid.grid(stage, model.latent_size)
         n, head = rows * cols, self.stacks(model)[1]

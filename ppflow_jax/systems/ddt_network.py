@@ -64,7 +64,7 @@ class WideHead(PPFlow):
         areas = [s.patch[0] * s.patch[1] for s in config.pyramid.stages]
         outputs = config.channels * (2 if config.learn_sigma else 1)
 
-        def patches(width: int) -> nnx.List:
+        def patches(width: int):
             return nnx.List([linear(a * config.channels, width, rngs, dtype=dtype) for a in areas])
 
         def blocks(kind: type[NormedBlock], stack: ModelConfig) -> NormedBlock:
