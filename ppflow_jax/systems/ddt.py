@@ -132,15 +132,15 @@ class DDT(Backbone):
         if model.has_levels:
             yield Key("level_embedder.embedding_table.weight", ("level", "embedding"))
         encoder, head = self.stacks(model)
-        yield from self._block_keys(encoder, "blocks", 0)
-        yield from self._block_keys(head, "head_blocks", encoder.depth)
+        yield from self.block_keys(encoder, "blocks", 0)
+        yield from self.block_keys(head, "head_blocks", encoder.depth)
         if encoder.width != head.width:
             yield from linear_keys("s_projector", "project")
         if self.rms:
             yield Key("final_layer.norm_final.weight", ("final_norm",))
         yield from linear_keys("final_layer.adaLN_modulation.1", "final_adaln")
 
-    def _block_keys(self, stack: ModelConfig, root: str, first: int) -> Iterator[Key]:
+    def block_keys(self, stack: ModelConfig, root: str, first: int) -> Iterator[Key]:
         """Of one stack, whose first block has the number `first` in the file."""
         for layer in range(stack.depth):
             name = f"blocks.{layer}"

@@ -24,11 +24,16 @@ from ppflow_jax.flow.plan import SamplerConfig, Segment
 from ppflow_jax.flow.sampler import Sampler
 from ppflow_jax.flow.times import Law, LogitNormal, shifted
 from ppflow_jax.models.conditions import split
+from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.layers import Execution
 from ppflow_jax.models.network import make_apply
 from ppflow_jax.models.patch import positions
+from ppflow_jax.models.trees import put
 from ppflow_jax.pyramid import Pyramid
-from ppflow_jax.systems.ddt_blocks import angles
+from ppflow_jax.systems.ddt import DDT
+from ppflow_jax.systems.ddt_blocks import NormedBlock, angles
 from ppflow_jax.systems.ddt_network import WideHead
+from ppflow_jax.systems.registry import take_block
 from tests.acceptance.comparison import Row
 from tests.systems.sit_reference import close, gradient_rows, nchw, nhwc
 
@@ -43,6 +48,8 @@ CASES = ("main", "weak", "alt")
 
 def rows(ref: Reference) -> Iterator[Row]:
     models = {case: Model(ref, case) for case in CASES if f"{case}/t_embedder.W" in ref}
+    if not models and "weak/blocks.0.attn.qkv.weight" in ref:
+        yield from first_block(ref)
     for model in models.values():
         yield from model.file()
         yield from model.forward()
@@ -52,6 +59,35 @@ def rows(ref: Reference) -> Iterator[Row]:
         yield from guidance(ref, models["main"], models["weak"])
         for kind in ("plain", "autoguidance", "cfg"):
             yield from sampled(ref, kind, models["main"], models["weak"])
+
+
+def first_block(ref: Reference) -> Iterator[Row]:
+    """Of the encoder of `weak` alone, which is what a selection has."""
+    settings, size = ref.config["weak"], ref.config["grid"]
+    block = take_block({"mixer": "rope", "ffn": "swiglu"})
+    sizes = dict(width=settings["hidden_size"][0], depth=1, heads=settings["num_heads"][0])
+    own = ModelConfig(ONE, size, ref.config["C"], **sizes, num_classes=1, block=block)
+    make = lambda: NormedBlock(own, Execution(), rms=True, rngs=nnx.Rngs(0))
+    graph, _ = nnx.split(nnx.eval_shape(make))
+    leaves: dict[Any, Any] = {}
+    for key in DDT().block_keys(own, "blocks", 0):
+        put(leaves, key.path[1:], jnp.asarray(key.ours(ref[f"weak/{key.torch}"])))
+    embedded = jnp.asarray(ref["fwd/weak/t_embed"] + ref["fwd/weak/y_embed"])
+    h = jnp.asarray(ref["fwd/weak/s_embed"] + positions(ONE, 0, size, own.width)[None])
+
+    @jax.jit
+    def run(leaves, h, c):
+        made = nnx.merge(graph, leaves).given(None, (size, size))
+        none = jnp.zeros((1, own.width))
+        out, branches, _ = made.outputs(h, jax.nn.silu(jax.nn.silu(c)))
+        return made.modulated(0, h, none, none), *branches, out
+
+    names = ("block0.norm1", "block0.attn", "block0.mlp", "block0")
+    for name, ours in zip(names, run(leaves, h, embedded)):
+        yield from close(ref, f"fwd/weak/{name}", ours, FORWARD)
+    w = np.repeat(angles((size, size), (size, size), own.head_width), 2, axis=-1)
+    yield from close(ref, "fwd/weak/rope_cos", np.cos(w), 1e-6)
+    yield from close(ref, "fwd/weak/rope_sin", np.sin(w), 1e-6)
 
 
 class Model:
