@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from ppflow_jax.devices.layout import Layout
 from ppflow_jax.devices.programs import Programs, for_passes
+from ppflow_jax.devices.sharding import is_stacked
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.adapters import attach
 from ppflow_jax.models.conditions import Cond, Told, split
@@ -274,7 +275,7 @@ def make_apply(
             raise InputError(f"logits of attention: in the blocks there is {spec.mixer} instead")
         if programs.unrolled and trunk is None:
             params = unstacked(params)
-        here = {name: part for name, part in params.items() if trunk or not name.endswith("blocks")}
+        here = {name: part for name, part in params.items() if trunk or not is_stacked(name)}
         params = params | layout.weights(here, "")
         layers = params["blocks"] if isinstance(params["blocks"], tuple) else ()
         network = nnx.merge(graphdef, params | {"blocks": layers[0]} if layers else params)

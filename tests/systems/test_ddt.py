@@ -151,7 +151,7 @@ def test_what_a_narrow_end_predicts_has_no_more_directions_than_it_is_wide():
         x = jax.random.normal(jax.random.key(0), (100, *model.shape))
         t, y = jnp.linspace(0.1, 0.9, 100), jnp.arange(100) % 5
         out = jax.jit(make_apply(model), static_argnums=4)(random_params(model), x, t, y, 0)
-        tokens = out.reshape(100, 2, 8, 2, 8).transpose(0, 1, 3, 2, 4).reshape(-1, 64)
+        tokens = np.asarray(out).reshape(100, 2, 8, 2, 8).transpose(0, 1, 3, 2, 4).reshape(-1, 64)
         space = np.linalg.svd(tokens - tokens.mean(0), full_matrices=False)[2][:width]
         noise = np.random.default_rng(0).normal(size=(4000, 64))
         lost[width] = np.mean((noise - noise @ space.T @ space) ** 2)
