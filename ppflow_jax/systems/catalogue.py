@@ -314,7 +314,7 @@ SYSTEMS = (
         NOT_MEASURED,
     ),
     System(
-        "RAE's wide head (DiT^DH)",
+        "RAE wide head",
         ("2510.11690",),
         "bytetriper/RAE a4d18c4, MIT",
         "systems/ddt.py",

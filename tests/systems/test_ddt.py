@@ -226,7 +226,7 @@ def test_one_stage_expands_to_what_it_was_on_flat_latents():
 
 @pytest.mark.long
 def test_the_commands_of_the_page(tmp_path):
-    """Train, sample, export, read again, guide by it, expand."""
+    """Of docs/rae.md: train, export, read again, expand, sample with a weaker model."""
     config, run = f"--config={ROOT}/configs/digits_ddt.py:sit", tmp_path / "run"
     flags = ("--config.train.steps=4", "--config.model.depth=1", "--config.train.save_every=4")
     flags += ("--config.sample.count=4", "--config.sample.steps=2", "--config.data.batch_size=16")
