@@ -198,7 +198,7 @@ class SwiGlu(Ffn):
         return 6 * tokens * model.width * self.units(model)
 
     def hidden(self, model: ModelConfig) -> float:
-        """Of the three halves that products write and read, two times as many as are counted."""
+        """1.5 u: two products write as many, and one reads them, where an MLP has one and one."""
         return 1.5 * self.units(model)
 
     def keys(self, layer: int) -> Iterator[Key]:

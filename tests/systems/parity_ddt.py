@@ -105,6 +105,8 @@ class Model:
         network += f",rms={str(settings['use_rmsnorm']).lower()}"
         self.config = find_config(self.state, "sit", network=network)
         assert str(self.config.block.mixer) == mixer
+        if width != self.config.width:  # then the file says it all
+            assert find_config(self.state, "sit") == self.config
         self.params = jax.tree.map(jnp.asarray, from_torch(self.config, self.state))
         self.apply = make_apply(self.config)
 

@@ -244,13 +244,11 @@ def test_the_commands_of_the_page(tmp_path):
     target = (f"--target={wider}", "--pyramid=4x4@0.5,2x2@1")
     code, _, err = commands.run("convert", f"--source={back}", *target)
     assert code == 0, err
-    folder = tmp_path / "samples"
-    code, _, err = commands.run(
-        "sample",
-        *(f"--checkpoint={wider}", f"--weak={back}", f"--out={folder}", "--num=2", "--steps=2"),
-        *("--cfg=1.42", "--accelerate=guidance=0.1-1"),
-    )
-    assert code == 0 and (folder / "samples.npz").is_file(), err
+    for checkpoint, weak in ((run, (f"--weak={back}", "--cfg=1.42")), (wider, ("--cfg=1",))):
+        folder = tmp_path / f"samples_of_{checkpoint.name}"
+        flags = (f"--checkpoint={checkpoint}", f"--out={folder}", "--num=2", "--steps=2", *weak)
+        code, _, err = commands.run("sample", *flags, "--accelerate=guidance=0.1-1")
+        assert code == 0 and (folder / "samples.npz").is_file(), err
     code, _, err = commands.run(
         "convert", f"--source={back}", f"--target={tmp_path / 'no'}", "--pyramid=16x16@0.5,2x2@1"
     )
