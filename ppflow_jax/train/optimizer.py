@@ -124,7 +124,7 @@ def _stable_then_decaying(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimConfig, steps: int, matrices: Sequence[Matrix] = (), fixed: Sequence[str] = ()
+    config: OptimConfig, steps: int, matrices: Sequence[Matrix] = (), undecayed: Sequence[str] = ()
 ) -> optax.GradientTransformation:
     """The optimizer, after gradient clipping if asked.
 
@@ -133,7 +133,7 @@ def make_optimizer(
     terms. Muon's steps have the RMS of AdamW's (arXiv 2502.16982), so both have one learning rate
     and one weight decay; momentum is 0.95, Nesterov's, with 5 iterations of Newton and Schulz.
 
-    Leaves that match a pattern of `fixed` do not decay.
+    Leaves that match a pattern of `undecayed` have no weight decay.
     """
     rate = learning_rate(config, steps)
     main = optax.adamw(
@@ -142,7 +142,7 @@ def make_optimizer(
         b2=config.b2,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        mask=functools.partial(_decaying, patterns=fixed) if fixed else None,
+        mask=functools.partial(_decaying, patterns=undecayed) if undecayed else None,
     )
     if config.name == MUON:
         main = _muon(config, rate, main, matrices)

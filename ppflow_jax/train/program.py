@@ -99,7 +99,7 @@ def make_program(experiment: Experiment, mesh: Mesh, memory: float | None = None
     place = layout(mesh, rules)
     apply = make_apply(model, dtype=dtype, remat=remat, programs=programs, layout=place)
     optimizer = make_optimizer(
-        experiment.optim, config.train.steps, model.matrices, fixed=model.fixed
+        experiment.optim, config.train.steps, model.matrices, undecayed=model.fixed
     )
     trainable = experiment.trainable
 

@@ -188,7 +188,7 @@ def test_frequencies_do_not_decay(name):
     params = random_params(MODEL)
     matrices, fixed = MODEL.matrices, MODEL.fixed
     optimizer = make_optimizer(
-        OptimConfig(name=name, weight_decay=0.1, lr=1.0), 10, matrices, fixed=fixed
+        OptimConfig(name=name, weight_decay=0.1, lr=1.0), 10, matrices, undecayed=fixed
     )
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = jax.jit(lambda p, g: optimizer.update(g, optimizer.init(p), p))(params, zeros)
