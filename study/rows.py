@@ -7,6 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from configs import digits_ddt
 from ppflow_jax.flow.cost import training_flops
 from ppflow_jax.train.experiment import Experiment
 
@@ -17,6 +18,7 @@ REPA = {
     "flow.terms": ("repa:layer=3,dims=64,hidden=128",),
 }
 MOE = "moe:experts=4,shared=0,expert=gelu"
+DDT = {f"model.{name}": value for name, value in digits_ddt.MODEL.items()}
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ ROWS = {
         "2 levels, logit-normal times shifted by 2", TWO,
         {"flow.shift": 2.0, "flow.times": "logit_normal:mean=0,std=1"},
     ),
+    "ddt": Row("SiT with a wide head, like FLOPs", "2x2@1", DDT),
+    "ddt2": Row("2 levels with a wide head, like FLOPs", TWO, DDT),
 }  # fmt: skip
 
 

@@ -54,6 +54,8 @@ def test_budgets():
     equal = dict(levels2_flops="sit", levels3_flops="sit", moe1="longer", moe2="longer")
     for name, other in equal.items():
         assert cost[name] == pytest.approx(cost[other], rel=3e-3), name
+    for name, other in dict(ddt="sit", ddt2="levels2").items():  # alike, by their sizes
+        assert cost[name] == pytest.approx(cost[other], rel=0.05), name
     assert cost["expand2"] == pytest.approx(0.1 * cost["levels2"])
     for row in ROWS.values():
         config = configured(base, row, 3)

@@ -57,6 +57,9 @@ _FFN = flags.DEFINE_string(
 _MIXER = flags.DEFINE_string(
     "mixer", None, "In place of full attention, as clear:radius=16; default: as the names say."
 )
+_NETWORK = flags.DEFINE_string(
+    "network", None, "Not PPFlow's, as ddt:width=64,depth=2,heads=4; default: as the names say."
+)
 _DTYPE = flags.DEFINE_enum("dtype", None, ["float32"], "Round to it; default: as in the file.")
 _PATH = flags.DEFINE_string("path", None, "linear, gvp, vp; default: as the file says, or linear.")
 _PREDICTION = flags.DEFINE_string(

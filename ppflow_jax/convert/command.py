@@ -108,6 +108,7 @@ def import_model(source: Source, kind: str, target: Path) -> None:
         latent_size=FLAGS.latent_size,
         ffn=FLAGS.ffn,
         mixer=FLAGS.mixer,
+        network=FLAGS.network,
         path=FLAGS.path,
         prediction=FLAGS.prediction,
         space=FLAGS.space,
@@ -138,7 +139,10 @@ def import_model(source: Source, kind: str, target: Path) -> None:
         f"stages {config.pyramid}; latent {'x'.join(map(str, config.shape))}, {config.num_classes} "
         f"classes, width {config.width}, depth {config.depth}, heads {config.heads}; "
         f"{flow.path} path, {flow.prediction}"
+        + (f", times shifted by {flow.shift:.4g}" if flow.shift != 1 else "")
     )
+    if config.network is not None:
+        print(f"network {config.network}: what names do not say is as --network says")
     if config.block != DIT:
         print(f"blocks with {config.block}: what names do not say is as --ffn and --mixer say")
 

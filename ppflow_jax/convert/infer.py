@@ -12,7 +12,7 @@ from ppflow_jax.convert.inception_keys import is_inception
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.config import SIZES, ModelConfig
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, Pyramid, Stage
-from ppflow_jax.systems.registry import read_block, read_conditions
+from ppflow_jax.systems.registry import read_block, read_conditions, read_network
 
 KINDS = ("sit", "ppflow", "vae", "taesd", "inception")
 _DIMS = {
@@ -52,6 +52,7 @@ def find_config(
     latent_size: int | None = None,
     ffn: str | None = None,
     mixer: str | None = None,
+    network: str | None = None,
 ) -> ModelConfig:
     """Architecture of a SiT or PPFlow state dict, from names and shapes.
 
@@ -62,6 +63,7 @@ def find_config(
       heads: where the width is not a public one.
       latent_size: where the file has no positions.
       ffn, mixer: parts whose settings are not the defaults.
+      network: where the names do not tell all of it.
 
     Raises:
       InputError: what cannot be found, or does not agree.
@@ -84,21 +86,27 @@ def find_config(
     several = kind == "ppflow" and _pyramid(state, channels, tuple(base), pyramid)
     found = several or Pyramid((Stage(1.0, tuple(base)),))
     last = "pos_embed" if kind == "sit" else f"pos_embed.{len(found) - 1}"
-    blocks = {m[1] for name in state if (m := re.match(r"blocks\.(\d+)\.", name))}
-    block, hidden = read_block(state, width, ffn, mixer)
+    own: dict[str, Any] = {"width": width, "depth": _blocks(state), "heads": heads}
+    backbone = read_network(state, own, network)
+    block, hidden = read_block(state, own["width"], ffn, mixer)
     return ModelConfig(
         pyramid=found,
         latent_size=latent_size or _latent_size(state, last, area),
         channels=channels,
-        width=width,
-        depth=len(blocks),
-        heads=heads or _heads(width),
+        width=own["width"],
+        depth=own["depth"],
+        heads=heads or own["heads"] or _heads(own["width"]),
         num_classes=state["y_embedder.embedding_table.weight"].shape[0] - 1,
-        mlp_ratio=_ratio(hidden, width),
+        mlp_ratio=_ratio(hidden, own["width"]),
         learn_sigma=rows == 2 * area * channels,
         block=block,
         conditions=read_conditions(state, found),
+        network=backbone,
     )
+
+
+def _blocks(state: Mapping[str, Any]) -> int:
+    return len({m[1] for name in state if (m := re.match(r"blocks\.(\d+)\.", name))})
 
 
 def _heads(width: int) -> int:

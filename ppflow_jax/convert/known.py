@@ -30,7 +30,8 @@ def _known(family: str, names: str, *needed: str, root: str = "") -> Known:
 KNOWN = (
     _known(
         "sit",
-        r"([xty]_embedder|level_embedder|final_layer|conditions|(blocks|routers)\.\d+)\..+"
+        r"([xyts]_embedder|s_projector|(enc|dec)_feat_rope|level_embedder|final_layer|conditions"
+        r"|(blocks|routers)\.\d+)\..+"
         r"|pos_embed(\.\d+)?",
         r"x_embedder\.proj\.weight$",
         r"final_layer\.linear\.weight$",

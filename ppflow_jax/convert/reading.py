@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -31,6 +31,7 @@ class Reading:
       latent_size: where the file has no positions.
       ffn: where the defaults of a mixture of experts are not its settings.
       mixer: where it is not full attention.
+      network: where names and shapes do not tell all of a network that is not PPFlow's.
       path, prediction: None takes them from the file's arguments, or linear and velocity.
       space: `latents` or `pixels`.
       dtype: of the parameters; None keeps that of each tensor.
@@ -42,6 +43,7 @@ class Reading:
     latent_size: int | None = None
     ffn: str | None = None
     mixer: str | None = None
+    network: str | None = None
     path: str | None = None
     prediction: str | None = None
     space: str = "latents"
@@ -75,6 +77,7 @@ class Reading:
             latent_size=self.latent_size,
             ffn=self.ffn,
             mixer=self.mixer,
+            network=self.network,
         )
         if self.expands(config):
             expanded_config(config, self.stages)  # before anything is read
@@ -109,5 +112,8 @@ def read_model(
     if reading.expands(config):
         config, params = expand(config, params, reading.stages, reading.seed)
         positions = {}
-    card = Card(config, reading.flow(source), reading.space)
+    flow = reading.flow(source)
+    if config.network is not None:
+        flow = replace(flow, shift=config.network.shift(config))
+    card = Card(config, flow, reading.space)
     return FileModel(card, params, positions, loaded.drift)

@@ -118,9 +118,10 @@ def training_bytes(
     cases one block is at work besides.
     """
     kept = {"none": 20, "dots": 11, "full": 1}[config.model.remat]
-    blocks = model.depth * kept + (20 if kept < 20 else 0)
+    again = 20 if kept < 20 else 0
+    inside = sum(stack.width * (stack.depth * kept + again) for stack in model.stacks)
     tokens = sum(_tokens(model, stage) * count for stage, count in images.items())
-    elements = tokens / config.train.accumulate * model.width * blocks
+    elements = tokens / config.train.accumulate * inside
     return round(weights + _itemsize(config) * (elements + 2 * weights / 4))
 
 

@@ -112,6 +112,11 @@ def leaf_path(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def is_stacked(path: str) -> bool:
+    """Whether a leaf of a network is of a stack of blocks, and has a leading axis of depth."""
+    return path.partition("/")[0].endswith("blocks")
+
+
 def _parts(axis: str | tuple[str, ...] | None, mesh: Mesh) -> int:
     names = (axis,) if isinstance(axis, str) else axis or ()
     return math.prod(mesh.shape[name] for name in names)

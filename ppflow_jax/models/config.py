@@ -7,7 +7,9 @@ from typing import Any
 
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.adapters import NONE, Adapter, beside, parse, text
+from ppflow_jax.models.backbone import Backbone
 from ppflow_jax.models.conditions import Condition, supplied
+from ppflow_jax.models.leaves import Matrix, Rule
 from ppflow_jax.models.parts import DIT, BlockSpec
 from ppflow_jax.pyramid import Pyramid
 
@@ -37,10 +39,12 @@ class ModelConfig:
       block: what the blocks are made of.
       conditions: what it is told besides time and label.
       adapters: what stands beside the kernels, see `models.adapters`.
+      network: what is in the place of `models.network.PPFlow`; None: that.
 
     Raises:
       InputError: a patch does not divide the latent, heads do not divide the width, the mixer
-        does not fit the grids, two conditions have one name, or adapters are on no kernel.
+        does not fit the grids, two conditions have one name, adapters are on no kernel, or the
+        network cannot be of this model.
     """
 
     pyramid: Pyramid
@@ -56,6 +60,7 @@ class ModelConfig:
     block: BlockSpec = DIT
     conditions: tuple[Condition, ...] = ()
     adapters: tuple[Adapter, ...] = ()
+    network: Backbone | None = None
 
     def __post_init__(self):
         sizes = (self.latent_size, self.channels, self.width, self.depth, self.heads)
@@ -72,6 +77,8 @@ class ModelConfig:
         names = [condition.name for condition in self.conditions]
         if twice := [name for i, name in enumerate(names) if name in names[:i]]:
             raise InputError(f"two conditions are called {twice[0]}: give each its own name")
+        if self.network is not None:
+            self.network.check(self)
         beside(self)
 
     @property
@@ -94,18 +101,42 @@ class ModelConfig:
         return (self.latent_size, self.latent_size, self.channels)
 
     @property
+    def rules(self) -> tuple[Rule, ...]:
+        """Shardings of the leaves of its parts, see `devices.sharding`."""
+        own = () if self.network is None else self.network.rules
+        return self.block.rules + own
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """Of the leaves of its parts, for Muon."""
+        own = () if self.network is None else self.network.matrices
+        return self.block.matrices + own
+
+    @property
+    def fixed(self) -> tuple[str, ...]:
+        """Patterns of leaves that are no weights."""
+        return () if self.network is None else self.network.fixed
+
+    @property
+    def stacks(self) -> tuple[ModelConfig, ...]:
+        """Its stacks of blocks, as models of DiT; `width`, `depth` and `heads` are the first's."""
+        return (self,) if self.network is None else self.network.stacks(self)
+
+    @property
     def head_width(self) -> int:
         return self.width // self.heads
 
     def to_json(self) -> dict[str, Any]:
-        """By field; conditions, adapters and every part that is not DiT's, as text."""
-        special = ("block", "conditions", "adapters")
+        """By field; conditions, adapters, network and parts that are not DiT's, as text."""
+        special = ("block", "conditions", "adapters", "network")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in special}
         texts: dict[str, Any] = {"pyramid": str(self.pyramid)} | self.block.to_json()
         if self.conditions:
             texts["conditions"] = list(map(str, self.conditions))
         if self.adapters:
             texts["adapters"] = text(self.adapters)
+        if self.network is not None:
+            texts["network"] = str(self.network)
         return values | texts
 
     @classmethod
@@ -114,15 +145,16 @@ class ModelConfig:
         values: dict[str, Any],
         block: BlockSpec = DIT,
         conditions: tuple[Condition, ...] = (),
+        network: Backbone | None = None,
     ) -> ModelConfig:
-        """The model of `to_json`, whose parts and conditions have been made already.
+        """The model of `to_json`, whose parts, conditions and network have been made already.
 
         Raises:
           InputError: keys that there are not.
         """
-        known = {f.name for f in fields(cls)} - {"block", "conditions"}
+        known = {f.name for f in fields(cls)} - {"block", "conditions", "network"}
         if unknown := set(values) - known:
             raise InputError(f"model config has unknown keys {sorted(unknown)}: update ppflow_jax")
         pyramid = Pyramid.parse(values["pyramid"])
-        made = {"pyramid": pyramid, "block": block, "conditions": conditions}
+        made = {"pyramid": pyramid, "block": block, "conditions": conditions, "network": network}
         return cls(**(values | made | {"adapters": parse(values.get("adapters", NONE))}))

@@ -28,14 +28,19 @@ def block_flops(
 def ends_flops(model: ModelConfig, stage: int) -> int:
     """FLOPs of what is not in the blocks, of one image.
 
-    These are the patch, final and time projections, what conditions count, and adapters of these.
+    These are the patch, final and time projections, what conditions count, and adapters of these;
+    of another network what it says.
     """
     d, pixels = model.width, model.latent_size**2 * model.channels
-    ends = 2 * d * pixels * (3 if model.learn_sigma else 2) + 4 * d * d
+    if model.network is None:
+        ends = 2 * d * pixels * (3 if model.learn_sigma else 2) + 4 * d * d
+        ends += 2 * d * (2 * FREQUENCIES + d)
+    else:
+        ends = model.network.ends_flops(model, stage)
     told = sum(condition.flops(model) for condition in model.conditions)
     rows, cols = model.pyramid.grid(stage, model.latent_size)
     _, adapters = low_rank_flops(model, stage, rows * cols, rows * cols)
-    return ends + 2 * d * (2 * FREQUENCIES + d) + told + adapters
+    return ends + told + adapters
 
 
 def forward_flops(model: ModelConfig, stage: int) -> int:
@@ -51,7 +56,10 @@ def block_traffic(model: ModelConfig, stage: int) -> int:
     one kernel. Weights are not counted.
     """
     rows, cols = model.pyramid.grid(stage, model.latent_size)
-    n, d = rows * cols, model.width
-    hidden = model.block.ffn.hidden(model)
-    scores = model.block.mixer.scores(model, stage)
-    return model.depth * (int((12 * d + 2 * hidden) * n) + 4 * model.heads * scores)
+    n, elements = rows * cols, 0
+    for stack in model.stacks:
+        hidden = stack.block.ffn.hidden(stack)
+        scores = stack.block.mixer.scores(stack, stage)
+        inside = int((12 * stack.width + 2 * hidden) * n) + 4 * stack.heads * scores
+        elements += stack.depth * inside
+    return elements

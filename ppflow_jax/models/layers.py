@@ -226,6 +226,10 @@ class Block(nnx.Module):
                 parts[i] = parts[i] * gamma[None]
         return parts
 
+    def modulated(self, branch: int, x: Array, shift: Array, scale: Array) -> Float[Array, "b n d"]:
+        """What enters a branch, 0 attention and 1 MLP."""
+        return modulate(x, shift, scale)
+
     def per_token(self, f: Callable[[Array], Array], x: Float[Array, "b n d"]) -> Array:
         return per_token(self.programs, f, x)
 
@@ -246,9 +250,9 @@ class Block(nnx.Module):
         if self.spec.wrap is not None:
             x = self.spec.wrap(self, x)
         inner = x
-        attention = self.mix(modulate(x, shift1, scale1))
+        attention = self.mix(self.modulated(0, x, shift1, scale1))
         x = x + gate1[:, None] * attention
-        mlp, aux = self.spec.ffn(self, modulate(x, shift2, scale2))
+        mlp, aux = self.spec.ffn(self, self.modulated(1, x, shift2, scale2))
         x = x + gate2[:, None] * mlp
         if self.spec.wrap is not None:
             x = x + (outer - inner)
@@ -259,7 +263,7 @@ class Block(nnx.Module):
         shift, scale, *_ = self.modulation(c)
         if self.spec.wrap is not None:
             x = self.spec.wrap(self, x)
-        return self.attention.logits(modulate(x, shift, scale))
+        return self.attention.logits(self.modulated(0, x, shift, scale))
 
     def branches(
         self, x: Float[Array, "b n d"], c: Float[Array, "b d"]

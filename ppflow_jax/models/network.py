@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from ppflow_jax.devices.layout import Layout
 from ppflow_jax.devices.programs import Programs, for_passes
+from ppflow_jax.devices.sharding import is_stacked
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.adapters import attach
 from ppflow_jax.models.conditions import Cond, Told, split
@@ -115,21 +116,15 @@ class PPFlow(nnx.Module):
         the devices.)
         """
         turns = math.gcd(*map(len, ts))
-
-        def joined(parts: tuple[Array, ...]) -> Float[Array, "turns _"] | Int[Array, "turns _"]:
-            return jnp.concatenate([part.reshape(turns, -1) for part in parts], axis=1)
-
-        t, y = joined(ts), joined(tuple(each.labels for each in told))
+        t, y = joined(ts, turns), joined(tuple(each.labels for each in told), turns)
         more = None
         for s in self.config.conditions:
             if s.enters == "vector":
-                values = joined(tuple(each.values[s.name] for each in told))
+                values = joined(tuple(each.values[s.name] for each in told), turns)
                 vector = s.vector(self.conditions[s.name], values.reshape(-1))
                 more = vector if more is None else more + vector
         c = self.time(t.reshape(-1), more).astype(jnp.float32) + self.label(y.reshape(-1))
-        cuts = list(itertools.accumulate(len(part) // turns for part in ts))[:-1]
-        own = jnp.split(c.reshape(*t.shape, -1), cuts, axis=1)
-        cs = [part.reshape(-1, part.shape[-1]) for part in own]
+        cs = apart(c, tuple(map(len, ts)), turns)
         if self.config.has_levels:
             cs = [c + self.level(jnp.full(len(c), stage)) for c, stage in zip(cs, stages)]
         return tuple(map(self.layout.batch, cs))
@@ -203,6 +198,18 @@ class PPFlow(nnx.Module):
         return out[..., : config.channels]
 
 
+def joined(parts: tuple[Array, ...], turns: int) -> Float[Array, "turns _"] | Int[Array, "turns _"]:
+    """The samples of all stages in one batch, in turn; `apart` gives what was made of them."""
+    return jnp.concatenate([part.reshape(turns, -1) for part in parts], axis=1)
+
+
+def apart(c: Float[Array, "b d"], sizes: tuple[int, ...], turns: int) -> list[Float[Array, "_ d"]]:
+    """Rows of every stage, of which `joined` made one batch."""
+    cuts = list(itertools.accumulate(size // turns for size in sizes))[:-1]
+    own = jnp.split(c.reshape(turns, -1, c.shape[-1]), cuts, axis=1)
+    return [part.reshape(-1, part.shape[-1]) for part in own]
+
+
 def _module(
     config: ModelConfig,
     key: jax.Array,
@@ -210,7 +217,8 @@ def _module(
     remat: str = "none",
     **options: Any,
 ) -> PPFlow:
-    return PPFlow(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(key), **options)
+    make = PPFlow if config.network is None else config.network.module
+    return make(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(key), **options)
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
@@ -267,7 +275,7 @@ def make_apply(
             raise InputError(f"logits of attention: in the blocks there is {spec.mixer} instead")
         if programs.unrolled and trunk is None:
             params = unstacked(params)
-        here = {name: part for name, part in params.items() if trunk or name != "blocks"}
+        here = {name: part for name, part in params.items() if trunk or not is_stacked(name)}
         params = params | layout.weights(here, "")
         layers = params["blocks"] if isinstance(params["blocks"], tuple) else ()
         network = nnx.merge(graphdef, params | {"blocks": layers[0]} if layers else params)

@@ -94,7 +94,7 @@ class Stack:
     def __call__(
         self,
         hs: tuple[Float[Array, "_ _ d"], ...],
-        cs: tuple[Float[Array, "_ d"], ...],
+        cs: tuple[Float[Array, "_ ... d"], ...],
         signals: tuple[Any, ...],
         grids: tuple[tuple[int, int], ...],
         taps: Taps = Taps(),
@@ -103,8 +103,9 @@ class Stack:
 
         Several stages pass a block side by side, each with its own token count, so that its
         weights are gathered, and their gradients summed over a mesh, once for all of them. Each of
-        `cs` is already SiLU(c), each of `signals` what the blocks' wrap has for it, or None, each
-        of `grids` rows and columns of its tokens.
+        `cs` is already SiLU(c), of an image or of every token, as the blocks take it; each of
+        `signals` what the blocks' wrap has for it, or None; each of `grids` rows and columns of its
+        tokens.
         """
 
         def body(hs, layer, inside=()):

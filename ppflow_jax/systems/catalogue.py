@@ -310,8 +310,34 @@ SYSTEMS = (
         "rae.md",
         "the shift, logit-normal times and grids, against arrays of the original",
         "both ends of time are drawn and reached; stages weigh what the shifted times give them; "
-        "the wide head, its weights and the autoencoder are not here",
+        "the autoencoder is not here",
         "tests/flow/test_times.py",
+        NOT_MEASURED,
+    ),
+    System(
+        "RAE wide head",
+        ("2510.11690",),
+        "bytetriper/RAE a4d18c4, MIT",
+        "systems/ddt.py",
+        "--config=digits_ddt",
+        "rae.md",
+        "the network inside and out, loss, gradients, guidance and samples against arrays of the "
+        "original; numbers of parameters of all public sizes; names of weights in both directions",
+        "stages have projections and a level embedding of their own; a head that is too narrow for "
+        "a stage is refused; kernels start as DiT's",
+        "tests/systems/test_ddt.py",
+        NOT_MEASURED,
+    ),
+    System(
+        "2-D rotary positions and SwiGLU",
+        ("2104.09864", "2002.05202"),
+        "bytetriper/RAE a4d18c4, MIT",
+        "systems/ddt_blocks.py",
+        "--config.model.mixer=rope",
+        "rae.md",
+        "tables of turns and branches of blocks against arrays of RAE's code",
+        "places count in units of the pyramid's smallest patch",
+        "tests/systems/test_ddt.py",
         NOT_MEASURED,
     ),
     System(

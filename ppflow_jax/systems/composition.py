@@ -60,6 +60,7 @@ METHODS = {
     "moe": "blocks with experts (DiT-MoE)",
     "switch": "blocks of Switch-DiT",
     "mixer": "blocks without full attention (CLEAR, LinFusion, DiCo)",
+    "ddt": "the wide head of RAE, `--config.model.network=ddt`",
 }
 ENGINES = ("forecast", "merge", "ras", "rettention")  # change the evaluations
 _NOISE = "adds noise at every step"
@@ -74,7 +75,11 @@ _EXCEPTIONS = (
     *(Pair(a, b, STAGES, _ONE) for a, b in itertools.combinations(ENGINES, 2)),
     *(Pair(engine, "meanflow", REFUSED, _JUMPS) for engine in ("forecast", "ras", "rettention")),
     Pair("merge", "switch", REFUSED, _APART),
-    *(Pair(engine, "mixer", REFUSED, _FULL) for engine in ("merge", "ras", "rettention")),
+    *(
+        Pair(engine, other, REFUSED, _FULL)
+        for engine in ("merge", "ras", "rettention")
+        for other in ("mixer", "ddt")
+    ),
     *(Pair(engine, "plan", REFUSED, _FILE) for engine in ENGINES),
     *(Pair(engine, "sde", REFUSED, _NOISE) for engine in ENGINES),
     *(Pair(engine, "dopri5", REFUSED, _GRID) for engine in ENGINES),

@@ -56,20 +56,22 @@ def expand(
     """
     target = expanded_config(config, pyramid)
     p, q = config.pyramid.stages[0].patch
-    into, out = params["patchify"][0], params["unpatchify"][0]
-    patchify, unpatchify = {}, {}
+    out, unpatchify = params["unpatchify"][0], {}
+    patchify: Params = {name: {} for name in ("patchify", "head_patchify") if name in params}
     for k, stage in enumerate(pyramid.stages):
         patch = dict(p=p, q=q, i=stage.patch[0] // p, j=stage.patch[1] // q)
-        kernel = _divided(into["kernel"], patch["i"] * patch["j"])
-        patchify[k] = {
-            "kernel": einops.repeat(kernel, "(p q c) d -> (p i q j c) d", **patch),
-            "bias": into["bias"],
-        }
+        for name, stages in patchify.items():
+            into = params[name][0]
+            kernel = _divided(into["kernel"], patch["i"] * patch["j"])
+            stages[k] = {
+                "kernel": einops.repeat(kernel, "(p q c) d -> (p i q j c) d", **patch),
+                "bias": into["bias"],
+            }
         unpatchify[k] = {
             "kernel": einops.repeat(out["kernel"], "d (p q o) -> d (p i q j o)", **patch),
             "bias": einops.repeat(out["bias"], "(p q o) -> (p i q j o)", **patch),
         }
-    expanded = params | {"patchify": patchify, "unpatchify": unpatchify}
+    expanded = params | patchify | {"unpatchify": unpatchify}
     if target.has_levels:
         table = np.random.default_rng(seed).standard_normal((len(pyramid), config.width))
         dtype = params["label"]["embedding"].dtype

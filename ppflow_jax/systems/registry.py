@@ -11,12 +11,15 @@ from ppflow_jax.flow.loss import FlowObjective
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.terms import Objective, Term
 from ppflow_jax.flow.times import LogitNormal
+from ppflow_jax.models.backbone import Backbone
 from ppflow_jax.models.conditions import Channels, Condition, Scalar
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.parts import BlockSpec, Ffn, FullAttention, Mixer, Mlp, Part, Wrap
 from ppflow_jax.pyramid import Pyramid
 from ppflow_jax.systems.cascade import Upsampling
 from ppflow_jax.systems.clear import Clear
+from ppflow_jax.systems.ddt import DDT
+from ppflow_jax.systems.ddt_blocks import RopeAttention, SwiGlu
 from ppflow_jax.systems.dico import DiCo
 from ppflow_jax.systems.guided_distillation import Guided, Halved
 from ppflow_jax.systems.haste import AttentionAlign
@@ -29,14 +32,15 @@ from ppflow_jax.systems.repa import Repa
 from ppflow_jax.systems.switch import Switch
 from ppflow_jax.systems.tasks import Colourisation, Edges, Inpainting, SuperResolution, Task
 
-FFNS: dict[str, type[Ffn]] = {part.kind: part for part in (Mlp, MoE)}
+FFNS: dict[str, type[Ffn]] = {part.kind: part for part in (Mlp, MoE, SwiGlu)}
 WRAPS: dict[str, type[Wrap]] = {part.kind: part for part in (Switch,)}
 # The last one is what a state dict has that is none of the others
 MIXERS: dict[str, type[Mixer]] = {
-    part.kind: part for part in (Clear, LinFusion, DiCo, FullAttention)
+    part.kind: part for part in (Clear, LinFusion, DiCo, RopeAttention, FullAttention)
 }
 # By the field of `BlockSpec`
 KINDS: dict[str, dict[str, Any]] = {"ffn": FFNS, "wrap": WRAPS, "mixer": MIXERS}
+NETWORKS: dict[str, type[Backbone]] = {network.kind: network for network in (DDT,)}
 TERMS: dict[str, Any] = {term.name: term for term in (Repa, AttentionAlign)}  # of the loss
 OBJECTIVES = {kind.kind: kind for kind in (MeanFlow, Guided, Halved, Distil, Mmd)}
 UNIFORM = "uniform"  # raw times of training, where they are nothing else
@@ -179,6 +183,32 @@ def take_block(values: dict[str, Any]) -> BlockSpec:
     """
     texts = {field: values.pop(field) for field in KINDS if field in values}
     return BlockSpec(**{f: part(text, f) for f, text in texts.items() if text != NONE})
+
+
+def take_network(values: dict[str, Any]) -> Backbone | None:
+    """The network among the settings of a model, which is taken out of `values`; None: PPFlow's.
+
+    Raises:
+      InputError: see `part`.
+    """
+    text = values.pop("network", NONE)
+    return None if text == NONE else _made(text, "network", NETWORKS)
+
+
+def read_network(
+    state: Mapping[str, Any], model: dict[str, Any], said: str | None = None
+) -> Backbone | None:
+    """The network of a PyTorch state dict, `said` as a configuration has it; None: PPFlow's.
+
+    Args:
+      model: is given the fields of `ModelConfig` that the network knows.
+
+    Raises:
+      InputError: see `part`, `Backbone.read`.
+    """
+    given = take_network({"network": said}) if said else None
+    found = (kind.read(state, model, given) for kind in NETWORKS.values())
+    return next(filter(None, found), None)
 
 
 def read_conditions(state: Mapping[str, Any], pyramid: Pyramid) -> tuple[Condition, ...]:

@@ -21,7 +21,7 @@ from ppflow_jax.flow.method import Evaluation
 from ppflow_jax.flow.plan import Segment
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.flops import block_flops, ends_flops
-from ppflow_jax.models.layers import Block, modulate
+from ppflow_jax.models.layers import Block
 from ppflow_jax.systems.forecast import alike
 from ppflow_jax.systems.forecast_blocks import depth_of
 
@@ -51,11 +51,11 @@ def through(
 
 
 def _attention(block: Block, x: Array, shift: Array, scale: Array) -> Array:
-    return block.mix(modulate(x, shift, scale))
+    return block.mix(block.modulated(0, x, shift, scale))
 
 
 def _mlp(block: Block, x: Array, shift: Array, scale: Array) -> Array:
-    return block.mlp(modulate(x, shift, scale))
+    return block.mlp(block.modulated(1, x, shift, scale))
 
 
 def new_memory(

@@ -25,7 +25,7 @@ from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import abstract_params
 from ppflow_jax.models.trees import leaves, split
 from ppflow_jax.pyramid import Pyramid
-from ppflow_jax.systems.registry import notes_of, take_block, take_conditions, term
+from ppflow_jax.systems.registry import notes_of, take_block, take_conditions, take_network, term
 from ppflow_jax.systems.registry import objective as objective_of
 from ppflow_jax.systems.registry import task as task_of
 from ppflow_jax.systems.registry import times as times_of
@@ -68,7 +68,9 @@ class Experiment:
     def from_config(cls, config: ConfigDict) -> Experiment:
         c = config.model
         settings = {k: c[k] for k in c if k not in ("pyramid", "dtype", "remat", "attention")}
-        made = dict(block=(block := take_block(settings)), conditions=take_conditions(settings))
+        made: dict[str, Any] = dict(block=(block := take_block(settings)))
+        made["conditions"] = take_conditions(settings)
+        made["network"] = take_network(settings)
         made["adapters"] = parse(settings.pop("adapters", NONE))
         model = ModelConfig(pyramid=Pyramid.parse(c.pyramid), **made, **settings)
         if task := task_of(config.data.task):
@@ -107,6 +109,7 @@ class Experiment:
         values = json.loads(config.to_json_best_effort())
         values.pop("resume_changed", None)
         values["model"] |= block.to_json()  # as checkpoints have it
+        values["model"]["network"] = str(model.network or "none")
         values["model"]["conditions"] = list(map(str, model.conditions))
         values["data"]["task"] = str(task or "none")
         values["model"]["adapters"] = text(model.adapters)
@@ -170,7 +173,7 @@ def _check_trainable(model: ModelConfig, patterns: tuple[str, ...]) -> None:
 def _check_muon(optim: OptimConfig, model: ModelConfig, patterns: tuple[str, ...]) -> None:
     if optim.name != "muon":
         return
-    axes = muon_axes(split(abstract_params(model), patterns)[0], model.block.matrices)
+    axes = muon_axes(split(abstract_params(model), patterns)[0], model.matrices)
     if not jax.tree.leaves(axes):
         raise InputError(
             "config.optim.name=muon: it is for the matrices of the blocks, and config.train."

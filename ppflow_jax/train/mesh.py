@@ -139,7 +139,7 @@ def _groups(widths: list[int], count: int, tpu: bool) -> list[int]:
 def need(experiment: Experiment, program: Program, mesh: Mesh, stage: int) -> Need:
     """What a training step of `experiment` needs on `mesh`; `program` may be that of another."""
     model, config = experiment.card.model, experiment.config
-    rules, dtype = model.block.rules, jnp.dtype(config.model.dtype)
+    rules, dtype = model.rules, jnp.dtype(config.model.dtype)
     kept = {"state": program.abstract, "frozen": program.frozen}
     state = bytes_on_device(kept, tree_shardings(kept, mesh, rules))
     params = program.abstract["params"]
@@ -169,6 +169,11 @@ def _saved(model: ModelConfig, stage: int, remat: str, itemsize: int, tensor: in
     `dots` keeps the results of products with weights: 3 D of queries, keys and values, D of each
     output, and the hidden units; `none` all that they are made from too, about thrice that.
     """
+    return sum(_kept(each, stage, remat, itemsize, tensor) for each in model.stacks)
+
+
+def _kept(model: ModelConfig, stage: int, remat: str, itemsize: int, tensor: int) -> float:
+    """By one stack of blocks."""
     rows, cols = model.pyramid.grid(stage, model.latent_size)
     d, hidden = model.width, model.block.ffn.hidden(model)
     products = 2 * d + (3 * d + hidden) / tensor

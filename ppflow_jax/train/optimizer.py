@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -123,7 +124,7 @@ def _stable_then_decaying(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimConfig, steps: int, matrices: Sequence[Matrix] = ()
+    config: OptimConfig, steps: int, matrices: Sequence[Matrix] = (), undecayed: Sequence[str] = ()
 ) -> optax.GradientTransformation:
     """The optimizer, after gradient clipping if asked.
 
@@ -131,6 +132,8 @@ def make_optimizer(
     and AdamW for all else: embeddings, (un)patchify, biases, adaLN, routers, adapters and leaves of
     terms. Muon's steps have the RMS of AdamW's (arXiv 2502.16982), so both have one learning rate
     and one weight decay; momentum is 0.95, Nesterov's, with 5 iterations of Newton and Schulz.
+
+    Leaves that match a pattern of `undecayed` have no weight decay.
     """
     rate = learning_rate(config, steps)
     main = optax.adamw(
@@ -139,10 +142,18 @@ def make_optimizer(
         b2=config.b2,
         eps=config.eps,
         weight_decay=config.weight_decay,
+        mask=functools.partial(_decaying, patterns=undecayed) if undecayed else None,
     )
     if config.name == MUON:
         main = _muon(config, rate, main, matrices)
     return optax.chain(optax.clip_by_global_norm(config.clip), main) if config.clip else main
+
+
+def _decaying(params: Any, patterns: Sequence[str]) -> Any:
+    """Whether each leaf is a weight."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not any(re.search(p, leaf_path(path)) for p in patterns), params
+    )
 
 
 def _muon(

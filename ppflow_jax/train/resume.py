@@ -30,6 +30,7 @@ BEFORE = {
     "train.ema_warmup": False,
     "model.ffn": "mlp",
     "model.wrap": "none",
+    "model.network": "none",
     "model.mixer": "attention",
     "model.conditions": [],
     "data.task": "none",

@@ -1,4 +1,4 @@
-"""RAE's times against arrays of the authors' code (bytetriper/RAE), which run from data to noise.
+"""RAE against arrays of the authors' code (bytetriper/RAE), whose time runs from data to noise.
 
 The original ends its grid before data, and draws no raw time within 0.001 of noise; so do these.
 """
@@ -13,6 +13,7 @@ import numpy as np
 
 from ppflow_jax.flow.times import BASE_NUMBERS, Law, LogitNormal, shifted
 from tests.acceptance.comparison import Row
+from tests.systems import parity_ddt
 
 if TYPE_CHECKING:
     from tests.systems_parity import Reference
@@ -21,6 +22,12 @@ LAST = 0.999
 
 
 def rows(ref: Reference) -> Iterator[Row]:
+    if "shift/m" in ref:
+        yield from times(ref)
+    yield from parity_ddt.rows(ref)
+
+
+def times(ref: Reference) -> Iterator[Row]:
     shifts = [float(m / BASE_NUMBERS) ** 0.5 for m in ref["shift/m"]]
     for kind, end in (("ode", LAST), ("sde", 0.96)):
         for points in (5, 50):

@@ -23,6 +23,8 @@ from ppflow_jax.models.parts import BlockSpec
 from ppflow_jax.pyramid import PPFLOW2, SIT
 from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
 from ppflow_jax.systems.composition import ENGINES, METHODS, REFUSED, STAGES, WORKS, pairs
+from ppflow_jax.systems.ddt import DDT
+from ppflow_jax.systems.ddt_blocks import RopeAttention, SwiGlu
 from ppflow_jax.systems.linfusion import LinFusion
 from ppflow_jax.systems.moe import MoE
 from ppflow_jax.systems.switch import Switch
@@ -59,6 +61,7 @@ MODELS = {
     "moe": replace(MODEL, block=BlockSpec(ffn=MoE(experts=2, top_k=1))),
     "switch": replace(MODEL, block=BlockSpec(wrap=Switch(experts=2, top_k=1))),
     "mixer": replace(MODEL, block=BlockSpec(mixer=LinFusion())),
+    "ddt": replace(MODEL, block=BlockSpec(SwiGlu(), mixer=RopeAttention()), network=DDT(16, 1, 2)),
     "keep": replace(MODEL, conditions=(Channels("known", channels=3, drop=0.0),)),
     "stages": STAGED,
 }
@@ -119,7 +122,7 @@ def test_two_engines_share_a_plan_by_stages(pair):
     assert np.isfinite(found).all() and np.abs(found - alone).max() > 1e-7
 
 
-@each(WORKS, quick=("cfg", "multistep"))
+@each(WORKS, quick=("cfg", "multistep", "ddt"))
 def test_what_works_runs(pair):
     """And changes something: the engine is at work beside the other method."""
     found, plain = sampled(TEXTS[pair.first], pair.second), sampled("exact", pair.second)
