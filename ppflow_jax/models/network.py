@@ -236,17 +236,18 @@ def make_apply(
     layout: Layout = Layout(),
     one_time: bool = False,
 ) -> Apply:
-    """The network as a pure function `apply(params, x, t, y, stage, trunk, taps, mixer, drawn)`.
+    """The network as a pure function `apply(params, x, t, y, stage, trunk, taps, mixer)`.
 
     x float32 [b, h, w, c] latent; t float32 [b] in [0, 1]; y int32 [b], null label allowed, of a
     model with conditions {"label": y, name: values} (see `models.conditions`); stage a Python int.
     Returns float32 [b, h, w, c]: the velocity, score or noise it was trained to predict. With a
     tuple for each of x, t, y and stage: an `Output` of each, in one pass over the blocks; with
     `taps` an `Output` of one stage too. With `mixer` tokens see each other as that part has it, on
-    the same leaves (see `models.parts.Mixer`). `drawn` has for every one of several stages what an
-    objective draws for the wrap of the blocks. `params` may be `unstacked`. `dtype` is that of the
-    matrix products, `programs` how it is computed (None: as suits passes on the default device),
-    `layout` that of the mesh. With `one_time` all images of a call have one time, as in sampling.
+    the same leaves (see `models.parts.Mixer`). What an objective draws for the wrap of the blocks
+    is given by its kind, a tuple of each of several stages. `params` may be `unstacked`. `dtype` is
+    that of the matrix products, `programs` how it is computed (None: as suits passes on the default
+    device), `layout` that of the mesh. With `one_time` all images of a call have one time, as in
+    sampling.
     `trunk` (see `Trunk`) replaces the scan over the blocks, whose weights are then all gathered at
     once; the result is (prediction, what the trunk returned besides).
 
@@ -264,8 +265,11 @@ def make_apply(
         nnx.eval_shape(lambda: _module(config, jax.random.key(0), dtype, remat, **options))
     )
 
-    def apply(params, x, t, y, stage, trunk=None, taps=Taps(), mixer=None, drawn=()):
+    def apply(params, x, t, y, stage, trunk=None, taps=Taps(), mixer=None, **drawn):
         taps.check(config.depth)
+        own = tuple(drawn.pop(config.block.wrap.kind, ())) if config.block.wrap else ()
+        if drawn:
+            raise TypeError(f"{', '.join(drawn)}: no argument of a network with {config.block}")
         spec = config.block if mixer is None else replace(config.block, mixer=mixer)
         if taps.logits and not isinstance(spec.mixer, FullAttention):
             raise InputError(f"logits of attention: in the blocks there is {spec.mixer} instead")
@@ -279,7 +283,7 @@ def make_apply(
         if trunk is not None:
             return network(x, t, y, stage, trunk)
         if isinstance(stage, tuple):
-            return network.by_stage(x, t, y, stage, layers, taps, drawn)
+            return network.by_stage(x, t, y, stage, layers, taps, own)
         output = network.by_stage((x,), (t,), (y,), (stage,), layers, taps)[0]
         return output if taps else output.prediction
 

@@ -264,7 +264,9 @@ class Routers(nnx.Module):
             (layer.kernel[...].astype(jnp.float32), layer.bias[...].astype(jnp.float32))
             for layer in (self.tokens1, self.tokens2)
         )
-        return jnp.squeeze(jax.nn.relu(x.astype(jnp.float32) @ w1 + b1) @ w2 + b2, -1)
+        return jnp.squeeze(
+            jax.nn.relu(x.astype(jnp.float32) @ w1 + b1[None, None]) @ w2 + b2[None, None], -1
+        )
 
 
 def _router(d_in: int, d_out: int, bias: float, rngs: nnx.Rngs) -> nnx.Module:

@@ -189,7 +189,8 @@ class DynamicFlow:
 
         def both(params, xt, t, y, stages):
             times = len(noise) // len(stages)
-            return apply(params, xt * times, t * times, y * times, stages * times, drawn=noise)
+            rows = (each * times for each in (xt, t, y, stages))
+            return apply(params, *rows, **{DyDiT.kind: noise})
 
         given = Draws(*draws[:3])
         views, outputs = base.predicted(both, params, frozen, batch, given)
