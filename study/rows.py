@@ -32,6 +32,7 @@ class Row:
       steps: as a share of the budget.
       costs_as: the row whose training costs as many FLOPs, where that sets the number of steps.
       phases: weights of terms, each until a share of the steps.
+      accelerate: how it is sampled, as `--accelerate`.
     """
 
     title: str
@@ -41,6 +42,7 @@ class Row:
     steps: float = 1.0
     costs_as: str = ""
     phases: tuple[tuple[float, dict[str, float]], ...] = ()
+    accelerate: str = ""
 
 
 ROWS = {

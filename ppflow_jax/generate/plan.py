@@ -22,6 +22,7 @@ from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Apply, make_apply
 from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
 from ppflow_jax.systems.registry import FLOW, notes_of
+from ppflow_jax.systems.routed import RoutedTables, check_routable
 
 PLAIN = AccelerateConfig()
 
@@ -143,6 +144,8 @@ def tuned_plan(
             f"the plan forecasts features of {depth} blocks, the model has {card.model.depth}: "
             "tune one for this model"
         )
+    if isinstance(file.forecast, RoutedTables):
+        check_routable(card.model)
     config = SamplerConfig(
         FITTED, len(file.fitted.stages), cfg=file.cfg, cfg_channels=file.cfg_channels
     )

@@ -243,11 +243,10 @@ def make_apply(
     Returns float32 [b, h, w, c]: the velocity, score or noise it was trained to predict. With a
     tuple for each of x, t, y and stage: an `Output` of each, in one pass over the blocks; with
     `taps` an `Output` of one stage too. With `mixer` tokens see each other as that part has it, on
-    the same leaves (see `models.parts.Mixer`). What an objective draws for the wrap of the blocks
-    is given by its kind, a tuple of each of several stages. `params` may be `unstacked`. `dtype` is
-    that of the matrix products, `programs` how it is computed (None: as suits passes on the default
-    device), `layout` that of the mesh. With `one_time` all images of a call have one time, as in
-    sampling.
+    the same leaves (see `models.parts.Mixer`). What is drawn for the wrap of the blocks is given by
+    its kind, one for each of several stages. `params` may be `unstacked`. `dtype` is that of the
+    matrix products, `programs` how it is computed (None: as suits passes on the default device),
+    `layout` that of the mesh. With `one_time` all images of a call have one time, as in sampling.
     `trunk` (see `Trunk`) replaces the scan over the blocks, whose weights are then all gathered at
     once; the result is (prediction, what the trunk returned besides).
 

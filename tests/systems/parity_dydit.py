@@ -113,8 +113,9 @@ def widths(ref: Reference) -> Iterator[Row]:
             name = key.torch.removeprefix("blocks.0.")
             each = [key.ours(weights[f"blocks.{i}.{name}"]) for i in range(ref.config["L"])]
             leaves[router][leaf] = jnp.stack(each)
-    logits = part.logits(leaves, jnp.asarray(ref["eval/temb"]))
-    masks, _ = part.signals(leaves, lambda t: jnp.asarray(ref["eval/temb"]), jnp.zeros(1))
+    temb = jnp.asarray(ref["eval/temb"])
+    logits = part.logits(leaves, temb)
+    masks, _ = part.signals(leaves, lambda t: temb, jnp.zeros(len(temb)))
     for torch, name in (("attn", "heads"), ("mlp", "hidden")):
         ours = jnp.swapaxes(logits[name], 0, 1)
         yield from ref.row(f"eval/{torch}_logits", ours, what="from the embedding")
