@@ -16,6 +16,11 @@ REPA = {
     "data.fields": ("teacher",),
     "flow.terms": ("repa:layer=3,dims=64,hidden=128",),
 }
+DYDIT = {
+    "model.wrap": "dydit",
+    "flow.objective": "dydit:share=0.6,warmup=300",
+    "optim.clip": 50.0,
+}
 MOE = "moe:experts=4,shared=0,expert=gelu"
 
 
@@ -77,6 +82,10 @@ ROWS = {
     "moe2": Row(
         "2 levels, upcycled to 2 of 4 experts, FLOPs of 50% more steps", TWO,
         {"model.ffn": f"{MOE},top_k=2,renormalise=true"}, starts_from="levels2", costs_as="longer",
+    ),
+    "dydit": Row(
+        "2 levels, DyDiT to 60% of the blocks' FLOPs, 100% more steps", TWO, DYDIT,
+        starts_from="levels2", accelerate="width=1",
     ),
 }  # fmt: skip
 

@@ -93,16 +93,16 @@ def switched(
 
 
 def spent(
-    heads: Float[Array, "*b"],
-    hidden: Float[Array, "*b"],
-    tokens: Float[Array, "*b"],
+    heads: Array,
+    hidden: Array,
+    tokens: Array,
     attention: float,
     mlp: float,
-) -> Float[Array, "*b"]:
+) -> Array:
     """Share of a block's FLOPs that is computed: (A heads + M hidden tokens) / (A + M).
 
     Args:
-      heads, hidden, tokens: the share of each that is on.
+      heads, hidden, tokens: the share of each that is on, float32 of like shapes.
       attention, mlp: A and M, what the whole branches cost.
     """
     return (attention * heads + mlp * hidden * tokens) / (attention + mlp)
@@ -206,7 +206,7 @@ class DyDiT(Wrap):
         self,
         block: Block,
         x: Float[Array, "b n d"],
-        hidden: Float[Array, "_ g"],
+        hidden: Array,
         logits: Float[Array, "b n"],
         capacity: int,
     ) -> Float[Array, "b n d"]:
@@ -282,4 +282,5 @@ def _narrow(model: ModelConfig) -> int:
 def costs(block: Block, x: Float[Array, "b n d"]) -> tuple[float, float]:
     """Multiplications of a block's whole branches: 4 N D^2 + 2 N^2 D, and 2 N D times the units."""
     n, d = x.shape[1:]
-    return 4 * n * d * d + 2 * n * n * d, 2 * n * d * block.fc1.kernel.shape[-1]
+    attention, mlp = 4 * n * d * d + 2 * n * n * d, 2 * n * d * block.fc1.kernel.shape[-1]
+    return float(attention), float(mlp)

@@ -203,9 +203,9 @@ def narrowed(
         )
     capacity = _capacities(model, per_stage("width.capacity", config.width_capacity, levels))
     out: list[Segment] = []
-    for stages, group in itertools.groupby(segments, key=lambda s: s.stages):
+    for (stages, kind), group in itertools.groupby(segments, key=lambda s: (s.stages, s.kind)):
         parts = list(group)
-        if not set(stages) <= set(chosen):
+        if not set(stages) <= set(chosen) or kind == "last":
             out.extend(parts)
             continue
         if method := next((s.method for s in parts if s.method is not None), None):
@@ -234,9 +234,8 @@ def _by_step(
     """What is on in any evaluation of each step."""
     points, nodes = [], _NODES.get(solver, (0.0,))
     for segment in segments:
-        own = nodes if len(nodes) == len(segment.stages) else (0.0,)  # the last step of an SDE
         pairs = zip(segment.times, segment.times[1:])
-        points += [[a + node * (b - a) for node in own] for a, b in pairs]
+        points += [[a + node * (b - a) for node in nodes] for a, b in pairs]
     sizes = [len(times) for times in points]
     on = routed_on(model, params, np.float32([t for times in points for t in times]))
     return np.stack([part.any(axis=0) for part in np.split(on, np.cumsum(sizes)[:-1])])
