@@ -1,6 +1,7 @@
 """Width by time and tokens that skip the MLP: where they start, what they leave out, what trains
 them, and their authors' numbers."""
 
+import functools
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from ppflow_jax.models.flops import forward_flops
 from ppflow_jax.models.layers import Block
 from ppflow_jax.models.network import abstract_params, make_apply
 from ppflow_jax.models.parts import DIT, BlockSpec, Execution
-from ppflow_jax.pyramid import PPFLOW2, SIT
+from ppflow_jax.pyramid import PPFLOW2, SIT, Pyramid
 from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
 from ppflow_jax.systems.dydit import DyDiT, Noise, switched
 from ppflow_jax.systems.dydit_training import DynamicFlow, FlopsTarget
@@ -62,8 +63,8 @@ def deciding(model=MODEL):
     """Parameters under which some of everything is on and some is off."""
     params = random_params(model)
     routers = params["blocks"]["dydit"]
-    for name, factor in (("heads", 2.0), ("hidden", 2.0)):
-        routers[name]["kernel"] = factor * routers[name]["kernel"]
+    for name in ("heads", "hidden"):
+        routers[name]["kernel"] *= 2
     return params
 
 
@@ -118,11 +119,23 @@ def test_a_decision_is_0_or_1_and_has_the_gradient_of_the_sigmoid():
 # Sampling by slices
 
 
-def sampled(text, model=MODEL, solver="euler", steps=6, params=None, cfg=2.0):
+def planned(text, model=MODEL, solver="euler", steps=6, params=None, cfg=2.0):
     config = SamplerConfig(solver, steps, cfg=(cfg,))
-    params = jax.tree.map(lambda leaf: leaf / 2, deciding(model)) if params is None else params
-    added = AccelerateConfig.parse(text)
-    segments = accelerated(config, model, Flow(), added, params)
+    params = halved(model) if params is None else params
+    return config, accelerated(config, model, Flow(), AccelerateConfig.parse(text), params)
+
+
+def halved(model=MODEL):
+    return jax.tree.map(lambda leaf: leaf / 2, deciding(model))
+
+
+@functools.cache
+def sampled(text, model=MODEL, solver="euler", steps=6):
+    return sampled_with(halved(model), text, model, solver, steps)
+
+
+def sampled_with(params, text, model=MODEL, solver="euler", steps=6):
+    config, segments = planned(text, model, solver, steps, params)
     sampler = Sampler(make_apply(model, one_time=True), model, Flow(), config, segments=segments)
     noise = jax.random.normal(jax.random.key(1), (2, *model.shape))
     keys = jax.random.split(jax.random.key(2), 2)
@@ -140,7 +153,7 @@ def widths(segments):
     return found
 
 
-@pytest.mark.parametrize("text", ["width=1", "width=2", "width=100"])
+@pytest.mark.parametrize("text", ["width=1", "width=100"])
 def test_slices_are_masks(text):
     ours, segments = sampled(text)
     plain, whole = sampled("exact")
@@ -153,6 +166,7 @@ def test_slices_are_masks(text):
         assert max(map(len, widths(segments).values())) > 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("solver", ["heun", "ab2", "sde-euler"])
 def test_slices_have_all_that_a_step_evaluates(solver):
     ours, _ = sampled("width=100", solver=solver, steps=4)
@@ -160,6 +174,7 @@ def test_slices_have_all_that_a_step_evaluates(solver):
     np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5 * np.abs(plain).max())
 
 
+@pytest.mark.long
 def test_adapters_are_sliced_with_their_kernels():
     adapters = parse("lora:rank=2,on=blocks/.*;scale:on=blocks/.*")
     model = replace(MODEL, adapters=adapters)
@@ -169,7 +184,7 @@ def test_adapters_are_sliced_with_their_kernels():
 
 
 def test_flops_of_slices_are_counted():
-    _, segments = sampled("width=100,width.capacity=0.5", cfg=1.0)
+    _, segments = planned("width=100,width.capacity=0.5", cfg=1.0)
     method = segments[-1].method
     n, d, depth = 16, 32, 2
     assert dict(method.capacity) == {4: 2, 16: 8}
@@ -196,13 +211,14 @@ def test_as_many_tokens_as_are_on_are_enough():
     assert wrong.sum() == (counts == counts.max()).sum()
 
 
+@pytest.mark.long
 def test_a_capacity_is_used_in_sampling():
-    params = jax.tree.map(lambda leaf: leaf / 2, deciding())
+    params = halved()
     tokens = params["blocks"]["dydit"]["tokens2"]
     for bias, alike in ((1e4, False), (-1e4, True)):  # all tokens are on, none is
         tokens["bias"] = jnp.full_like(tokens["bias"], bias)
-        plain, _ = sampled("exact", params=params)
-        quarter, _ = sampled("width=1,width.capacity=0.25", params=params)
+        plain, _ = sampled_with(params, "exact")
+        quarter, _ = sampled_with(params, "width=1,width.capacity=0.25")
         assert (np.abs(quarter - plain).max() < 1e-5 * np.abs(plain).max()) == alike
 
 
@@ -231,8 +247,10 @@ def test_other_scales_keep_the_widths():
 # Training
 
 
-def trained(weights, objective=None, **options):
-    objective = objective or DynamicFlow(BASE, FlopsTarget(0.5, 1000), MODEL)
+@functools.cache
+def trained(complete):
+    """A program of the loss and its gradient, the batch and the draws."""
+    objective, weights = DynamicFlow(BASE, FlopsTarget(0.5, 1000), MODEL), {"complete": complete}
     batch = {"x": jax.random.normal(jax.random.key(3), (16, 8, 8, 4)), "label": jnp.arange(16) % 5}
     draws = objective.at(objective.draw(jax.random.key(4), batch), jnp.asarray(500))
     apply = make_apply(MODEL)
@@ -240,13 +258,15 @@ def trained(weights, objective=None, **options):
     def loss(params):
         return objective.loss(apply, params, {}, batch, draws, weights)
 
-    return loss, batch, draws
+    return jax.jit(jax.value_and_grad(loss, has_aux=True) if complete else loss), batch, draws
 
 
 def test_the_loss_is_its_three_terms():
-    loss, batch, draws = trained({"complete": 1.0})
+    loss, batch, draws = trained(1.0)
     params = deciding()
-    total, metrics = jax.jit(loss)(params)
+    (total, metrics), grads = loss(params)
+    for leaf in jax.tree.leaves(grads["blocks"]["dydit"]):  # every router learns
+        assert np.abs(leaf).max() > 0
     assert float(metrics["target"]) == 0.75
     apart = 2 * (metrics["spent"] - 0.75) ** 2
     assert float(total) == pytest.approx(float(metrics["loss"] + metrics["complete"] + apart), 1e-6)
@@ -255,29 +275,31 @@ def test_the_loss_is_its_three_terms():
     flow = jax.jit(lambda params: BASE.loss(apply, params, {}, batch, given, {})[0])
     plain = flow(params | {"blocks": blocks})
     assert float(metrics["complete"]) == pytest.approx(float(plain), rel=1e-5)
-    alone, fewer = jax.jit(trained({})[0])(params)
+    alone, fewer = trained(0.0)[0](params)
     assert "complete" not in fewer
     assert float(alone) == pytest.approx(float(metrics["loss"] + apart), 1e-6)
 
 
 def test_stages_count_by_what_they_cost():
     params = deciding()
-    loss, *_ = trained({})
-    _, metrics = jax.jit(loss)(params)
+    loss, *_ = trained(0.0)
+    _, metrics = loss(params)
     costs = np.float64([8 * n * 32**2 + 4 * n * n * 32 + 16 * n * 32**2 for n in (4, 16)])
     shares = [float(metrics[f"spent/stage{i}"]) for i in range(2)]
     assert 0.2 < min(shares) < max(shares) < 0.98
     expected = costs @ shares / costs.sum()
     assert float(metrics["spent"]) == pytest.approx(expected, rel=1e-6)
     blocks = MODEL.block.start(MODEL, SMALL, params["blocks"], jax.random.key(0))
-    _, metrics = jax.jit(loss)(params | {"blocks": blocks})
+    _, metrics = loss(params | {"blocks": blocks})
     assert float(metrics["spent"]) == pytest.approx(1, abs=1e-6)  # at the start
 
 
-def test_every_router_learns():
-    grads = jax.jit(jax.grad(lambda p: trained({"complete": 1.0})[0](p)[0]))(deciding())
-    for leaf in jax.tree.leaves(grads["blocks"]["dydit"]):
-        assert np.abs(leaf).max() > 0
+def test_stages_count_by_how_long_they_last():
+    pyramid = Pyramid.parse("4x4@0.25,2x2@1")
+    model = replace(MODEL, pyramid=pyramid)
+    ours = DynamicFlow(replace(BASE, pyramid=pyramid), FlopsTarget(), model)
+    costs = np.float64([d * (24 * n * 32**2 + 4 * n * n * 32) for d, n in ((1, 4), (3, 16))])
+    np.testing.assert_allclose(ours.weights, costs / costs.sum(), rtol=1e-12)
 
 
 def test_a_step_has_its_target_and_all_quarters():
@@ -359,7 +381,7 @@ def test_routers_and_their_objective_go_together():
 )
 def test_plans_that_cannot_be(text, model, words):
     with pytest.raises(InputError, match=words):
-        sampled(text, model, params=deciding() if model is MODEL else random_params(model))
+        planned(text, model, params=deciding() if model is MODEL else random_params(model))
 
 
 @pytest.mark.long
