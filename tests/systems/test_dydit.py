@@ -386,6 +386,7 @@ def test_plans_that_cannot_be(text, model, words):
 
 @pytest.mark.long
 def test_a_killed_run_goes_on_with_the_same_bits(tmp_path, small_run):
+    """By the settings of docs/dydit.md, whose command to sample is run too."""
     flags = ["--config.model.wrap=dydit", "--config.flow.objective=dydit:share=0.5,warmup=4"]
     flags += [f"--config.init_from={small_run}", "--config.train.steps=4"]
     code, out, err = commands.train(tmp_path / "whole", *flags)
