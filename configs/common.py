@@ -40,7 +40,7 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.model.ffn = "mlp"  # or moe:experts=8,top_k=2,...: see docs/moe.md
     # or clear:radius=8, linfusion, dico: see docs/mixers.md
     c.model.mixer = "attention"
-    c.model.wrap = "none"  # or switch:experts=3,top_k=2: see docs/switch.md
+    c.model.wrap = "none"  # or switch:experts=3,top_k=2, or dydit: docs/switch.md, docs/dydit.md
     c.model.network = "none"  # or ddt:width=2048,depth=2,heads=16, a wide head: see docs/rae.md
     # beside that of data.task, e.g. ("channels:name=low,channels=4",): see docs/conditions.md
     c.model.conditions = ()
@@ -55,11 +55,12 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     # of times towards noise, for large latents; 0: sqrt(numbers / 4096); see docs/rae.md
     c.flow.shift = 1.0
     c.flow.times = "uniform"  # in training, before the shift, or logit_normal:mean=0,std=1
-    c.flow.objective = "flow"  # or meanflow:..., guided:..., halved:..., distil:...: see docs
+    c.flow.objective = "flow"  # or meanflow, guided, halved, distil, mmd, dydit:...: see docs
     c.flow.weighting = "none"  # none, velocity, likelihood; for score and noise
     c.flow.label_drop = 0.1
     c.flow.balance = 0.01  # weight of the balance term of a mixture of experts
     c.flow.prior = 1.0  # weight of the prior of experts by time
+    c.flow.complete = 1.0  # weight of the loss of the complete model beside the dynamic one
     c.flow.terms = ()  # of the loss, e.g. ("repa:layer=4,dims=768",); their weights: train.phases
     c.flow.stage_share = ()  # samples of each stage, e.g. (2, 1, 1); empty: by duration
     c.flow.stage_times = ()  # times each stage is trained on, e.g. ((0, 1), (0, 1)); empty: its own

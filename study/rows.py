@@ -17,6 +17,11 @@ REPA = {
     "data.fields": ("teacher",),
     "flow.terms": ("repa:layer=3,dims=64,hidden=128",),
 }
+DYDIT = {
+    "model.wrap": "dydit",
+    "flow.objective": "dydit:share=0.6,warmup=300",
+    "optim.clip": 50.0,
+}
 MOE = "moe:experts=4,shared=0,expert=gelu"
 DDT = {f"model.{name}": value for name, value in digits_ddt.MODEL.items()}
 
@@ -34,6 +39,7 @@ class Row:
       steps: as a share of the budget.
       costs_as: the row whose training costs as many FLOPs, where that sets the number of steps.
       phases: weights of terms, each until a share of the steps.
+      accelerate: how it is sampled, as `--accelerate`.
     """
 
     title: str
@@ -43,6 +49,7 @@ class Row:
     steps: float = 1.0
     costs_as: str = ""
     phases: tuple[tuple[float, dict[str, float]], ...] = ()
+    accelerate: str = ""
 
 
 ROWS = {
@@ -87,6 +94,10 @@ ROWS = {
     ),
     "ddt": Row("SiT with a wide head, like FLOPs", "2x2@1", DDT),
     "ddt2": Row("2 levels with a wide head, like FLOPs", TWO, DDT),
+    "dydit": Row(
+        "2 levels, DyDiT to 60% of the blocks' FLOPs, 100% more steps", TWO, DYDIT,
+        starts_from="levels2", accelerate="width=1",
+    ),
 }  # fmt: skip
 
 

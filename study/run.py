@@ -43,6 +43,7 @@ from ppflow_jax.metrics.evaluator import Evaluator, open_reference
 from ppflow_jax.metrics.networks import load_features
 from ppflow_jax.models.network import make_apply
 from ppflow_jax.pyramid import Pyramid
+from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
 from ppflow_jax.systems.expand import expand
 from ppflow_jax.train.loop import train
 from ppflow_jax.train.validate import EVALUATIONS
@@ -138,10 +139,12 @@ def _ways(card: Card) -> dict[str, Guidance]:
     return guidances(len(card.model.pyramid), _CONFIG.value.sample.cfg[0])
 
 
-def _sampler(card: Card, scales, interval) -> Sampler:
+def _sampler(card: Card, guidance: Guidance, accelerate: str, params) -> Sampler:
     s = _CONFIG.value.sample
-    config = SamplerConfig(s.solver, s.steps, cfg=scales, cfg_interval=interval)
-    return Sampler(make_apply(card.model), card.model, card.flow, config)
+    config = SamplerConfig(s.solver, s.steps, cfg=guidance.scales, cfg_interval=guidance.interval)
+    added = AccelerateConfig.parse(accelerate or "exact")
+    segments = accelerated(config, card.model, card.flow, added, params)
+    return Sampler(make_apply(card.model), card.model, card.flow, config, segments=segments)
 
 
 def _judged(folder: Path, evaluator: Evaluator) -> None:
@@ -156,7 +159,7 @@ def _judged(folder: Path, evaluator: Evaluator) -> None:
             continue
         if params is None:
             params = load_weights(checkpoint, card, local_mesh())
-        sampler = _sampler(card, guidance.scales, guidance.interval)
+        sampler = _sampler(card, guidance, ROWS[folder.name].accelerate, params)
         decoder = Decoder.parse(_DECODE.value, card)
         generator = Generator(sampler, decoder, microbatch=BATCH)
         labels = choose_labels("balanced", _NUM.value, card.model.num_classes, 0)
@@ -185,7 +188,10 @@ def _judged(folder: Path, evaluator: Evaluator) -> None:
 
 
 def _latencies(out: Path) -> dict[str, float]:
-    """Time of a batch by that of SiT with one scale; models of one shape cost the same."""
+    """Time of a batch by that of SiT with one scale; models of one shape cost the same.
+
+    But for rows with slices, which depend on the weights.
+    """
     runs, known = {}, {}
     for name in _ROWS.value:
         card = read_card(find_checkpoint(_run(out, name, 0)))
@@ -193,12 +199,13 @@ def _latencies(out: Path) -> dict[str, float]:
         for key, guidance in guidances(
             len(card.model.pyramid), _CONFIG.value.sample.cfg[0]
         ).items():
-            sampler = _sampler(card, guidance.scales, guidance.interval)
-            facts = (card.model, guidance)
+            accelerate = ROWS[name].accelerate
+            facts = (card.model, guidance, name if accelerate else "")
             known[f"{name} {key}"] = facts
             if facts not in runs:
                 if params is None:
                     params = load_weights(find_checkpoint(_run(out, name, 0)), card, local_mesh())
+                sampler = _sampler(card, guidance, accelerate, params)
                 runs[facts] = _call(sampler, params, card)
     base = known["sit one"]
     ratios = timed(runs, base, rounds=5)

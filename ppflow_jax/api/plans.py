@@ -45,7 +45,7 @@ def plan_of(
         config = config_of(steps, solver, 1.0 if cfg is None else cfg, settings)
         added = AccelerateConfig.parse(accelerate)
         config = with_preset(config, accelerate, weights.card.model)
-        return make_plan(weights.card, config, added, weak)
+        return make_plan(weights.card, config, added, weak, weights)
     given = {"steps": (steps, STEPS), "solver": (solver, SOLVER), "weak": (weak, None)}
     given["accelerate"] = accelerate, ACCELERATE
     if others := [k for k, (v, default) in given.items() if v != default] + list(settings):

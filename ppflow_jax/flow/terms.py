@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.conditions import Cond
@@ -144,6 +144,15 @@ class Objective(Protocol):
           batch: `x` and the fields; labels are in the draws.
           weights: of terms; one that is 0 or absent is not computed.
         """
+        ...
+
+
+@runtime_checkable
+class Scheduled(Protocol):
+    """An objective some of whose draws depend on the step."""
+
+    def at(self, draws: Any, step: Int[Array, ""]) -> Any:
+        """The draws of that step, the first being 0."""
         ...
 
 

@@ -22,6 +22,7 @@ from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Apply, make_apply
 from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
 from ppflow_jax.systems.registry import FLOW, notes_of
+from ppflow_jax.systems.routed import RoutedTables, check_routable
 
 PLAIN = AccelerateConfig()
 
@@ -35,6 +36,7 @@ class Plan:
       weak: a weaker network in place of the null class (autoguidance).
       tuned: the plan file that it came from.
       notes: what a person should know of it.
+      weights: of the model, if the plan depends on them.
     """
 
     model: ModelConfig
@@ -45,6 +47,7 @@ class Plan:
     weak: Weights | None = None
     tuned: PlanFile | None = None
     notes: tuple[str, ...] = ()
+    weights: Weights | None = None
 
     @property
     def nfe(self) -> int | None:
@@ -105,7 +108,7 @@ def guided_by(plan: Plan, card: Card, cfg: tuple[float, ...]) -> Plan:
     """
     config = replace(plan.config, cfg=cfg)
     if plan.tuned is None:
-        return make_plan(card, config, plan.added, plan.weak)
+        return make_plan(card, config, plan.added, plan.weak, plan.weights)
     pyramid, fitted = plan.model.pyramid, plan.tuned.fitted
     if config.scales(pyramid) != plan.tuned.cfg:
         fitted = fitted.guided(config.scales(pyramid), pyramid)
@@ -141,6 +144,8 @@ def tuned_plan(
             f"the plan forecasts features of {depth} blocks, the model has {card.model.depth}: "
             "tune one for this model"
         )
+    if isinstance(file.forecast, RoutedTables):
+        check_routable(card.model)
     config = SamplerConfig(
         FITTED, len(file.fitted.stages), cfg=file.cfg, cfg_channels=file.cfg_channels
     )
@@ -173,8 +178,12 @@ def make_plan(
     config: SamplerConfig,
     added: AccelerateConfig = PLAIN,
     weak: Weights | None = None,
+    weights: Weights | None = None,
 ) -> Plan:
     """The plan of a model.
+
+    Args:
+      weights: of the model, for a plan that depends on them (`--accelerate=width=1`).
 
     Raises:
       InputError: settings that do not fit the model or one another; a weak model that does not
@@ -183,11 +192,20 @@ def make_plan(
     config.scales(card.model.pyramid)
     if weak is not None:
         _check_weak(weak, card)
-    segments = accelerated(config, card.model, card.flow, added)
+        if added.width is not None:
+            raise InputError(
+                "width is that of one network, a weak model has another: leave width out of "
+                "--accelerate, or the weak model"
+            )
+    weights = None if added.width is None else weights
+    params = None if weights is None else weights.params
+    segments = accelerated(config, card.model, card.flow, added, params)
     if weak is not None and any(segment.embedded for segment in segments):
         raise InputError("the model is told the guidance scale: leave the weak model out")
     notes = notes_of(objective_of(card), config)
-    return Plan(card.model, card.flow, config, segments, added, weak, notes=notes)
+    return Plan(
+        *(card.model, card.flow, config, segments, added, weak), notes=notes, weights=weights
+    )
 
 
 def objective_of(card: Card) -> str:

@@ -42,8 +42,8 @@ class ModelConfig:
       network: what is in the place of `models.network.PPFlow`; None: that.
 
     Raises:
-      InputError: a patch does not divide the latent, heads do not divide the width, the mixer
-        does not fit the grids, two conditions have one name, adapters are on no kernel, or the
+      InputError: a patch does not divide the latent, heads do not divide the width, a part
+        of the blocks does not fit, two conditions have one name, adapters are on no kernel, or the
         network cannot be of this model.
     """
 
@@ -73,7 +73,8 @@ class ModelConfig:
                 f"width {self.width} must be divisible by heads ({self.heads}) and by 4 "
                 "(sin-cos positions)"
             )
-        self.block.mixer.check(self)
+        for part in self.block.parts:
+            part.check(self)
         names = [condition.name for condition in self.conditions]
         if twice := [name for i, name in enumerate(names) if name in names[:i]]:
             raise InputError(f"two conditions are called {twice[0]}: give each its own name")

@@ -245,17 +245,18 @@ class Block(nnx.Module):
         self, x: Float[Array, "b n d"], c: Float[Array, "b d"]
     ) -> tuple[Array, tuple[Array, Array], Aux]:
         """The block's output, its two branches before their gates, and what its parts give."""
+        wrap = self.spec.wrap
+        return self.inside(x, c) if wrap is None else wrap.outputs(self, x, c)
+
+    def inside(
+        self, x: Float[Array, "b n d"], c: Float[Array, "b d"]
+    ) -> tuple[Array, tuple[Array, Array], Aux]:
+        """`outputs` without what its wrap does."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)
-        outer = x
-        if self.spec.wrap is not None:
-            x = self.spec.wrap(self, x)
-        inner = x
         attention = self.mix(self.modulated(0, x, shift1, scale1))
         x = x + gate1[:, None] * attention
         mlp, aux = self.spec.ffn(self, self.modulated(1, x, shift2, scale2))
         x = x + gate2[:, None] * mlp
-        if self.spec.wrap is not None:
-            x = x + (outer - inner)
         return x, (attention, mlp), aux
 
     def logits(self, x: Float[Array, "b n d"], c: Float[Array, "b d"]) -> Float[Array, "b h n n"]:

@@ -161,16 +161,18 @@ class PPFlow(nnx.Module):
         stages: tuple[int, ...],
         layers: tuple[Params, ...] = (),
         taps: Taps = Taps(),
+        drawn: tuple[Any, ...] = (),
     ) -> tuple[Output, ...]:
         """Of several stages, each predicted as by `__call__`, in one pass over the blocks.
 
         With `layers` (see `unstacked`) the blocks have their parameters.
         """
+        each = [(own,) for own in drawn] or [()] * len(ts)
         told = tuple(split(self.config.conditions, y) for y in ys)
         cs = tuple(map(jax.nn.silu, self.embeddings(ts, told, stages)))
         hs = tuple(self.tokens(*each) for each in zip(xs, stages, told))
         stack = Stack(self.blocks, layers, self.run, self.remat)
-        signals, given = zip(*(self.signals(stack, t) for t in ts))
+        signals, given = zip(*(self.signals(stack, t, *own) for t, own in zip(ts, each)))
         hs, auxes, found = stack(hs, cs, signals, tuple(map(self.grid, stages)), taps)
         predictions = (self.prediction(*each) for each in zip(hs, cs, stages))
         terms = (self.config.block.terms(aux | more) for aux, more in zip(auxes, given))
@@ -180,12 +182,13 @@ class PPFlow(nnx.Module):
         """Rows and columns of tokens."""
         return self.config.pyramid.grid(stage, self.config.latent_size)
 
-    def signals(self, stack: Stack, t: Float[Array, " b"]) -> tuple[Any, Aux]:
+    def signals(self, stack: Stack, t: Float[Array, " b"], *drawn: Any) -> tuple[Any, Aux]:
         """What the wrap of the blocks has for them at these times, see `models.parts.Wrap`."""
         wrap = self.config.block.wrap
         if wrap is None:
             return None, {}
-        return wrap.signals(stack.leaves(wrap.kind), self.time, t[:1] if self.one_time else t)
+        times = t[:1] if self.one_time else t
+        return wrap.signals(stack.leaves(wrap.kind), self.time, times, *drawn)
 
     def prediction(
         self, h: Float[Array, "b n d"], c: Float[Array, "b d"], stage: int
@@ -248,7 +251,8 @@ def make_apply(
     Returns float32 [b, h, w, c]: the velocity, score or noise it was trained to predict. With a
     tuple for each of x, t, y and stage: an `Output` of each, in one pass over the blocks; with
     `taps` an `Output` of one stage too. With `mixer` tokens see each other as that part has it, on
-    the same leaves (see `models.parts.Mixer`). `params` may be `unstacked`. `dtype` is that of the
+    the same leaves (see `models.parts.Mixer`). What is drawn for the wrap of the blocks is given by
+    its kind, one for each of several stages. `params` may be `unstacked`. `dtype` is that of the
     matrix products, `programs` how it is computed (None: as suits passes on the default device),
     `layout` that of the mesh. With `one_time` all images of a call have one time, as in sampling.
     `trunk` (see `Trunk`) replaces the scan over the blocks, whose weights are then all gathered at
@@ -268,8 +272,11 @@ def make_apply(
         nnx.eval_shape(lambda: _module(config, jax.random.key(0), dtype, remat, **options))
     )
 
-    def apply(params, x, t, y, stage, trunk=None, taps=Taps(), mixer=None):
+    def apply(params, x, t, y, stage, trunk=None, taps=Taps(), mixer=None, **drawn):
         taps.check(config.depth)
+        own = tuple(drawn.pop(config.block.wrap.kind, ())) if config.block.wrap else ()
+        if drawn:
+            raise TypeError(f"{', '.join(drawn)}: no argument of a network with {config.block}")
         spec = config.block if mixer is None else replace(config.block, mixer=mixer)
         if taps.logits and not isinstance(spec.mixer, FullAttention):
             raise InputError(f"logits of attention: in the blocks there is {spec.mixer} instead")
@@ -283,7 +290,7 @@ def make_apply(
         if trunk is not None:
             return network(x, t, y, stage, trunk)
         if isinstance(stage, tuple):
-            return network.by_stage(x, t, y, stage, layers, taps)
+            return network.by_stage(x, t, y, stage, layers, taps, own)
         output = network.by_stage((x,), (t,), (y,), (stage,), layers, taps)[0]
         return output if taps else output.prediction
 

@@ -42,6 +42,12 @@ class Part(Described):
         """What is attached to a block, by the names of its leaves."""
         raise NotImplementedError
 
+    def check(self, model: ModelConfig) -> None:
+        """
+        Raises:
+          InputError: a model that it cannot be a part of.
+        """
+
     def keys(self, layer: int) -> Iterator[Key]:
         """PyTorch names of its leaves in one layer."""
         raise NotImplementedError
@@ -81,22 +87,11 @@ class Mixer(Part):
 
     attends: ClassVar[bool] = True
 
-    def check(self, model: ModelConfig) -> None:
-        """
-        Raises:
-          InputError: a grid of tokens that it cannot be on.
-        """
-
     def modules(self, model: ModelConfig, run: Execution, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
         """The projections; parts with more add to them."""
-        attention = Attention(
-            *(model.width, model.heads),
-            dtype=run.dtype,
-            rngs=rngs,
-            programs=run.programs,
-            per_device=run.layout.heads,
-        )
-        return {"attention": attention}
+        how: dict[str, Any] = dict(dtype=run.dtype, programs=run.programs)
+        how["per_device"] = run.layout.heads
+        return {"attention": Attention(model.width, model.heads, rngs=rngs, **how)}
 
     def __call__(self, block: Block, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         """The branch before its gate; tokens are row by row of `block.grid`."""
@@ -188,9 +183,7 @@ class Mlp(Ffn):
         }
 
     def __call__(self, block: Block, x: Float[Array, "b n d"]) -> tuple[Float[Array, "b n d"], Aux]:
-        def mlp(x):
-            return block.fc2(jax.nn.gelu(block.fc1(x), approximate=True))
-
+        mlp = lambda x: block.fc2(jax.nn.gelu(block.fc1(x), approximate=True))
         return block.per_token(mlp, x), {}
 
     def flops(self, model: ModelConfig, tokens: int) -> int:
@@ -222,19 +215,26 @@ class Wrap(Part):
     """
 
     def signals(
-        self, leaves: Leaves, embed: Callable[[Array], Array], t: Float[Array, " b"]
+        self, leaves: Leaves, embed: Callable[[Array], Array], t: Float[Array, " b"], *drawn: Any
     ) -> tuple[Any, Aux]:
         """What `__call__` finds as `block.signal`, by layer, and what training may be given.
 
         Args:
           leaves: of its module, every one with an axis of depth.
           embed: of times: their embedding [b, d].
+          drawn: what an objective draws for it, if it does.
         """
         raise NotImplementedError
 
     def __call__(self, block: Block, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         """u of a block that x enters."""
         raise NotImplementedError
+
+    def outputs(self, block: Block, x: Array, c: Array) -> tuple[Array, tuple[Array, Array], Aux]:
+        """See `Block.outputs`."""
+        inner = self(block, x)
+        y, branches, aux = block.inside(inner, c)
+        return y + (x - inner), branches, aux
 
     def flops(self, model: ModelConfig, tokens: int) -> int:
         """See `Ffn.flops`."""

@@ -13,7 +13,10 @@ from ppflow_jax.flow.plan import ADAPTIVE, SamplerConfig, Segment
 from ppflow_jax.flow.segments import segments_of
 from ppflow_jax.flow.solvers import JUMPS
 from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.network import Params
 from ppflow_jax.models.parts import FullAttention
+from ppflow_jax.systems.dydit import DyDiT
+from ppflow_jax.systems.dydit_widths import WidthConfig, narrowed
 from ppflow_jax.systems.forecast import ForecastConfig, forecasted
 from ppflow_jax.systems.ras import RasConfig, regional
 from ppflow_jax.systems.rettention import RettentionConfig, sparse
@@ -32,6 +35,7 @@ class AccelerateConfig:
       merge: merging of tokens, in other stages than forecasts.
       ras: steps that compute a part of the tokens, in other stages than these.
       rettention: steps of sparse attention, in other stages than these.
+      width: slices of the weights where routers switch off the rest, in other stages than these.
     """
 
     guidance: tuple[float, float] | None = None
@@ -39,6 +43,7 @@ class AccelerateConfig:
     merge: MergeConfig | None = None
     ras: RasConfig | None = None
     rettention: RettentionConfig | None = None
+    width: WidthConfig | None = None
 
     @classmethod
     def parse(cls, text: str) -> AccelerateConfig:
@@ -85,6 +90,7 @@ _PARTS: dict[str, type] = {
     "merge": MergeConfig,
     "ras": RasConfig,
     "rettention": RettentionConfig,
+    "width": WidthConfig,
 }
 
 # How many times fewer steps, by AB2 in place of a solver that is no multistep rule: at equal time
@@ -174,9 +180,16 @@ _READERS: dict[str, Callable[[str], Any]] = {
 
 
 def accelerated(
-    config: SamplerConfig, model: ModelConfig, flow: Flow, accelerate: AccelerateConfig
+    config: SamplerConfig,
+    model: ModelConfig,
+    flow: Flow,
+    accelerate: AccelerateConfig,
+    params: Params | None = None,
 ) -> tuple[Segment, ...]:
     """The plan of `config` with everything of `accelerate` in it, for `Sampler(segments=...)`.
+
+    Args:
+      params: of the model, for what depends on them: width.
 
     Raises:
       InputError: a combination that is not possible, and why.
@@ -193,22 +206,20 @@ def accelerated(
             f"{ADAPTIVE} chooses its own steps, so no schedule of full steps can be made for it: "
             f"choose euler or heun with {parts[0]}"
         )
-    if config.stochastic:
+    before = [name for name in parts if name != "width"]  # take values of earlier steps
+    if config.stochastic and before:
         raise InputError(
             f"{config.solver} adds noise at every step, which breaks the smoothness that values "
-            f"taken from earlier steps rest on: choose euler or heun with {parts[0]}"
+            f"taken from earlier steps rest on: choose euler or heun with {before[0]}"
         )
-    if config.solver in JUMPS and (late := [name for name in parts if name != "merge"]):
+    if config.solver in JUMPS and (late := [name for name in before if name != "merge"]):
         raise InputError(
             f"{config.solver} evaluates another average at every step, and {late[0]} takes values "
             f"of earlier steps: leave {late[0]} out of --accelerate"
         )
-    inside = [name for name in parts if name != "forecast"]  # of blocks
-    if inside and not isinstance(model.block.mixer, FullAttention):
-        raise InputError(
-            f"{inside[0]} is for full attention, not for {model.block.mixer}: leave it out of "
-            "--accelerate"
-        )
+    inside = [name for name in before if name != "forecast"]  # of blocks
+    if inside:
+        _check_blocks(inside[0], model)
     if forecast is not None:
         if forecast.forecast == "adams" and config.solver != "euler":
             raise InputError(
@@ -217,14 +228,33 @@ def accelerated(
             )
         segments = forecasted(segments, model, forecast)
     if merge is not None:
-        if model.block.wrap is not None:
-            raise InputError(
-                f"token merging takes blocks apart that {model.block.wrap.kind} stands around: "
-                "leave merge out of --accelerate"
-            )
         segments = merged(segments, model, merge)
     if accelerate.ras is not None:
         segments = regional(segments, model, accelerate.ras)
     if accelerate.rettention is not None:
         segments = sparse(segments, model, accelerate.rettention)
+    if accelerate.width is not None:
+        segments = narrowed(segments, model, accelerate.width, config.solver, params)
     return tuple(segments)
+
+
+def _check_blocks(name: str, model: ModelConfig) -> None:
+    """
+    Raises:
+      InputError: blocks whose inside the part `name` cannot compute otherwise.
+    """
+    block = model.block
+    if not isinstance(block.mixer, FullAttention):
+        raise InputError(
+            f"{name} is for full attention, not for {block.mixer}: leave it out of --accelerate"
+        )
+    if isinstance(block.wrap, DyDiT):
+        raise InputError(
+            f"{name} takes blocks apart whose routers decide what is computed: leave it out of "
+            "--accelerate, or give width=1 in its place"
+        )
+    if name == "merge" and block.wrap is not None:
+        raise InputError(
+            f"token merging takes blocks apart that {block.wrap.kind} stands around: leave merge "
+            "out of --accelerate"
+        )

@@ -249,6 +249,35 @@ SYSTEMS = (
         NOT_MEASURED,
     ),
     System(
+        "DyDiT",
+        ("2410.03456", "2504.06803"),
+        "alibaba-damo-academy/DyDiT 0ddc509, no licence file",
+        "systems/dydit.py",
+        "--accelerate=width=1",
+        "dydit.md",
+        "routers, masks, outputs and gradients through the decisions, against arrays of the "
+        "original; slices of the weights against masks",
+        "routers end in zeros at first, so that the start is exact; slices are static, of steps or "
+        "stages; capacity for tokens is fixed; TD-LoRA is not here (no code found)",
+        "tests/systems/test_dydit.py",
+        NOT_MEASURED,
+    ),
+    System(
+        "Training of DyDiT",
+        ("2410.03456",),
+        "alibaba-damo-academy/DyDiT 0ddc509, no licence file",
+        "systems/dydit_training.py",
+        "--config=digits_dydit",
+        "dydit.md",
+        "the loss of FLOPs, its gradient, its constants and the schedule of its target, against "
+        "arrays of the original; the loss of the complete model",
+        "stages count by their duration and cost; gradients are clipped before the one update of a "
+        "step; no term for few tokens, whose weight is 0 in the release; heads and units are not "
+        "sorted by importance first, as in the release",
+        "tests/systems/test_dydit.py",
+        NOT_MEASURED,
+    ),
+    System(
         "CLEAR",
         ("2412.16112",),
         "Huage001/CLEAR 98e9fed, Apache-2",

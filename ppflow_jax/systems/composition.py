@@ -47,6 +47,7 @@ METHODS = {
     "merge": "SDTM and ToMe, `--accelerate=merge...`",
     "ras": "RAS, `--accelerate=ras=std`",
     "rettention": "Re-ttention, `--accelerate=rettention=0.25`",
+    "width": "slices where DyDiT's routers switch off the rest, `--accelerate=width=1`",
     "cfg": "classifier-free guidance, `--cfg`",
     "interval": "guidance in an interval, `--accelerate=guidance=0.5-1,...`",
     "weak": "autoguidance, `--weak`",
@@ -60,9 +61,11 @@ METHODS = {
     "moe": "blocks with experts (DiT-MoE)",
     "switch": "blocks of Switch-DiT",
     "mixer": "blocks without full attention (CLEAR, LinFusion, DiCo)",
+    "dydit": "blocks with routers (DyDiT)",
     "ddt": "the wide head of RAE, `--config.model.network=ddt`",
 }
-ENGINES = ("forecast", "merge", "ras", "rettention")  # change the evaluations
+ENGINES = ("forecast", "merge", "ras", "rettention", "width")  # change the evaluations
+SMOOTH = ("forecast", "merge", "ras", "rettention")  # by what is alike from step to step
 _NOISE = "adds noise at every step"
 _GRID = "chooses its own steps"
 _JUMPS = "evaluates another average at every step"
@@ -70,9 +73,14 @@ _APART = "takes blocks apart"
 _FULL = "is for full attention"
 _ONE = "cannot have both"
 _FILE = "a plan file decides"
+_ROUTERS = "is for models trained with"
 
 _EXCEPTIONS = (
-    *(Pair(a, b, STAGES, _ONE) for a, b in itertools.combinations(ENGINES, 2)),
+    *(Pair(a, b, STAGES, _ONE) for a, b in itertools.combinations(SMOOTH, 2)),
+    Pair("forecast", "width", STAGES, _ONE),
+    *(Pair(a, b, REFUSED, _APART) for a in SMOOTH[1:] for b in ("width", "dydit")),
+    *(Pair("width", other, REFUSED, _ROUTERS) for other in ("moe", "switch", "mixer", "ddt")),
+    Pair("width", "weak", REFUSED, "a weak model has another"),
     *(Pair(engine, "meanflow", REFUSED, _JUMPS) for engine in ("forecast", "ras", "rettention")),
     Pair("merge", "switch", REFUSED, _APART),
     *(
@@ -81,7 +89,7 @@ _EXCEPTIONS = (
         for other in ("mixer", "ddt")
     ),
     *(Pair(engine, "plan", REFUSED, _FILE) for engine in ENGINES),
-    *(Pair(engine, "sde", REFUSED, _NOISE) for engine in ENGINES),
+    *(Pair(engine, "sde", REFUSED, _NOISE) for engine in SMOOTH),
     *(Pair(engine, "dopri5", REFUSED, _GRID) for engine in ENGINES),
 )
 

@@ -21,6 +21,8 @@ from ppflow_jax.systems.clear import Clear
 from ppflow_jax.systems.ddt import DDT
 from ppflow_jax.systems.ddt_blocks import RopeAttention, SwiGlu
 from ppflow_jax.systems.dico import DiCo
+from ppflow_jax.systems.dydit import DyDiT
+from ppflow_jax.systems.dydit_training import FlopsTarget
 from ppflow_jax.systems.guided_distillation import Guided, Halved
 from ppflow_jax.systems.haste import AttentionAlign
 from ppflow_jax.systems.linfusion import LinFusion
@@ -33,7 +35,7 @@ from ppflow_jax.systems.switch import Switch
 from ppflow_jax.systems.tasks import Colourisation, Edges, Inpainting, SuperResolution, Task
 
 FFNS: dict[str, type[Ffn]] = {part.kind: part for part in (Mlp, MoE, SwiGlu)}
-WRAPS: dict[str, type[Wrap]] = {part.kind: part for part in (Switch,)}
+WRAPS: dict[str, type[Wrap]] = {part.kind: part for part in (Switch, DyDiT)}
 # The last one is what a state dict has that is none of the others
 MIXERS: dict[str, type[Mixer]] = {
     part.kind: part for part in (Clear, LinFusion, DiCo, RopeAttention, FullAttention)
@@ -42,7 +44,7 @@ MIXERS: dict[str, type[Mixer]] = {
 KINDS: dict[str, dict[str, Any]] = {"ffn": FFNS, "wrap": WRAPS, "mixer": MIXERS}
 NETWORKS: dict[str, type[Backbone]] = {network.kind: network for network in (DDT,)}
 TERMS: dict[str, Any] = {term.name: term for term in (Repa, AttentionAlign)}  # of the loss
-OBJECTIVES = {kind.kind: kind for kind in (MeanFlow, Guided, Halved, Distil, Mmd)}
+OBJECTIVES = {kind.kind: kind for kind in (MeanFlow, Guided, Halved, Distil, Mmd, FlopsTarget)}
 UNIFORM = "uniform"  # raw times of training, where they are nothing else
 FLOW = "flow"  # the objective without further settings
 NONE = "none"  # of a part that there need not be
@@ -103,10 +105,15 @@ def objective(text: str, base: FlowObjective, model: ModelConfig) -> Objective:
     Raises:
       InputError: see `part`; an objective that does not fit the model.
     """
-    if text == FLOW:
+    settings = None if text == FLOW else _made(text, "objective", OBJECTIVES)
+    if isinstance(model.block.wrap, DyDiT) and not isinstance(settings, FlopsTarget):
+        raise InputError(
+            f"objective {text} does not train the routers of config.model.wrap=dydit: set "
+            "config.flow.objective=dydit:share=0.5,warmup=1000"
+        )
+    if settings is None:
         return base
-    settings = _made(text, "objective", OBJECTIVES)
-    if not base.law.plain and not isinstance(settings, Distil):
+    if not base.law.plain and not isinstance(settings, (Distil, FlopsTarget)):
         raise InputError(
             f"objective {settings.kind} has times of its own: leave config.flow.shift=1 and "
             "config.flow.times=uniform"

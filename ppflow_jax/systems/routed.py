@@ -22,6 +22,7 @@ from ppflow_jax.flow.plan import Segment
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.flops import block_flops, ends_flops
 from ppflow_jax.models.layers import Block
+from ppflow_jax.systems.dydit import DyDiT
 from ppflow_jax.systems.forecast import alike
 from ppflow_jax.systems.forecast_blocks import depth_of
 
@@ -159,6 +160,18 @@ def _wrap_flops(model: ModelConfig, tokens: int) -> int:
 def _tokens(model: ModelConfig, stage: int) -> int:
     rows, cols = model.pyramid.grid(stage, model.latent_size)
     return rows * cols
+
+
+def check_routable(model: ModelConfig) -> None:
+    """
+    Raises:
+      InputError: blocks whose branches cannot be computed one without the other.
+    """
+    if isinstance(model.block.wrap, DyDiT):
+        raise InputError(
+            "learned caching takes blocks apart whose routers decide what is computed: sample with "
+            "--accelerate=width=1, or tune without --forecast=harmonica"
+        )
 
 
 @dataclass(frozen=True)

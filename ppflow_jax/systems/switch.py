@@ -61,7 +61,7 @@ class Switch(Wrap):
         return {"switch": Experts(self, model, run, rngs)}
 
     def signals(
-        self, leaves: Leaves, embed: Callable[[Array], Array], t: Float[Array, " b"]
+        self, leaves: Leaves, embed: Callable[[Array], Array], t: Float[Array, " b"], *drawn: Any
     ) -> tuple[Float[Array, "depth b e"], Aux]:
         """The weight of every expert, 0 where it does not count; and what the prior looks at."""
         here = self.gates(leaves, embed(t))

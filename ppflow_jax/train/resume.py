@@ -38,6 +38,7 @@ BEFORE = {
     "train.trainable": [".*"],
     "flow.balance": 0.01,
     "flow.prior": 1.0,
+    "flow.complete": 1.0,
     "flow.terms": [],
     "flow.shift": 1.0,
     "flow.times": "uniform",

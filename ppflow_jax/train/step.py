@@ -12,7 +12,7 @@ import optax
 from ppflow_jax.devices.programs import Programs
 from ppflow_jax.devices.sharding import leaf_path
 from ppflow_jax.devices.zero import Whole
-from ppflow_jax.flow.terms import OWN, Metrics, Objective, network_leaves
+from ppflow_jax.flow.terms import OWN, Metrics, Objective, Scheduled, network_leaves
 from ppflow_jax.models.network import Apply
 from ppflow_jax.train.ema import rate
 from ppflow_jax.train.posthoc import updated
@@ -55,6 +55,8 @@ def make_train_step(
         state: TrainState, batch: dict[str, Any], key: jax.Array, frozen: Mapping[str, Any] = {}
     ):
         draws = objective.draw(jax.random.fold_in(key, state["step"]), batch)
+        if isinstance(objective, Scheduled):
+            draws = objective.at(draws, state["step"])
         seen = {name: value for name, value in batch.items() if name != "label"}
         before = state["params"]
         used, still = before, frozen

@@ -23,6 +23,7 @@ from ppflow_jax.generate.plan import check_tunable
 from ppflow_jax.generate.plan_file import PlanFile
 from ppflow_jax.models.flops import forward_flops
 from ppflow_jax.pyramid import Pyramid, Stage
+from ppflow_jax.systems.routed import check_routable
 from ppflow_jax.tune.allocate import Budget, best_allocation, shared_out, start_of
 from ppflow_jax.tune.asked import ROUTER, Asked
 from ppflow_jax.tune.calibrate import Trajectories
@@ -53,6 +54,7 @@ def tune(model: Model, asked: Asked) -> str:
     check_unconditional(model.config, "tune")
     check_tunable(model.config)
     if asked.forecast == ROUTER:
+        check_routable(model.config)
         return tune_router(model, asked)
     if asked.forecast is not None:
         return tune_forecast(model, asked)

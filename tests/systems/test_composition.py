@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,20 +12,23 @@ import numpy as np
 import pytest
 
 from ppflow_jax.api.plans import plan_of
+from ppflow_jax.checkpoints.card import Card
 from ppflow_jax.checkpoints.weights import Weights
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.sampler import Sampler
+from ppflow_jax.generate.plan import make_plan
 from ppflow_jax.models.conditions import GUIDANCE, INTERVAL, Channels, Scalar
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import make_apply
-from ppflow_jax.models.parts import BlockSpec
+from ppflow_jax.models.parts import DIT, BlockSpec
 from ppflow_jax.pyramid import PPFLOW2, SIT
 from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
 from ppflow_jax.systems.composition import ENGINES, METHODS, REFUSED, STAGES, WORKS, pairs
 from ppflow_jax.systems.ddt import DDT
 from ppflow_jax.systems.ddt_blocks import RopeAttention, SwiGlu
+from ppflow_jax.systems.dydit import DyDiT
 from ppflow_jax.systems.linfusion import LinFusion
 from ppflow_jax.systems.moe import MoE
 from ppflow_jax.systems.switch import Switch
@@ -32,12 +36,14 @@ from tests.systems.checks import random_params
 
 MODEL = ModelConfig(SIT, latent_size=8, channels=2, width=8, depth=1, heads=2, num_classes=4)
 STAGED = replace(MODEL, pyramid=PPFLOW2)
+ROUTERS = BlockSpec(wrap=DyDiT())
 EULER = SamplerConfig("euler", 3)
 TEXTS = {
     "forecast": "forecast.interval=2,forecast.warmup=1",
     "merge": "merge.ratio=0.3,merge.deviation=0,merge.round_to=1",
     "ras": "ras.warmup=1,ras.interval=2",
     "rettention": "rettention.warmup=1,rettention.interval=2",
+    "width": "width=2",
 }
 # The same methods in the coarse stage
 COARSE = {
@@ -62,6 +68,8 @@ MODELS = {
     "switch": replace(MODEL, block=BlockSpec(wrap=Switch(experts=2, top_k=1))),
     "mixer": replace(MODEL, block=BlockSpec(mixer=LinFusion())),
     "ddt": replace(MODEL, block=BlockSpec(SwiGlu(), mixer=RopeAttention()), network=DDT(16, 1, 2)),
+    "dydit": replace(MODEL, block=ROUTERS),
+    "width": replace(MODEL, block=ROUTERS),
     "keep": replace(MODEL, conditions=(Channels("known", channels=3, drop=0.0),)),
     "stages": STAGED,
 }
@@ -69,19 +77,35 @@ CONFIGS["stages"] = replace(EULER, steps=6)
 TABLE = {(pair.first, pair.second): pair for pair in pairs()}
 
 
-def sampler(text, other):
+def model_of(other, routers):
+    """The model of a method, with routers where the other method is for these."""
+    model = MODELS.get(other, MODEL)
+    return replace(model, block=ROUTERS) if routers and model.block == DIT else model
+
+
+def sampler(text, other, routers=False):
     if other == "plan":
         return plan_of(object.__new__(Weights), "a.json", 50, "heun", None, text, None, {})
-    model, config = MODELS.get(other, MODEL), CONFIGS.get(other, EULER)
-    segments = accelerated(config, model, Flow(), AccelerateConfig.parse(text))
+    routers |= "width" in text
+    model, config = model_of(other, routers), CONFIGS.get(other, EULER)
+    added = AccelerateConfig.parse(text)
+    params = halved(model) if "width" in text else None
+    if other == "weak" and "width" in text:
+        weights = Weights(Card(model, Flow(), "latents"), Path("model"), "ema", lambda: params)
+        make_plan(weights.card, config, added, weights, weights)
+    segments = accelerated(config, model, Flow(), added, params)
     weak = make_apply(MODEL) if other == "weak" else None
     return Sampler(make_apply(model), model, Flow(), config, segments=segments, weak=weak)
 
 
+def halved(model):
+    return jax.tree.map(lambda leaf: leaf / 2, random_params(model))
+
+
 @functools.cache
-def sampled(text, other):
-    ours = sampler(text, other)
-    params = jax.tree.map(lambda leaf: leaf / 2, random_params(MODELS.get(other, MODEL)))
+def sampled(text, other, routers=False):
+    routers |= "width" in text
+    ours, params = sampler(text, other, routers), halved(model_of(other, routers))
     noise, labels = jax.random.normal(jax.random.key(1), (2, *MODEL.shape)), jnp.arange(2)
     cond = labels
     if other == "keep":
@@ -117,14 +141,23 @@ def test_what_is_refused_says_why(pair):
 def test_two_engines_share_a_plan_by_stages(pair):
     with pytest.raises(InputError, match=pair.reason):
         sampler(f"{TEXTS[pair.first]},{TEXTS[pair.second]}", "stages")
-    found = sampled(f"{COARSE[pair.first]},{TEXTS[pair.second]}", "stages")
-    alone = sampled(TEXTS[pair.second], "stages")
+    fine = TEXTS[pair.second] + (",width.stages=1" if pair.second == "width" else "")
+    found, alone = sampled(f"{COARSE[pair.first]},{fine}", "stages"), sampled(fine, "stages")
     assert np.isfinite(found).all() and np.abs(found - alone).max() > 1e-7
 
 
 @each(WORKS, quick=("cfg", "multistep", "ddt"))
 def test_what_works_runs(pair):
-    """And changes something: the engine is at work beside the other method."""
-    found, plain = sampled(TEXTS[pair.first], pair.second), sampled("exact", pair.second)
+    """And changes something: the engine is at work beside the other method.
+
+    Slices alone must change nothing.
+    """
+    slices = pair.first == "width"
+    found = sampled(TEXTS[pair.first], pair.second)
+    plain = sampled("exact", pair.second, routers=slices)
+    if slices:
+        assert "sliced" in {s.method.name for s in sampler(TEXTS["width"], pair.second).segments}
+        np.testing.assert_allclose(found, plain, rtol=1e-5, atol=1e-5 * np.abs(plain).max())
+        return
     assert np.isfinite(found).all() and np.abs(found - plain).max() > 1e-7
     assert np.abs(found - plain).max() < np.abs(plain).max()
