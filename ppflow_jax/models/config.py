@@ -40,7 +40,8 @@ class ModelConfig:
 
     Raises:
       InputError: a patch does not divide the latent, heads do not divide the width, the mixer
-        does not fit the grids, two conditions have one name, or adapters are on no kernel.
+        does not fit the grids, two conditions have one name or one does not fit the model, or
+        adapters are on no kernel.
     """
 
     pyramid: Pyramid
@@ -72,6 +73,8 @@ class ModelConfig:
         names = [condition.name for condition in self.conditions]
         if twice := [name for i, name in enumerate(names) if name in names[:i]]:
             raise InputError(f"two conditions are called {twice[0]}: give each its own name")
+        for condition in self.conditions:
+            condition.check(self)
         beside(self)
 
     @property
@@ -85,8 +88,9 @@ class ModelConfig:
 
     @property
     def asked(self) -> tuple[Condition, ...]:
-        """Conditions whose values must be given; the others the sampler knows."""
-        return tuple(c for c in self.conditions if c.name not in supplied(self.conditions))
+        """Conditions whose values must be given; the others the sampler or the network knows."""
+        known = supplied(self.conditions)
+        return tuple(c for c in self.conditions if c.enters != "blocks" and c.name not in known)
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -24,7 +24,9 @@ from ppflow_jax.errors import InputError
 from ppflow_jax.models.adapters import attach
 from ppflow_jax.models.conditions import Cond, Told, split
 from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.feedback import refuse, turn
 from ppflow_jax.models.layers import Block, TimestepEmbedder, _normal, _zeros, linear, modulate
+from ppflow_jax.models.norms import entering
 from ppflow_jax.models.parts import Aux, Execution, FullAttention
 from ppflow_jax.models.patch import patchify, positions, unpatchify
 from ppflow_jax.models.stack import REMAT_POLICIES, Params, Stack, Taps, unstacked
@@ -151,11 +153,14 @@ class PPFlow(nnx.Module):
     ) -> Float[Array, "b h w c"] | tuple[Float[Array, "b h w c"], Any]:
         if trunk is None:
             return self.by_stage((x,), (t,), (y,), (stage,))[0].prediction
+        refuse(self.config)
         told = split(self.config.conditions, y)
-        c = jax.nn.silu(self.embeddings((t,), (told,), (stage,))[0])
+        vector = self.embeddings((t,), (told,), (stage,))[0]
+        c = jax.nn.silu(vector)
         signal, _ = self.signals(Stack(self.blocks, (), self.run, self.remat), t)
         blocks = self.blocks.given(signal, self.grid(stage))
-        h, extra = trunk(blocks, self.tokens(x, stage, told), c)
+        h, seen = entering(self.config.block.norm, self.tokens(x, stage, told), c, vector, t)
+        h, extra = trunk(blocks, h, seen)
         return self.prediction(h, c, stage), extra
 
     def by_stage(
@@ -172,11 +177,18 @@ class PPFlow(nnx.Module):
         With `layers` (see `unstacked`) the blocks have their parameters.
         """
         told = tuple(split(self.config.conditions, y) for y in ys)
-        cs = tuple(map(jax.nn.silu, self.embeddings(ts, told, stages)))
+        vectors = self.embeddings(ts, told, stages)
+        cs = tuple(map(jax.nn.silu, vectors))
         hs = tuple(self.tokens(*each) for each in zip(xs, stages, told))
+        norms = (self.config.block.norm,) * len(stages)
+        hs, seen = zip(*map(entering, norms, hs, cs, vectors, ts))
         stack = Stack(self.blocks, layers, self.run, self.remat)
         signals, given = zip(*(self.signals(stack, t) for t in ts))
-        hs, auxes, found = stack(hs, cs, signals, tuple(map(self.grid, stages)), taps)
+        changes = turn(self.config, lambda: self.conditions, vectors)
+        hs, seen, auxes, found = stack(
+            hs, seen, signals, tuple(map(self.grid, stages)), taps, changes
+        )
+        cs = seen if changes else cs
         predictions = (self.prediction(*each) for each in zip(hs, cs, stages))
         terms = (self.config.block.terms(aux | more) for aux, more in zip(auxes, given))
         return tuple(map(Output, predictions, terms, found))

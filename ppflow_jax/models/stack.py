@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,9 @@ from ppflow_jax.models.layers import Block
 from ppflow_jax.models.parts import Aux, Execution
 
 Params = dict[str, Any]
+Arrays = tuple[Array, ...]  # of every stage
+# After so many blocks: from the tokens of every stage, what the later ones get as `cs`
+Turn = tuple[int, Callable[[Arrays], Arrays]]
 
 REMAT_POLICIES = {
     # All but the weights gathered by `Layout.weights`: kept for the backward pass, they would be
@@ -98,14 +101,16 @@ class Stack:
         signals: tuple[Any, ...],
         grids: tuple[tuple[int, int], ...],
         taps: Taps = Taps(),
-    ) -> tuple[tuple[Float[Array, "_ _ d"], ...], tuple[Aux, ...], tuple[dict[str, Array], ...]]:
-        """Tokens of every stage, what the parts give, with a leading axis of depth, and the taps.
+        turn: Turn | None = None,
+    ) -> tuple[Arrays, Arrays, tuple[Aux, ...], tuple[dict[str, Array], ...]]:
+        """Tokens of every stage, `cs` of the last block, what the parts give by layer, and the taps.
 
         Several stages pass a block side by side, each with its own token count, so that its
         weights are gathered, and their gradients summed over a mesh, once for all of them. Each of
         `cs` is already SiLU(c), each of `signals` what the blocks' wrap has for it, or None, each
         of `grids` rows and columns of its tokens.
         """
+        after, changed = turn or (0, None)
 
         def body(hs, layer, inside=()):
             block, signals = layer
@@ -124,7 +129,7 @@ class Stack:
             return hs, (auxes, seen)
 
         found: tuple[dict[str, Array], ...] = tuple({} for _ in hs)
-        given, runs = [], list(cuts(self.depth, taps))
+        given, runs = [], list(cuts(self.depth, taps, after))
         for (first, last), layers in zip(runs, self._split(signals, runs)):
             inside = taps.inside(first)
             here = functools.partial(body, inside=inside) if inside else body
@@ -136,13 +141,15 @@ class Stack:
                 for name in inside:
                     taken = seen[i][name]
                     found[i].update((f"{name}/{k}", taken[k - first]) for k in range(first, last))
+            if changed is not None and last == after:
+                cs = changed(hs)  # which `body` reads
         if len(given) == 1:
-            return hs, given[0], found
-        return hs, jax.tree.map(lambda *parts: jnp.concatenate(parts), *given), found
+            return hs, cs, given[0], found
+        return hs, cs, jax.tree.map(lambda *parts: jnp.concatenate(parts), *given), found
 
     @property
     def depth(self) -> int:
-        return len(self.layers) or self.blocks.adaln.kernel.shape[0]
+        return len(self.layers) or jax.tree.leaves(nnx.state(self.blocks))[0].shape[0]
 
     def _split(self, signals: tuple[Any, ...], runs: list[tuple[int, int]]) -> list[Any]:
         """The blocks of every run, and their signals."""
@@ -177,13 +184,13 @@ class Stack:
         return hs, jax.tree.map(lambda *each: jnp.stack(each), *found)
 
 
-def cuts(depth: int, taps: Taps) -> Iterator[tuple[int, int]]:
+def cuts(depth: int, taps: Taps, after: int = 0) -> Iterator[tuple[int, int]]:
     """Runs of blocks (first, last + 1) that the taps leave whole.
 
     After a block whose tokens are taken the stack is cut, and so it is around each run of blocks
-    inside which the same is taken.
+    inside which the same is taken, and after `after` blocks.
     """
-    edges = {0, depth, *taps.h}
+    edges = {0, depth, after, *taps.h}
     for i in range(1, depth):
         if taps.inside(i) != taps.inside(i - 1):
             edges.add(i)

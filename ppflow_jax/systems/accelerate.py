@@ -13,6 +13,7 @@ from ppflow_jax.flow.plan import ADAPTIVE, SamplerConfig, Segment
 from ppflow_jax.flow.segments import segments_of
 from ppflow_jax.flow.solvers import JUMPS
 from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.feedback import refuse
 from ppflow_jax.models.parts import FullAttention
 from ppflow_jax.systems.forecast import ForecastConfig, forecasted
 from ppflow_jax.systems.ras import RasConfig, regional
@@ -209,6 +210,8 @@ def accelerated(
             f"{inside[0]} is for full attention, not for {model.block.mixer}: leave it out of "
             "--accelerate"
         )
+    if inside or (forecast is not None and forecast.place != "velocity"):
+        refuse(model)
     if forecast is not None:
         if forecast.forecast == "adams" and config.solver != "euler":
             raise InputError(

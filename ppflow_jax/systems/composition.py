@@ -59,6 +59,8 @@ METHODS = {
     "keep": "known parts put in their place at every step, `--keep=steps`",
     "moe": "blocks with experts (DiT-MoE)",
     "switch": "blocks of Switch-DiT",
+    "tdln": "blocks with TD-LN (DiMR)",
+    "selfcond": "self-conditioning of DDAE++",
     "mixer": "blocks without full attention (CLEAR, LinFusion, DiCo)",
 }
 ENGINES = ("forecast", "merge", "ras", "rettention")  # change the evaluations
@@ -74,6 +76,7 @@ _EXCEPTIONS = (
     *(Pair(a, b, STAGES, _ONE) for a, b in itertools.combinations(ENGINES, 2)),
     *(Pair(engine, "meanflow", REFUSED, _JUMPS) for engine in ("forecast", "ras", "rettention")),
     Pair("merge", "switch", REFUSED, _APART),
+    *(Pair(engine, "selfcond", REFUSED, _APART) for engine in ENGINES),
     *(Pair(engine, "mixer", REFUSED, _FULL) for engine in ("merge", "ras", "rettention")),
     *(Pair(engine, "plan", REFUSED, _FILE) for engine in ENGINES),
     *(Pair(engine, "sde", REFUSED, _NOISE) for engine in ENGINES),

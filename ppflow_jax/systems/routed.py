@@ -21,7 +21,7 @@ from ppflow_jax.flow.method import Evaluation
 from ppflow_jax.flow.plan import Segment
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.flops import block_flops, ends_flops
-from ppflow_jax.models.layers import Block, modulate
+from ppflow_jax.models.layers import Block
 from ppflow_jax.systems.forecast import alike
 from ppflow_jax.systems.forecast_blocks import depth_of
 
@@ -51,18 +51,18 @@ def through(
 
 
 def _attention(block: Block, x: Array, shift: Array, scale: Array) -> Array:
-    return block.mix(modulate(x, shift, scale))
+    return block.mix(block.modulated(x, shift, scale))
 
 
 def _mlp(block: Block, x: Array, shift: Array, scale: Array) -> Array:
-    return block.mlp(modulate(x, shift, scale))
+    return block.mlp(block.modulated(x, shift, scale))
 
 
 def new_memory(
     blocks: Block, h: Float[Array, "b n d"], c: Float[Array, "b d"]
 ) -> tuple[Float[Array, "b n d"], Kept]:
     """A trunk that makes a memory; only its shapes are used."""
-    branches = jnp.stack([h.astype(blocks.adaln.dtype)] * depth_of(blocks))
+    branches = jnp.stack([h.astype(blocks.dtype)] * depth_of(blocks))
     return h, (branches, branches)
 
 

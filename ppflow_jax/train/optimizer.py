@@ -123,7 +123,10 @@ def _stable_then_decaying(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimConfig, steps: int, matrices: Sequence[Matrix] = ()
+    config: OptimConfig,
+    steps: int,
+    matrices: Sequence[Matrix] = (),
+    undecayed: Sequence[str] = (),
 ) -> optax.GradientTransformation:
     """The optimizer, after gradient clipping if asked.
 
@@ -131,6 +134,7 @@ def make_optimizer(
     and AdamW for all else: embeddings, (un)patchify, biases, adaLN, routers, adapters and leaves of
     terms. Muon's steps have the RMS of AdamW's (arXiv 2502.16982), so both have one learning rate
     and one weight decay; momentum is 0.95, Nesterov's, with 5 iterations of Newton and Schulz.
+    Leaves of the patterns `undecayed` have no weight decay; Muon has none of them.
     """
     rate = learning_rate(config, steps)
     main = optax.adamw(
@@ -139,10 +143,20 @@ def make_optimizer(
         b2=config.b2,
         eps=config.eps,
         weight_decay=config.weight_decay,
+        mask=(lambda params: _decayed(params, undecayed)) if undecayed else None,
     )
     if config.name == MUON:
         main = _muon(config, rate, main, matrices)
     return optax.chain(optax.clip_by_global_norm(config.clip), main) if config.clip else main
+
+
+def _decayed(params: Any, undecayed: Sequence[str]) -> Any:
+    """The tree of `params` with whether weight decay is for a leaf."""
+
+    def one(path, leaf) -> bool:
+        return not any(re.match(pattern, leaf_path(path)) for pattern in undecayed)
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def _muon(

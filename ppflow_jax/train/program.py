@@ -98,7 +98,8 @@ def make_program(experiment: Experiment, mesh: Mesh, memory: float | None = None
     rules = model.block.rules
     place = layout(mesh, rules)
     apply = make_apply(model, dtype=dtype, remat=remat, programs=programs, layout=place)
-    optimizer = make_optimizer(experiment.optim, config.train.steps, model.block.matrices)
+    kept = () if model.block.norm is None else model.block.norm.undecayed
+    optimizer = make_optimizer(experiment.optim, config.train.steps, model.block.matrices, kept)
     trainable = experiment.trainable
 
     def init(key: jax.Array) -> TrainState:

@@ -31,6 +31,7 @@ BEFORE = {
     "model.ffn": "mlp",
     "model.wrap": "none",
     "model.mixer": "attention",
+    "model.norm": "none",
     "model.conditions": [],
     "data.task": "none",
     "model.adapters": "none",

@@ -15,7 +15,6 @@ from ppflow_jax.api.model import Model
 from ppflow_jax.flow.evaluate import Evaluator
 from ppflow_jax.flow.method import Evaluation
 from ppflow_jax.flow.tables import Facts, Networks
-from ppflow_jax.models.layers import modulate
 from ppflow_jax.systems.forecast import Forecast
 from ppflow_jax.systems.forecast_blocks import depth_of, run_blocks
 from ppflow_jax.tune.fit import Field
@@ -48,9 +47,10 @@ class Probe:
 
     def evaluate(self, evaluation: Evaluation, memory: Any) -> tuple[Array, Any]:
         def trunk(blocks, h, c):
-            shift, scale, *_ = jax.tree.map(lambda p: p[0], blocks).modulation(c)
+            first = jax.tree.map(lambda p: p[0], blocks)
+            shift, scale, *_ = first.modulation(c)
             end = run_blocks(blocks, h, c, 0, depth_of(blocks))
-            return end, (modulate(h, shift, scale), end - h)
+            return end, (first.modulated(h, shift, scale), end - h)
 
         return evaluation.call(trunk=trunk)
 

@@ -47,10 +47,12 @@ PARTS = {
     "clear with cells": {"mixer": "clear:radius=2,pool=2"},
     "linfusion": {"mixer": "linfusion:hidden=24"},
     "dico": {"mixer": "dico"},
+    "tdln": {"norm": "tdln"},
+    "tdln of root mean squares": {"norm": "tdln:rms=true"},
 }
 # What takes long is done once, with all kinds together
 TOGETHER = PARTS["moe"] | PARTS["switch"]
-MIXERS = [PARTS["clear with cells"], PARTS["linfusion"], PARTS["dico"]]
+MIXERS = [PARTS["clear with cells"], PARTS["linfusion"], PARTS["dico"] | PARTS["tdln"]]
 FROM_PLAIN = PARTS["moe of MLPs"] | PARTS["switch"]  # starts as the model that it is made from
 FROM_PLAIN |= {"mixer": "clear:radius=9"}  # which covers the grid
 EVERYTHING_ACTIVE = {"moe": "moe:experts=2,top_k=2", "moe of MLPs": "moe:top_k=8,expert=gelu"}
@@ -93,12 +95,13 @@ def test_cards_keep_it(name):
     [
         ("nothing", "unknown .* 'nothing': one of "),
         ("{kind}:sizes=3", "unknown key 'sizes'"),
-        ("{kind}:{key}=a", "{key} is int, got 'a'"),
+        ("{kind}:{key}=a", "{key} is {type}, got 'a'"),
     ],
 )
 def test_wrong_settings_are_refused(field, text, words):
     kind = next(k for k in KINDS[field] if k not in ("mlp", "none"))
-    names = dict(kind=kind, key=fields(KINDS[field][kind])[0].name)
+    first = fields(KINDS[field][kind])[0]
+    names = dict(kind=kind, key=first.name, type=first.type)
     with pytest.raises(InputError, match=words.format(**names)):
         part(text.format(**names), field)
 

@@ -23,8 +23,10 @@ from ppflow_jax.models.parts import BlockSpec
 from ppflow_jax.pyramid import PPFLOW2, SIT
 from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
 from ppflow_jax.systems.composition import ENGINES, METHODS, REFUSED, STAGES, WORKS, pairs
+from ppflow_jax.systems.dimr import TdLn
 from ppflow_jax.systems.linfusion import LinFusion
 from ppflow_jax.systems.moe import MoE
+from ppflow_jax.systems.self_conditioning import SelfCondition
 from ppflow_jax.systems.switch import Switch
 from tests.systems.checks import random_params
 
@@ -58,6 +60,8 @@ MODELS = {
     "meanflow": replace(MODEL, conditions=(Scalar(INTERVAL),)),
     "moe": replace(MODEL, block=BlockSpec(ffn=MoE(experts=2, top_k=1))),
     "switch": replace(MODEL, block=BlockSpec(wrap=Switch(experts=2, top_k=1))),
+    "tdln": replace(MODEL, block=BlockSpec(norm=TdLn())),
+    "selfcond": replace(MODEL, depth=2, conditions=(SelfCondition("middle"),)),
     "mixer": replace(MODEL, block=BlockSpec(mixer=LinFusion())),
     "keep": replace(MODEL, conditions=(Channels("known", channels=3, drop=0.0),)),
     "stages": STAGED,
