@@ -103,7 +103,7 @@ class Stack:
         taps: Taps = Taps(),
         turn: Turn | None = None,
     ) -> tuple[Arrays, Arrays, tuple[Aux, ...], tuple[dict[str, Array], ...]]:
-        """Tokens of every stage, `cs` of the last block, what the parts give by layer, and the taps.
+        """Tokens of every stage, `cs` of the last block, what parts give by layer, and the taps.
 
         Several stages pass a block side by side, each with its own token count, so that its
         weights are gathered, and their gradients summed over a mesh, once for all of them. Each of
