@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -112,7 +111,33 @@ class Stack:
         """
         after, changed = turn or (0, None)
 
-        def body(hs, layer, inside=()):
+        body = self._body(cs, grids, ())
+        found: tuple[dict[str, Array], ...] = tuple({} for _ in hs)
+        given, runs = [], list(cuts(self.depth, taps, after))
+        for (first, last), layers in zip(runs, self._split(signals, runs)):
+            inside = taps.inside(first)
+            here = body if not inside else self._body(cs, grids, inside)
+            hs, (auxes, seen) = self._run(here, hs, layers)
+            given.append(auxes)
+            for i, h in enumerate(hs):
+                if last in taps.h:
+                    found[i][f"h/{last}"] = h.astype(jnp.float32)
+                for name in inside:
+                    taken = seen[i][name]
+                    found[i].update((f"{name}/{k}", taken[k - first]) for k in range(first, last))
+            if changed is not None and last == after:
+                cs = changed(hs)
+                body = self._body(cs, grids, ())
+        if len(given) == 1:
+            return hs, cs, given[0], found
+        return hs, cs, jax.tree.map(lambda *parts: jnp.concatenate(parts), *given), found
+
+    def _body(
+        self, cs: tuple[Array, ...], grids: tuple[tuple[int, int], ...], inside: tuple[str, ...]
+    ) -> Callable[..., Any]:
+        """One block, for `_run`; another function for other `cs`, because JAX traces one once."""
+
+        def body(hs, layer):
             block, signals = layer
             # Weights cross the mesh in the dtype of the matrix products, which is all they enter.
             block = jax.tree.map(lambda p: p.astype(self.run.dtype), block)
@@ -128,24 +153,7 @@ class Stack:
             hs, auxes, seen = zip(*map(through, signals, grids, hs, cs))
             return hs, (auxes, seen)
 
-        found: tuple[dict[str, Array], ...] = tuple({} for _ in hs)
-        given, runs = [], list(cuts(self.depth, taps, after))
-        for (first, last), layers in zip(runs, self._split(signals, runs)):
-            inside = taps.inside(first)
-            here = functools.partial(body, inside=inside) if inside else body
-            hs, (auxes, seen) = self._run(here, hs, layers)
-            given.append(auxes)
-            for i, h in enumerate(hs):
-                if last in taps.h:
-                    found[i][f"h/{last}"] = h.astype(jnp.float32)
-                for name in inside:
-                    taken = seen[i][name]
-                    found[i].update((f"{name}/{k}", taken[k - first]) for k in range(first, last))
-            if changed is not None and last == after:
-                cs = changed(hs)  # which `body` reads
-        if len(given) == 1:
-            return hs, cs, given[0], found
-        return hs, cs, jax.tree.map(lambda *parts: jnp.concatenate(parts), *given), found
+        return body
 
     @property
     def depth(self) -> int:
