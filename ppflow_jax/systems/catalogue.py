@@ -276,7 +276,7 @@ SYSTEMS = (
         NOT_MEASURED,
     ),
     System(
-        "DDAE++",
+        "Self-conditioning (DDAE++)",
         ("2505.10999",),
         "none public",
         "systems/self_conditioning.py",
@@ -508,4 +508,4 @@ def page() -> str:
 
 
 def _anchor(name: str) -> str:
-    return name.lower().replace(" ", "-").replace("(", "").replace(")", "")
+    return name.lower().replace(" ", "-").translate(dict.fromkeys(map(ord, "()+")))
