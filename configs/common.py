@@ -41,6 +41,7 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     # or clear:radius=8, linfusion, dico: see docs/mixers.md
     c.model.mixer = "attention"
     c.model.wrap = "none"  # or switch:experts=3,top_k=2, or dydit: docs/switch.md, docs/dydit.md
+    c.model.norm = "none"  # adaLN-Zero, or tdln: see docs/dimr.md
     c.model.network = "none"  # or ddt:width=2048,depth=2,heads=16, a wide head: see docs/rae.md
     # beside that of data.task, e.g. ("channels:name=low,channels=4",): see docs/conditions.md
     c.model.conditions = ()

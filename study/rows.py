@@ -76,6 +76,14 @@ ROWS = {
     "repa_half": Row(
         "2 levels, REPA for half of the steps", TWO, REPA, phases=((0.5, {"repa": 0.5}), (1.0, {}))
     ),
+    "tdln": Row("2 levels, TD-LN", TWO, {"model.norm": "tdln"}),
+    "multires": Row(
+        "2 levels, loss at two resolutions", TWO, {"flow.terms": ("multires:factors=2",)},
+        phases=((1.0, {"multires": 1.0}),),
+    ),
+    "selfcond": Row(
+        "2 levels, self-conditioning", TWO, {"model.conditions": ("selfcond:name=middle",)}
+    ),
     "longer": Row("2 levels, 50% more steps", TWO, starts_from="levels2", steps=0.5),
     "moe1": Row(
         "2 levels, upcycled to 1 of 4 experts, 50% more steps", TWO,

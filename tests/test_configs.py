@@ -24,6 +24,8 @@ NAMES = [p.name for p in CONFIGS if p.stem not in ("common", "imagenet256", "__i
     "digits_tasks.py:edges",
     "digits_tasks.py:cascade",
     "digits.py:difffit",
+    "digits_blocks.py:dimr,levels3",
+    "digits_blocks.py:selfcond,sit",
     "haste.py:sit",
     "imagenette.py:sit",
     "imagenette.py:levels3",

@@ -48,9 +48,10 @@ def key_table(config: ModelConfig) -> tuple[Key, ...]:
         if config.block.mixer.attends:
             table += attention_keys(layer, config.heads)
         table += config.block.keys(layer)
-        table += linear_keys(
-            f"blocks.{layer}.adaLN_modulation.1", "blocks", "adaln", index=(layer,)
-        )
+        if config.block.norm is None:
+            table += linear_keys(
+                f"blocks.{layer}.adaLN_modulation.1", "blocks", "adaln", index=(layer,)
+            )
     table += linear_keys("final_layer.adaLN_modulation.1", "final_adaln")
     for condition in config.conditions:
         table += condition.keys(config)

@@ -167,7 +167,8 @@ def _placed(leaf, sharding) -> jax.ShapeDtypeStruct:
 
 def _inputs(size: int, model: ModelConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     place = batch_sharding(mesh)
-    shapes = {"x": model.shape} | {c.name: c.shape(model) for c in model.conditions}
+    told = (c for c in model.conditions if c.enters != "blocks")
+    shapes = {"x": model.shape} | {c.name: c.shape(model) for c in told}
     values = {
         name: jax.ShapeDtypeStruct((size, *shape), np.float32, sharding=place)
         for name, shape in shapes.items()

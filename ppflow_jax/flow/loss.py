@@ -253,6 +253,9 @@ class FlowObjective:
                 frozen=frozen,
                 stage=i,
                 grid=self.pyramid.grid(i, x1.shape[1]),
+                error=functools.partial(
+                    *(residual, self.flow, self.weighting, noise[i], velocity[i]), t=t[i]
+                ),
             )
             for i in stages
         ]

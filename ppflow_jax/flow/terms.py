@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -39,6 +39,7 @@ class View(NamedTuple):
       frozen: arrays that are not trained, by name.
       stage: its number.
       grid: rows and columns of its tokens.
+      error: of a prediction, float32 [b, h, w, c]: its squares are the loss of the flow.
     """
 
     x1: Float[Array, "b h w c"]
@@ -51,6 +52,7 @@ class View(NamedTuple):
     frozen: Mapping[str, Any]
     stage: int
     grid: tuple[int, int]
+    error: Callable[[Array], Array] | None = None
 
 
 @runtime_checkable

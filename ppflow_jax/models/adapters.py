@@ -136,8 +136,7 @@ def sites(model: ModelConfig) -> tuple[Site, ...]:
     out_channels = channels * (2 if model.learn_sigma else 1)
     found = [
         *(site for part in model.block.parts for site in part.sites(model)),
-        Site("blocks/adaln", ("blocks", "adaln"), d, (6 * d,), "image"),
-        Site("blocks/gates", ("blocks",), 0, (2, d), "image", prefix="gates_"),
+        *(_adaln(d) if model.block.norm is None else ()),
         Site("time/fc1", ("time", "fc1"), 2 * FREQUENCIES, (d,), "image"),
         Site("time/fc2", ("time", "fc2"), d, (d,), "image"),
         Site("final_adaln", ("final_adaln",), d, (2 * d,), "image"),
@@ -148,6 +147,11 @@ def sites(model: ModelConfig) -> tuple[Site, ...]:
         found.append(Site(f"patchify/{k}", into, area * channels, (d,), rows, k))
         found.append(Site(f"unpatchify/{k}", out, d, (area * out_channels,), rows, k))
     return tuple(found)
+
+
+def _adaln(d: int) -> tuple[Site, ...]:
+    gates = Site("blocks/gates", ("blocks",), 0, (2, d), "image", prefix="gates_")
+    return Site("blocks/adaln", ("blocks", "adaln"), d, (6 * d,), "image"), gates
 
 
 class Beside(NamedTuple):

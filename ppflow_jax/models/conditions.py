@@ -2,7 +2,7 @@
 
 A condition is configuration and factory at once, and the owner of its leaves: their FLOPs and
 PyTorch names. These are in `params["conditions"][name]`, so that the leaves of the model without it
-keep their shapes; they start at zero, and the model then computes what it did without it.
+keep their shapes; they start so that the model computes what it did without it.
 
 A network takes, in the place of the labels alone, {"label": labels, name: values, ...}.
 """
@@ -44,7 +44,8 @@ class Condition(Described):
     """Base of all conditions: frozen dataclasses of numbers and texts.
 
     Attributes:
-      enters: `input` (added to the tokens) or `vector` (added to the features of time).
+      enters: `input` (added to the tokens), `vector` (added to the features of time), or `blocks`
+        (see `models.feedback`): then nobody gives values.
       name: of its values, and of its leaves.
 
     Raises:
@@ -66,6 +67,12 @@ class Condition(Described):
     def dropped(self) -> float:
         """Probability with which training replaces its values by `null`."""
         return 0.0
+
+    def check(self, model: ModelConfig) -> None:
+        """
+        Raises:
+          InputError: a model that cannot have it.
+        """
 
     def shape(self, model: ModelConfig) -> tuple[int, ...]:
         """Of the value of one image."""
@@ -258,7 +265,7 @@ def split(conditions: tuple[Condition, ...], y: Cond) -> Told:
     """
     labels, values = (y[LABEL], dict(y)) if isinstance(y, dict) else (y, {LABEL: y})
     del values[LABEL]
-    names = [condition.name for condition in conditions]
+    names = [condition.name for condition in conditions if condition.enters != "blocks"]
     for name in supplied(conditions):
         values.setdefault(name, jnp.zeros(len(labels)))
     if sorted(values) != sorted(names):

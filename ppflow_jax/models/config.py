@@ -43,8 +43,8 @@ class ModelConfig:
 
     Raises:
       InputError: a patch does not divide the latent, heads do not divide the width, a part
-        of the blocks does not fit, two conditions have one name, adapters are on no kernel, or the
-        network cannot be of this model.
+        of the blocks does not fit, two conditions have one name or one does not fit the model,
+        adapters are on no kernel, or the network cannot be of this model.
     """
 
     pyramid: Pyramid
@@ -78,6 +78,8 @@ class ModelConfig:
         names = [condition.name for condition in self.conditions]
         if twice := [name for i, name in enumerate(names) if name in names[:i]]:
             raise InputError(f"two conditions are called {twice[0]}: give each its own name")
+        for condition in self.conditions:
+            condition.check(self)
         if self.network is not None:
             self.network.check(self)
         beside(self)
@@ -93,8 +95,9 @@ class ModelConfig:
 
     @property
     def asked(self) -> tuple[Condition, ...]:
-        """Conditions whose values must be given; the others the sampler knows."""
-        return tuple(c for c in self.conditions if c.name not in supplied(self.conditions))
+        """Conditions whose values must be given; the others the sampler or the network knows."""
+        known = supplied(self.conditions)
+        return tuple(c for c in self.conditions if c.enters != "blocks" and c.name not in known)
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -12,8 +12,8 @@ def block_flops(
 ) -> int:
     """FLOPs of the matrix products of one block for one image, 2 per multiply-add.
 
-    12 D^2 (adaLN) + what the block's parts and adapters count; `attention` and `mlp` tokens enter
-    those branches, all where not given.
+    12 D^2 (adaLN, if it is the norm) + what the block's parts and adapters count; `attention` and
+    `mlp` tokens enter those branches, all where not given.
     """
     rows, cols = model.pyramid.grid(stage, model.latent_size)
     block = model.block
@@ -22,7 +22,8 @@ def block_flops(
     parts = block.mixer.flops(model, stage, n) + block.ffn.flops(model, m)
     parts += 0 if block.wrap is None else block.wrap.flops(model, m)
     adapters, _ = low_rank_flops(model, stage, n, m)
-    return 12 * model.width**2 + parts + adapters
+    norm = 12 * model.width**2 if block.norm is None else 0
+    return norm + parts + adapters
 
 
 def ends_flops(model: ModelConfig, stage: int) -> int:

@@ -43,13 +43,13 @@ def timestep_features(t: Float[Array, " b"]) -> Float[Array, "b f"]:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def layer_norm(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-    """LayerNorm without learned scale and shift, epsilon 1e-6, computed in float32."""
+def layer_norm(x: Float[Array, "... d"], epsilon: float = 1e-6) -> Float[Array, "... d"]:
+    """LayerNorm without learned scale and shift, computed in float32."""
     x = x.astype(jnp.float32)
     mean = jnp.mean(x, axis=-1, keepdims=True)
     centred = x - mean
     variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-    return centred * jax.lax.rsqrt(variance + 1e-6)
+    return centred * jax.lax.rsqrt(variance + epsilon)
 
 
 def modulate(
@@ -194,7 +194,7 @@ class Signal(nnx.Variable):
 
 
 class Block(nnx.Module):
-    """Transformer block with adaLN-Zero: every branch is gated, and the gates start at zero.
+    """Transformer block. DiT's adaLN-Zero gates every branch, and its gates start at zero.
 
     Attributes:
       grid: rows and columns of the tokens that enter it; nothing that has weights depends on it.
@@ -206,7 +206,9 @@ class Block(nnx.Module):
     def __init__(self, model: ModelConfig, run: Execution, *, rngs: nnx.Rngs):
         width = model.width
         self.spec, self.programs = model.block, run.programs
-        self.adaln = linear(width, 6 * width, rngs, dtype=run.dtype, init=_zeros)
+        self.dtype = run.dtype
+        if self.spec.norm is None:
+            self.adaln = linear(width, 6 * width, rngs, dtype=run.dtype, init=_zeros)
         for part in self.spec.parts:
             for name, module in part.modules(model, run, rngs).items():
                 setattr(self, name, module)
@@ -219,7 +221,12 @@ class Block(nnx.Module):
         return self
 
     def modulation(self, c: Float[Array, "b d"]) -> list[Float[Array, "b d"]]:
-        """shift, scale, gate of the attention branch, then of the MLP; `c` is already SiLU(c)."""
+        """shift, scale, gate of the attention branch, then of the MLP.
+
+        `c` is already SiLU(c), or what a norm of another kind makes of the time (`models.norms`).
+        """
+        if self.spec.norm is not None:
+            return self.spec.norm.modulation(self, c)
         parts = jnp.split(self.adaln(c).astype(jnp.float32), 6, axis=-1)
         if hasattr(self, "gates_gamma"):
             for i, gamma in zip((2, 5), self.gates_gamma[...].astype(jnp.float32)):
@@ -227,8 +234,9 @@ class Block(nnx.Module):
         return parts
 
     def modulated(self, branch: int, x: Array, shift: Array, scale: Array) -> Float[Array, "b n d"]:
-        """What enters a branch, 0 attention and 1 MLP."""
-        return modulate(x, shift, scale)
+        """What enters a branch, 0 attention and 1 MLP: x, normalised, scaled and shifted."""
+        norm = self.spec.norm
+        return modulate(x, shift, scale) if norm is None else norm(x, shift, scale)
 
     def per_token(self, f: Callable[[Array], Array], x: Float[Array, "b n d"]) -> Array:
         return per_token(self.programs, f, x)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,30 +25,18 @@ from ppflow_jax.errors import InputError
 from ppflow_jax.models.adapters import attach
 from ppflow_jax.models.conditions import Cond, Told, split
 from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.feedback import refuse, turn
 from ppflow_jax.models.layers import Block, TimestepEmbedder, _normal, _zeros, linear, modulate
+from ppflow_jax.models.norms import entering
 from ppflow_jax.models.parts import Aux, Execution, FullAttention
 from ppflow_jax.models.patch import patchify, positions, unpatchify
-from ppflow_jax.models.stack import REMAT_POLICIES, Params, Stack, Taps, unstacked
+from ppflow_jax.models.stack import REMAT_POLICIES, Output, Params, Stack, Taps, unstacked
 
 # (params, x, t, y, stage) -> prediction with the shape of x, or Outputs of stages: see make_apply
 Apply = Callable[..., Any]
 # Replaces the plain scan over the blocks: (stacked blocks, tokens, SiLU(c)) -> (tokens, anything).
 # The blocks are one Block whose leaves have a leading axis of depth, to be scanned over.
 Trunk = Callable[[Block, Float[Array, "b n d"], Float[Array, "b d"]], tuple[Array, Any]]
-
-
-class Output(NamedTuple):
-    """What the network gives.
-
-    Attributes:
-      prediction: velocity, score or noise, whatever it was trained for.
-      aux: what training may add to the loss, by name; empty for the blocks of DiT.
-      taps: what was asked for of its inside, see `models.stack.Taps`.
-    """
-
-    prediction: Float[Array, "b h w c"]
-    aux: Aux
-    taps: Mapping[str, Array] = {}
 
 
 class PPFlow(nnx.Module):
@@ -146,11 +134,14 @@ class PPFlow(nnx.Module):
     ) -> Float[Array, "b h w c"] | tuple[Float[Array, "b h w c"], Any]:
         if trunk is None:
             return self.by_stage((x,), (t,), (y,), (stage,))[0].prediction
+        refuse(self.config)
         told = split(self.config.conditions, y)
-        c = jax.nn.silu(self.embeddings((t,), (told,), (stage,))[0])
+        vector = self.embeddings((t,), (told,), (stage,))[0]
+        c = jax.nn.silu(vector)
         signal, _ = self.signals(Stack(self.blocks, (), self.run, self.remat), t)
         blocks = self.blocks.given(signal, self.grid(stage))
-        h, extra = trunk(blocks, self.tokens(x, stage, told), c)
+        h, seen = entering(self.config.block.norm, self.tokens(x, stage, told), c, vector, t)
+        h, extra = trunk(blocks, h, seen)
         return self.prediction(h, c, stage), extra
 
     def by_stage(
@@ -169,11 +160,18 @@ class PPFlow(nnx.Module):
         """
         each = [(own,) for own in drawn] or [()] * len(ts)
         told = tuple(split(self.config.conditions, y) for y in ys)
-        cs = tuple(map(jax.nn.silu, self.embeddings(ts, told, stages)))
+        vectors = self.embeddings(ts, told, stages)
+        cs = tuple(map(jax.nn.silu, vectors))
         hs = tuple(self.tokens(*each) for each in zip(xs, stages, told))
+        norms = (self.config.block.norm,) * len(stages)
+        hs, seen = zip(*map(entering, norms, hs, cs, vectors, ts))
         stack = Stack(self.blocks, layers, self.run, self.remat)
         signals, given = zip(*(self.signals(stack, t, *own) for t, own in zip(ts, each)))
-        hs, auxes, found = stack(hs, cs, signals, tuple(map(self.grid, stages)), taps)
+        changes = turn(self.config, lambda: self.conditions, vectors)
+        hs, seen, auxes, found = stack(
+            hs, seen, signals, tuple(map(self.grid, stages)), taps, changes
+        )
+        cs = seen if changes else cs
         predictions = (self.prediction(*each) for each in zip(hs, cs, stages))
         terms = (self.config.block.terms(aux | more) for aux, more in zip(auxes, given))
         return tuple(map(Output, predictions, terms, found))

@@ -22,6 +22,7 @@ from ppflow_jax.models.leaves import Aux, Described, Key, Leaves, Matrix, Rule, 
 if TYPE_CHECKING:
     from ppflow_jax.models.config import ModelConfig
     from ppflow_jax.models.layers import Block
+    from ppflow_jax.models.norms import Norm
 
 
 @dataclass(frozen=True)
@@ -209,10 +210,7 @@ class Mlp(Ffn):
 
 
 class Wrap(Part):
-    """What stands around a block: h + B(u) - u for a block B, with u of the part's choice.
-
-    Its leaves are in a module of the name `kind`.
-    """
+    """h + B(u) - u around a block B, u of the part's choice; leaves in a module named `kind`."""
 
     def signals(
         self, leaves: Leaves, embed: Callable[[Array], Array], t: Float[Array, " b"], *drawn: Any
@@ -248,16 +246,17 @@ class Wrap(Part):
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """The parts of a block, whose adaLN-Zero is DiT's."""
+    """The parts of a block; without a norm its adaLN-Zero is DiT's."""
 
     ffn: Ffn = Mlp()
     wrap: Wrap | None = None
     mixer: Mixer = FullAttention()
+    norm: Norm | None = None
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        branches = (self.mixer, self.ffn)
-        return branches if self.wrap is None else (*branches, self.wrap)
+        every = (self.mixer, self.ffn, self.wrap, self.norm)
+        return tuple(part for part in every if part is not None)
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -280,8 +279,9 @@ class BlockSpec:
 
     def start(self, model: ModelConfig, source: ModelConfig, blocks: Leaves, key: Array) -> Leaves:
         """Leaves of blocks of this kind from those of `source`, see `Part.start`."""
-        if source.block.wrap not in (None, self.wrap):
-            raise InputError(f"weights with {source.block.wrap} do not start a model without it")
+        for before, now in ((source.block.wrap, self.wrap), (source.block.norm, self.norm)):
+            if before not in (None, now):
+                raise InputError(f"weights with {before} do not start a model without it")
         for part in self.parts:
             if part not in source.block.parts:
                 blocks = part.start(model, source, blocks, key)

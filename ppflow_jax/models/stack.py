@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,9 @@ from ppflow_jax.models.layers import Block
 from ppflow_jax.models.parts import Aux, Execution
 
 Params = dict[str, Any]
+Arrays = tuple[Array, ...]  # of every stage
+# After so many blocks: from the tokens of every stage, what the later ones get as `cs`
+Turn = tuple[int, Callable[[Arrays], Arrays]]
 
 REMAT_POLICIES = {
     # All but the weights gathered by `Layout.weights`: kept for the backward pass, they would be
@@ -71,6 +73,20 @@ class Taps:
                 raise InputError(f"{name} of blocks {wrong}: the model has 0 to {depth - 1}")
 
 
+class Output(NamedTuple):
+    """What the network gives.
+
+    Attributes:
+      prediction: velocity, score or noise, whatever it was trained for.
+      aux: what training may add to the loss, by name; empty for the blocks of DiT.
+      taps: what was asked for of its inside, see `Taps`.
+    """
+
+    prediction: Float[Array, "b h w c"]
+    aux: Aux
+    taps: Mapping[str, Array] = {}
+
+
 @dataclass(frozen=True)
 class Stack:
     """Blocks one after another.
@@ -98,8 +114,9 @@ class Stack:
         signals: tuple[Any, ...],
         grids: tuple[tuple[int, int], ...],
         taps: Taps = Taps(),
-    ) -> tuple[tuple[Float[Array, "_ _ d"], ...], tuple[Aux, ...], tuple[dict[str, Array], ...]]:
-        """Tokens of every stage, what the parts give, with a leading axis of depth, and the taps.
+        turn: Turn | None = None,
+    ) -> tuple[Arrays, Arrays, tuple[Aux, ...], tuple[dict[str, Array], ...]]:
+        """Tokens of every stage, `cs` of the last block, what parts give by layer, and the taps.
 
         Several stages pass a block side by side, each with its own token count, so that its
         weights are gathered, and their gradients summed over a mesh, once for all of them. Each of
@@ -107,8 +124,35 @@ class Stack:
         `signals` what the blocks' wrap has for it, or None; each of `grids` rows and columns of its
         tokens.
         """
+        after, changed = turn or (0, None)
 
-        def body(hs, layer, inside=()):
+        body = self._body(cs, grids, ())
+        found: tuple[dict[str, Array], ...] = tuple({} for _ in hs)
+        given, runs = [], list(cuts(self.depth, taps, after))
+        for (first, last), layers in zip(runs, self._split(signals, runs)):
+            inside = taps.inside(first)
+            here = body if not inside else self._body(cs, grids, inside)
+            hs, (auxes, seen) = self._run(here, hs, layers)
+            given.append(auxes)
+            for i, h in enumerate(hs):
+                if last in taps.h:
+                    found[i][f"h/{last}"] = h.astype(jnp.float32)
+                for name in inside:
+                    taken = seen[i][name]
+                    found[i].update((f"{name}/{k}", taken[k - first]) for k in range(first, last))
+            if changed is not None and last == after:
+                cs = changed(hs)
+                body = self._body(cs, grids, ())
+        if len(given) == 1:
+            return hs, cs, given[0], found
+        return hs, cs, jax.tree.map(lambda *parts: jnp.concatenate(parts), *given), found
+
+    def _body(
+        self, cs: tuple[Array, ...], grids: tuple[tuple[int, int], ...], inside: tuple[str, ...]
+    ) -> Callable[..., Any]:
+        """One block, for `_run`; another function for other `cs`, because JAX traces one once."""
+
+        def body(hs, layer):
             block, signals = layer
             # Weights cross the mesh in the dtype of the matrix products, which is all they enter.
             block = jax.tree.map(lambda p: p.astype(self.run.dtype), block)
@@ -124,26 +168,11 @@ class Stack:
             hs, auxes, seen = zip(*map(through, signals, grids, hs, cs))
             return hs, (auxes, seen)
 
-        found: tuple[dict[str, Array], ...] = tuple({} for _ in hs)
-        given, runs = [], list(cuts(self.depth, taps))
-        for (first, last), layers in zip(runs, self._split(signals, runs)):
-            inside = taps.inside(first)
-            here = functools.partial(body, inside=inside) if inside else body
-            hs, (auxes, seen) = self._run(here, hs, layers)
-            given.append(auxes)
-            for i, h in enumerate(hs):
-                if last in taps.h:
-                    found[i][f"h/{last}"] = h.astype(jnp.float32)
-                for name in inside:
-                    taken = seen[i][name]
-                    found[i].update((f"{name}/{k}", taken[k - first]) for k in range(first, last))
-        if len(given) == 1:
-            return hs, given[0], found
-        return hs, jax.tree.map(lambda *parts: jnp.concatenate(parts), *given), found
+        return body
 
     @property
     def depth(self) -> int:
-        return len(self.layers) or self.blocks.adaln.kernel.shape[0]
+        return len(self.layers) or jax.tree.leaves(nnx.state(self.blocks))[0].shape[0]
 
     def _split(self, signals: tuple[Any, ...], runs: list[tuple[int, int]]) -> list[Any]:
         """The blocks of every run, and their signals."""
@@ -178,13 +207,13 @@ class Stack:
         return hs, jax.tree.map(lambda *each: jnp.stack(each), *found)
 
 
-def cuts(depth: int, taps: Taps) -> Iterator[tuple[int, int]]:
+def cuts(depth: int, taps: Taps, after: int = 0) -> Iterator[tuple[int, int]]:
     """Runs of blocks (first, last + 1) that the taps leave whole.
 
     After a block whose tokens are taken the stack is cut, and so it is around each run of blocks
-    inside which the same is taken.
+    inside which the same is taken, and after `after` blocks.
     """
-    edges = {0, depth, *taps.h}
+    edges = {0, depth, after, *taps.h}
     for i in range(1, depth):
         if taps.inside(i) != taps.inside(i - 1):
             edges.add(i)

@@ -13,6 +13,7 @@ from ppflow_jax.flow.plan import ADAPTIVE, SamplerConfig, Segment
 from ppflow_jax.flow.segments import segments_of
 from ppflow_jax.flow.solvers import JUMPS
 from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.feedback import refuse
 from ppflow_jax.models.network import Params
 from ppflow_jax.models.parts import FullAttention
 from ppflow_jax.systems.dydit import DyDiT
@@ -220,6 +221,8 @@ def accelerated(
     inside = [name for name in before if name != "forecast"]  # of blocks
     if inside:
         _check_blocks(inside[0], model)
+    if inside or (forecast is not None and forecast.place != "velocity"):
+        refuse(model)
     if forecast is not None:
         if forecast.forecast == "adams" and config.solver != "euler":
             raise InputError(

@@ -8,7 +8,7 @@ import jax
 from jaxtyping import Array, Float
 
 from ppflow_jax.models.attention import attend
-from ppflow_jax.models.layers import Attention, Block, modulate
+from ppflow_jax.models.layers import Attention, Block
 
 
 def with_attention(
@@ -25,8 +25,8 @@ def with_attention(
     shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(c)
     outer, wrap = x, block.spec.wrap
     x = inner = x if wrap is None else wrap(block, x)
-    x = x + gate1[:, None] * attention(modulate(x, shift1, scale1))
-    x = x + gate2[:, None] * block.mlp(modulate(x, shift2, scale2))
+    x = x + gate1[:, None] * attention(block.modulated(0, x, shift1, scale1))
+    x = x + gate2[:, None] * block.mlp(block.modulated(1, x, shift2, scale2))
     return x if wrap is None else x + (outer - inner)
 
 

@@ -278,6 +278,47 @@ SYSTEMS = (
         NOT_MEASURED,
     ),
     System(
+        "TD-LN (DiMR)",
+        ("2406.09416",),
+        "qihao067/DiMR fa141ae, Apache-2",
+        "systems/dimr.py",
+        "--config.model.norm=tdln",
+        "dimr.md",
+        "both forms of the norm and their gradients, alone and inside the whole network, against "
+        "arrays of the original",
+        "the label is added at the input instead of being a token, tau = 1 - 2t is the flow's, the "
+        "final layer keeps adaLN; the U-shaped network is not here",
+        "tests/systems/test_dimr.py",
+        NOT_MEASURED,
+    ),
+    System(
+        "Multi-resolution loss (DiMR)",
+        ("2406.09416",),
+        "qihao067/DiMR fa141ae, Apache-2",
+        "systems/dimr.py",
+        "config.flow.terms with multires:factors=2",
+        "dimr.md",
+        "averages of targets, coefficients, loss and gradients, against arrays of the original",
+        "one prediction is averaged, where DiMR has a branch for every resolution; odd sizes are "
+        "refused",
+        "tests/systems/test_dimr.py",
+        NOT_MEASURED,
+    ),
+    System(
+        "Self-conditioning (DDAE++)",
+        ("2505.10999",),
+        "none public",
+        "systems/self_conditioning.py",
+        "config.model.conditions with selfcond:name=middle",
+        "self_conditioning.md",
+        "a restatement of the formula, a start that is equal bit for bit, and that earlier blocks "
+        "never change",
+        "from a summary of the paper, as no code is public; its contrastive self-distillation is "
+        "not here",
+        "tests/systems/test_self_conditioning.py",
+        NOT_MEASURED,
+    ),
+    System(
         "CLEAR",
         ("2412.16112",),
         "Huage001/CLEAR 98e9fed, Apache-2",
@@ -524,4 +565,4 @@ def page() -> str:
 
 
 def _anchor(name: str) -> str:
-    return name.lower().replace(" ", "-").replace("(", "").replace(")", "")
+    return name.lower().replace(" ", "-").translate(dict.fromkeys(map(ord, "()+")))

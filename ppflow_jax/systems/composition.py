@@ -60,6 +60,8 @@ METHODS = {
     "keep": "known parts put in their place at every step, `--keep=steps`",
     "moe": "blocks with experts (DiT-MoE)",
     "switch": "blocks of Switch-DiT",
+    "tdln": "blocks with TD-LN (DiMR)",
+    "selfcond": "self-conditioning of DDAE++",
     "mixer": "blocks without full attention (CLEAR, LinFusion, DiCo)",
     "dydit": "blocks with routers (DyDiT)",
     "ddt": "the wide head of RAE, `--config.model.network=ddt`",
@@ -83,6 +85,7 @@ _EXCEPTIONS = (
     Pair("width", "weak", REFUSED, "a weak model has another"),
     *(Pair(engine, "meanflow", REFUSED, _JUMPS) for engine in ("forecast", "ras", "rettention")),
     Pair("merge", "switch", REFUSED, _APART),
+    *(Pair(engine, "selfcond", REFUSED, _APART) for engine in SMOOTH),
     *(
         Pair(engine, other, REFUSED, _FULL)
         for engine in ("merge", "ras", "rettention")

@@ -77,9 +77,10 @@ class DDT(Backbone):
     def check(self, model: ModelConfig) -> None:
         block = model.block
         fits = isinstance(block.mixer, RopeAttention) and isinstance(block.ffn, SwiGlu | Mlp)
-        if not fits or block.wrap is not None:
+        if not fits or block.wrap is not None or block.norm is not None:
             raise InputError(
-                f"network {self.kind} is made of mixer rope and ffn swiglu or mlp, without wrap, "
+                f"network {self.kind} is made of mixer rope and ffn swiglu or mlp, without wrap or "
+                "norm, "
                 f"and the model has {block.mixer}, {block}: set config.model.mixer=rope and "
                 "config.model.ffn=swiglu"
             )

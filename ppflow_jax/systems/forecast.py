@@ -125,7 +125,7 @@ class Forecast:
         def trunk(blocks: Block, h: Float[Array, "b n d"], c: Float[Array, "b d"]):
             if self.place == "blocks":
                 return h, self._ring(h)
-            branch = self._ring(h.astype(blocks.adaln.dtype))
+            branch = self._ring(h.astype(blocks.dtype))
             return h, [jnp.stack([branch] * depth_of(blocks))] * 2
 
         return evaluation.call(trunk=trunk)[1]

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ppflow_jax.flow.method import Evaluation, either
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.flops import block_flops, ends_flops
-from ppflow_jax.models.layers import Block, modulate
+from ppflow_jax.models.layers import Block
 from ppflow_jax.systems import token_groups, tome
 
 
@@ -35,9 +35,9 @@ def parts(block: Block, c: Float[Array, "b d"]) -> Parts:
     """A block of the network; `c` is already SiLU(c)."""
     shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(c)
     return Parts(
-        lambda h: modulate(h, shift1, scale1),
+        lambda h: block.modulated(0, h, shift1, scale1),
         lambda x, members: gate1[:, None] * block.attention(x, members),
-        lambda h: modulate(h, shift2, scale2),
+        lambda h: block.modulated(1, h, shift2, scale2),
         lambda x: gate2[:, None] * block.mlp(x),
     )
 

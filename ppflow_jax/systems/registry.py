@@ -14,6 +14,7 @@ from ppflow_jax.flow.times import LogitNormal
 from ppflow_jax.models.backbone import Backbone
 from ppflow_jax.models.conditions import Channels, Condition, Scalar
 from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.norms import Norm
 from ppflow_jax.models.parts import BlockSpec, Ffn, FullAttention, Mixer, Mlp, Part, Wrap
 from ppflow_jax.pyramid import Pyramid
 from ppflow_jax.systems.cascade import Upsampling
@@ -21,6 +22,7 @@ from ppflow_jax.systems.clear import Clear
 from ppflow_jax.systems.ddt import DDT
 from ppflow_jax.systems.ddt_blocks import RopeAttention, SwiGlu
 from ppflow_jax.systems.dico import DiCo
+from ppflow_jax.systems.dimr import MultiResolution, TdLn
 from ppflow_jax.systems.dydit import DyDiT
 from ppflow_jax.systems.dydit_training import FlopsTarget
 from ppflow_jax.systems.guided_distillation import Guided, Halved
@@ -31,19 +33,23 @@ from ppflow_jax.systems.mixer_distillation import Distil
 from ppflow_jax.systems.mmd import Mmd
 from ppflow_jax.systems.moe import MoE
 from ppflow_jax.systems.repa import Repa
+from ppflow_jax.systems.self_conditioning import SelfCondition
 from ppflow_jax.systems.switch import Switch
 from ppflow_jax.systems.tasks import Colourisation, Edges, Inpainting, SuperResolution, Task
 
 FFNS: dict[str, type[Ffn]] = {part.kind: part for part in (Mlp, MoE, SwiGlu)}
 WRAPS: dict[str, type[Wrap]] = {part.kind: part for part in (Switch, DyDiT)}
+NORMS: dict[str, type[Norm]] = {part.kind: part for part in (TdLn,)}
 # The last one is what a state dict has that is none of the others
 MIXERS: dict[str, type[Mixer]] = {
     part.kind: part for part in (Clear, LinFusion, DiCo, RopeAttention, FullAttention)
 }
 # By the field of `BlockSpec`
-KINDS: dict[str, dict[str, Any]] = {"ffn": FFNS, "wrap": WRAPS, "mixer": MIXERS}
+KINDS: dict[str, dict[str, Any]] = {"ffn": FFNS, "wrap": WRAPS, "mixer": MIXERS, "norm": NORMS}
 NETWORKS: dict[str, type[Backbone]] = {network.kind: network for network in (DDT,)}
-TERMS: dict[str, Any] = {term.name: term for term in (Repa, AttentionAlign)}  # of the loss
+TERMS: dict[str, Any] = {
+    term.name: term for term in (Repa, AttentionAlign, MultiResolution)
+}  # of the loss
 OBJECTIVES = {kind.kind: kind for kind in (MeanFlow, Guided, Halved, Distil, Mmd, FlopsTarget)}
 UNIFORM = "uniform"  # raw times of training, where they are nothing else
 FLOW = "flow"  # the objective without further settings
@@ -51,7 +57,7 @@ NONE = "none"  # of a part that there need not be
 TASKS: dict[str, type[Task]] = {
     task.kind: task for task in (SuperResolution, Inpainting, Colourisation, Edges, Upsampling)
 }
-CONDITIONS: dict[str, type[Condition]] = {c.kind: c for c in (Channels, Scalar)}
+CONDITIONS: dict[str, type[Condition]] = {c.kind: c for c in (Channels, Scalar, SelfCondition)}
 
 _READERS = {
     "int": int,
@@ -255,4 +261,5 @@ def read_block(
     wrap = next(filter(None, (kind.read(state) for kind in WRAPS.values())), None)
     mixed = next(filter(None, (kind.read(state) for kind in MIXERS.values())))
     texts = {"ffn": said or str(ffn), "mixer": mixer or str(mixed)}
-    return replace(take_block(texts), wrap=wrap), hidden
+    norm = next(filter(None, (kind.read(state) for kind in NORMS.values())), None)
+    return replace(take_block(texts), wrap=wrap, norm=norm), hidden

@@ -63,7 +63,7 @@ def new_memory(
     blocks: Block, h: Float[Array, "b n d"], c: Float[Array, "b d"]
 ) -> tuple[Float[Array, "b n d"], Kept]:
     """A trunk that makes a memory; only its shapes are used."""
-    branches = jnp.stack([h.astype(blocks.adaln.dtype)] * depth_of(blocks))
+    branches = jnp.stack([h.astype(blocks.dtype)] * depth_of(blocks))
     return h, (branches, branches)
 
 

@@ -83,7 +83,7 @@ def open_start(
     """The weights in `path`, and a function of them and a key: parameters of the model of `card`.
 
     They are the same but for parts of the blocks that the weights do not have, which start from
-    what they replace (see `models.parts.Part.start`), conditions, which start at zero, and
+    what they replace (see `models.parts.Part.start`), conditions, which start fresh, and
     adapters, which change nothing yet. Where a part of the parameters is trained, classes may be
     others: all start as the null class.
 
@@ -117,9 +117,8 @@ def open_start(
     def start(params: Params, key: Array) -> Params:
         made = {"blocks": model.block.start(model, source, params["blocks"], key)}
         if model.conditions != source.conditions:
-            shapes = abstract_params(model)["conditions"]
-            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-            made["conditions"] = zeros | params.get("conditions", {})
+            fresh = init_params(model, key)["conditions"]
+            made["conditions"] = fresh | params.get("conditions", {})
         if model.num_classes != source.num_classes:
             null = params["label"]["embedding"][-1:]
             table = jnp.broadcast_to(null, (model.num_classes + 1, model.width))

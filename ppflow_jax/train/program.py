@@ -98,9 +98,9 @@ def make_program(experiment: Experiment, mesh: Mesh, memory: float | None = None
     rules = model.rules
     place = layout(mesh, rules)
     apply = make_apply(model, dtype=dtype, remat=remat, programs=programs, layout=place)
-    optimizer = make_optimizer(
-        experiment.optim, config.train.steps, model.matrices, undecayed=model.fixed
-    )
+    norm = model.block.norm
+    undecayed = (*model.fixed, *(norm.undecayed if norm else ()))
+    optimizer = make_optimizer(experiment.optim, config.train.steps, model.matrices, undecayed)
     trainable = experiment.trainable
 
     def init(key: jax.Array) -> TrainState:

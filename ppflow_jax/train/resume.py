@@ -32,6 +32,7 @@ BEFORE = {
     "model.wrap": "none",
     "model.network": "none",
     "model.mixer": "attention",
+    "model.norm": "none",
     "model.conditions": [],
     "data.task": "none",
     "model.adapters": "none",

@@ -50,11 +50,19 @@ PARTS = {
     "dico": {"mixer": "dico"},
     "rope": {"mixer": "rope:qk_norm=rms"},
     "swiglu": {"ffn": "swiglu"},
+    "tdln": {"norm": "tdln"},
+    "tdln of root mean squares": {"norm": "tdln:rms=true"},
 }
 # What takes long is done once, with all kinds together
 TOGETHER = PARTS["moe"] | PARTS["switch"]
 ROUTED = PARTS["dydit"] | {"ffn": "mlp"}
-MIXERS = [PARTS["clear with cells"], PARTS["linfusion"], PARTS["dico"], PARTS["rope"], ROUTED]
+MIXERS = [
+    PARTS["clear with cells"],
+    PARTS["linfusion"],
+    PARTS["dico"] | PARTS["tdln"],
+    PARTS["rope"],
+    ROUTED,
+]
 FROM_PLAIN = PARTS["moe of MLPs"] | PARTS["switch"]  # starts as the model that it is made from
 FROM_PLAIN |= {"mixer": "clear:radius=9"}  # which covers the grid
 EVERYTHING_ACTIVE = {"moe": "moe:experts=2,top_k=2", "moe of MLPs": "moe:top_k=8,expert=gelu"}
@@ -100,12 +108,13 @@ def test_cards_keep_it(name):
     [
         ("nothing", "unknown .* 'nothing': one of "),
         ("{kind}:sizes=3", "unknown key 'sizes'"),
-        ("{kind}:{key}=a", "{key} is int, got 'a'"),
+        ("{kind}:{key}=a", "{key} is {type}, got 'a'"),
     ],
 )
 def test_wrong_settings_are_refused(field, text, words):
     kind = next(k for k in KINDS[field] if k not in ("mlp", "none"))
-    names = dict(kind=kind, key=fields(KINDS[field][kind])[0].name)
+    first = fields(KINDS[field][kind])[0]
+    names = dict(kind=kind, key=first.name, type=first.type)
     with pytest.raises(InputError, match=words.format(**names)):
         part(text.format(**names), field)
 
@@ -130,7 +139,7 @@ def test_flops_are_those_of_the_compiler(name):
     apply = make_apply(model, programs=Programs(experts="dense"))
     count = lambda m, apply: xla_forward_flops(m, apply, 1, gradient=False)
     # In the place of another part, not beside it; routers are fewer than what is element by element
-    if "mixer" in PARTS[name] or name in ("swiglu", "dydit"):
+    if {"mixer", "norm"} & PARTS[name].keys() or name in ("swiglu", "dydit"):
         assert -0.07 < forward_flops(model, 1) / count(model, apply) - 1 < 0.01
         return
     ours = forward_flops(model, 1) - forward_flops(replace(model, block=DIT), 1)

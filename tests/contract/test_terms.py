@@ -27,6 +27,7 @@ from tests.systems.checks import random_params
 CASES = {
     "repa": ("repa:layer=1,dims=6,hidden=16", {"teacher": (4, 4, 6)}),
     "haste": ("haste:layers=0/1,teacher=1/0", {"teacher_attention": (2, 2, 4, 4)}),
+    "multires": ("multires:factors=2/4", {}),
 }
 SHAPES = {name: shape for _, fields in CASES.values() for name, shape in fields.items()}
 BATCH = 32
@@ -73,6 +74,8 @@ def test_the_text_says_all_of_it_and_runs_keep_it(name):
 def test_wrong_settings_are_refused(name):
     with pytest.raises(InputError, match="unknown key 'nothing'"):
         term(f"{name}:nothing=3")
+    if not CASES[name][1]:
+        return
     config = config_of([name])
     config.data.fields = ()
     with pytest.raises(InputError, match=f"{name} reads the field .* has none: add it there"):

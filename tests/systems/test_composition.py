@@ -28,9 +28,11 @@ from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
 from ppflow_jax.systems.composition import ENGINES, METHODS, REFUSED, STAGES, WORKS, pairs
 from ppflow_jax.systems.ddt import DDT
 from ppflow_jax.systems.ddt_blocks import RopeAttention, SwiGlu
+from ppflow_jax.systems.dimr import TdLn
 from ppflow_jax.systems.dydit import DyDiT
 from ppflow_jax.systems.linfusion import LinFusion
 from ppflow_jax.systems.moe import MoE
+from ppflow_jax.systems.self_conditioning import SelfCondition
 from ppflow_jax.systems.switch import Switch
 from tests.systems.checks import random_params
 
@@ -66,6 +68,8 @@ MODELS = {
     "meanflow": replace(MODEL, conditions=(Scalar(INTERVAL),)),
     "moe": replace(MODEL, block=BlockSpec(ffn=MoE(experts=2, top_k=1))),
     "switch": replace(MODEL, block=BlockSpec(wrap=Switch(experts=2, top_k=1))),
+    "tdln": replace(MODEL, block=BlockSpec(norm=TdLn())),
+    "selfcond": replace(MODEL, depth=2, conditions=(SelfCondition("middle"),)),
     "mixer": replace(MODEL, block=BlockSpec(mixer=LinFusion())),
     "ddt": replace(MODEL, block=BlockSpec(SwiGlu(), mixer=RopeAttention()), network=DDT(16, 1, 2)),
     "dydit": replace(MODEL, block=ROUTERS),
