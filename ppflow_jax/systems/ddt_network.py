@@ -146,7 +146,7 @@ class WideHead(PPFlow):
         stack = Stack(self.blocks, layers, self.run, self.remat)
         grids = tuple(map(self.grid, stages))
         cs = tuple(map(jax.nn.silu, cs))  # once more, as every block of the original does
-        hs, _, found = stack(hs, cs, (None,) * len(stages), grids, taps)
+        hs, _, _, found = stack(hs, cs, (None,) * len(stages), grids, taps)
         outputs = zip(self.head(hs, xs, times, stages), found)
         return tuple(Output(prediction, {}, taken) for prediction, taken in outputs)
 
@@ -162,7 +162,7 @@ class WideHead(PPFlow):
         cs = tuple(map(self.told, hs, times))
         stack = Stack(self.head_blocks, self._layers(), self.run, self.remat)
         grids = tuple(map(self.grid, stages))
-        own, _, _ = stack(own, cs, (None,) * len(stages), grids)
+        own, *_ = stack(own, cs, (None,) * len(stages), grids)
         return tuple(map(self.outputs, own, cs, stages))
 
     def own(self, x: Float[Array, "b h w c"], stage: int) -> Float[Array, "b n d"]:
