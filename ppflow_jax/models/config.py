@@ -39,8 +39,8 @@ class ModelConfig:
       adapters: what stands beside the kernels, see `models.adapters`.
 
     Raises:
-      InputError: a patch does not divide the latent, heads do not divide the width, the mixer
-        does not fit the grids, two conditions have one name, or adapters are on no kernel.
+      InputError: a patch does not divide the latent, heads do not divide the width, a part
+        does not fit the sizes, two conditions have one name, or adapters are on no kernel.
     """
 
     pyramid: Pyramid
@@ -68,7 +68,8 @@ class ModelConfig:
                 f"width {self.width} must be divisible by heads ({self.heads}) and by 4 "
                 "(sin-cos positions)"
             )
-        self.block.mixer.check(self)
+        for part in self.block.parts:
+            part.check(self)
         names = [condition.name for condition in self.conditions]
         if twice := [name for i, name in enumerate(names) if name in names[:i]]:
             raise InputError(f"two conditions are called {twice[0]}: give each its own name")

@@ -38,6 +38,12 @@ class Part(Described):
     matrices: ClassVar[tuple[Matrix, ...]] = ()
     term_names: ClassVar[tuple[str, ...]] = ()
 
+    def check(self, model: ModelConfig) -> None:
+        """
+        Raises:
+          InputError: sizes, or a grid of tokens, that it does not fit.
+        """
+
     def modules(self, model: ModelConfig, run: Execution, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
         """What is attached to a block, by the names of its leaves."""
         raise NotImplementedError
@@ -80,12 +86,6 @@ class Mixer(Part):
     """
 
     attends: ClassVar[bool] = True
-
-    def check(self, model: ModelConfig) -> None:
-        """
-        Raises:
-          InputError: a grid of tokens that it cannot be on.
-        """
 
     def modules(self, model: ModelConfig, run: Execution, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
         """The projections; parts with more add to them."""

@@ -17,6 +17,8 @@ from ppflow_jax.models.parts import BlockSpec, Ffn, FullAttention, Mixer, Mlp, P
 from ppflow_jax.pyramid import Pyramid
 from ppflow_jax.systems.cascade import Upsampling
 from ppflow_jax.systems.clear import Clear
+from ppflow_jax.systems.dense2moe import Dense2MoE
+from ppflow_jax.systems.dense2moe_distillation import SlicesDistil
 from ppflow_jax.systems.dico import DiCo
 from ppflow_jax.systems.guided_distillation import Guided, Halved
 from ppflow_jax.systems.haste import AttentionAlign
@@ -29,7 +31,8 @@ from ppflow_jax.systems.repa import Repa
 from ppflow_jax.systems.switch import Switch
 from ppflow_jax.systems.tasks import Colourisation, Edges, Inpainting, SuperResolution, Task
 
-FFNS: dict[str, type[Ffn]] = {part.kind: part for part in (Mlp, MoE)}
+# A state dict has the first one that finds its names there
+FFNS: dict[str, type[Ffn]] = {part.kind: part for part in (Dense2MoE, Mlp, MoE)}
 WRAPS: dict[str, type[Wrap]] = {part.kind: part for part in (Switch,)}
 # The last one is what a state dict has that is none of the others
 MIXERS: dict[str, type[Mixer]] = {
@@ -38,7 +41,7 @@ MIXERS: dict[str, type[Mixer]] = {
 # By the field of `BlockSpec`
 KINDS: dict[str, dict[str, Any]] = {"ffn": FFNS, "wrap": WRAPS, "mixer": MIXERS}
 TERMS: dict[str, Any] = {term.name: term for term in (Repa, AttentionAlign)}  # of the loss
-OBJECTIVES = {kind.kind: kind for kind in (MeanFlow, Guided, Halved, Distil, Mmd)}
+OBJECTIVES = {kind.kind: kind for kind in (MeanFlow, Guided, Halved, Distil, SlicesDistil, Mmd)}
 UNIFORM = "uniform"  # raw times of training, where they are nothing else
 FLOW = "flow"  # the objective without further settings
 NONE = "none"  # of a part that there need not be
@@ -102,7 +105,7 @@ def objective(text: str, base: FlowObjective, model: ModelConfig) -> Objective:
     if text == FLOW:
         return base
     settings = _made(text, "objective", OBJECTIVES)
-    if not base.law.plain and not isinstance(settings, Distil):
+    if not base.law.plain and not isinstance(settings, Distil | SlicesDistil):
         raise InputError(
             f"objective {settings.kind} has times of its own: leave config.flow.shift=1 and "
             "config.flow.times=uniform"

@@ -42,6 +42,7 @@ from tests.systems.checks import random_params
 PARTS = {
     "moe": {"ffn": "moe:experts=4"},
     "moe of MLPs": {"ffn": "moe:experts=3,top_k=2,shared=0,renormalise=true,expert=gelu"},
+    "dense2moe": {"ffn": "dense2moe:experts=6,top_k=2"},
     "switch": {"wrap": "switch:experts=3,top_k=2"},
     "clear": {"mixer": "clear:radius=2"},
     "clear with cells": {"mixer": "clear:radius=2,pool=2"},
@@ -53,7 +54,11 @@ TOGETHER = PARTS["moe"] | PARTS["switch"]
 MIXERS = [PARTS["clear with cells"], PARTS["linfusion"], PARTS["dico"]]
 FROM_PLAIN = PARTS["moe of MLPs"] | PARTS["switch"]  # starts as the model that it is made from
 FROM_PLAIN |= {"mixer": "clear:radius=9"}  # which covers the grid
-EVERYTHING_ACTIVE = {"moe": "moe:experts=2,top_k=2", "moe of MLPs": "moe:top_k=8,expert=gelu"}
+EVERYTHING_ACTIVE = {
+    "moe": "moe:experts=2,top_k=2",
+    "moe of MLPs": "moe:top_k=8,expert=gelu",
+    "dense2moe": "dense2moe:top_k=12",
+}
 each = pytest.mark.parametrize("name", PARTS)
 
 
@@ -122,7 +127,7 @@ def test_flops_are_those_of_the_compiler(name):
     model = replace(model_of(name, width=128, latent_size=16), block=block)
     apply = make_apply(model, programs=Programs(experts="dense"))
     count = lambda m, apply: xla_forward_flops(m, apply, 1, gradient=False)
-    if "mixer" in PARTS[name]:  # in the place of attention, not beside it
+    if "mixer" in PARTS[name] or name == "dense2moe":  # in the place of DiT's, not beside it
         assert -0.07 < forward_flops(model, 1) / count(model, apply) - 1 < 0.01
         return
     ours = forward_flops(model, 1) - forward_flops(replace(model, block=DIT), 1)
