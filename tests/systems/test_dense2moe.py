@@ -6,9 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
+from ppflow_jax.checkpoints.weights import open_weights
 from ppflow_jax.devices.programs import Programs
 from ppflow_jax.errors import InputError
+from ppflow_jax.models.adapters import parse
+from ppflow_jax.models.conditions import Channels
 from ppflow_jax.models.config import SIZES, ModelConfig
 from ppflow_jax.models.flops import forward_flops
 from ppflow_jax.models.network import abstract_params, make_apply
@@ -16,6 +20,8 @@ from ppflow_jax.models.parts import BlockSpec, Mlp
 from ppflow_jax.pyramid import PPFLOW2, SIT
 from ppflow_jax.systems.dense2moe import Dense2MoE, importance, ordered, shared_only, whole
 from ppflow_jax.systems.moe import MoE
+from ppflow_jax.train.importance import check_measurable, unit_importance
+from tests import commands
 from tests.systems.checks import random_params
 
 DENSE = ModelConfig(PPFLOW2, 8, 4, width=16, depth=2, heads=2, num_classes=5)
@@ -215,3 +221,35 @@ def test_of_flops_and_parameters_of_the_mlp_what_the_paper_has_is_left():
 def test_what_does_not_fit_is_refused(call, words):
     with pytest.raises(InputError, match=words):
         call()
+
+
+def test_a_run_is_ranked_by_a_command(small_run, tmp_path):
+    """The model computes what it did, and its units are in descending importance."""
+    target = tmp_path / "ranked"
+    flags = [f"--source={small_run}", "--batches=2", "--batch=32"]
+    code, out, err = commands.run("convert.rank", *flags, f"--target={target}")
+    assert code == 0 and "the first quarter of the units" in out, err
+    source, found = (open_weights(path) for path in (small_run, target))
+    assert found.card == source.card.alone
+    blocks = [jax.tree.map(np.asarray, w.params["blocks"]) for w in (source, found)]
+    rows = [np.hstack([b["fc1"]["kernel"][0].T, b["fc2"]["kernel"][0]]) for b in blocks]
+    order = [int(np.flatnonzero((rows[0] == row).all(1))[0]) for row in rows[1]]
+    assert sorted(order) == list(range(64)) and order != sorted(order)
+    data = ConfigDict(source.card.experiment["data"])
+    rank = unit_importance(source.card, source.params, data, 2, 32)[0]
+    assert (np.diff(rank[order]) <= 0).all() and rank.min() >= 0 and rank.max() > 0
+    code, _, err = commands.run("convert.rank", *flags, f"--target={target}")
+    assert code == 1 and "exists: give a --target" in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (model_of(PART), "units of an MLP are ranked, and the model has dense2moe"),
+        (replace(DENSE, adapters=parse("lora:rank=2")), "merge its adapters first"),
+        (replace(DENSE, conditions=(Channels("low", channels=4),)), "conditions are low"),
+    ],
+)
+def test_what_has_no_plain_mlp_is_not_ranked(model, words):
+    with pytest.raises(InputError, match=words):
+        check_measurable(model)
