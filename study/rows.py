@@ -17,6 +17,7 @@ REPA = {
     "flow.terms": ("repa:layer=3,dims=64,hidden=128",),
 }
 MOE = "moe:experts=4,shared=0,expert=gelu"
+SLICES = "dense2moe:experts=12,top_k=2,shared=1.0"
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class Row:
       steps: as a share of the budget.
       costs_as: the row whose training costs as many FLOPs, where that sets the number of steps.
       phases: weights of terms, each until a share of the steps.
+      ranked: the hidden units of what training starts from are put in the order of their importance
+        first.
+      taught: what training starts from is also the teacher.
     """
 
     title: str
@@ -41,6 +45,8 @@ class Row:
     steps: float = 1.0
     costs_as: str = ""
     phases: tuple[tuple[float, dict[str, float]], ...] = ()
+    ranked: bool = False
+    taught: bool = False
 
 
 ROWS = {
@@ -75,6 +81,15 @@ ROWS = {
     "moe2": Row(
         "2 levels, upcycled to 2 of 4 experts, FLOPs of 50% more steps", TWO,
         {"model.ffn": f"{MOE},top_k=2,renormalise=true"}, starts_from="levels2", costs_as="longer",
+    ),
+    "slices": Row(
+        "2 levels, 37.5% of the MLPs active, distilled for 50% more steps", TWO,
+        {"model.ffn": SLICES, "flow.objective": "dense2moe"}, starts_from="levels2", steps=0.5,
+        phases=((1 / 3, {"shared": 1.0, "experts": 0.0}), (1.0, {})), ranked=True, taught=True,
+    ),
+    "slices_flow": Row(
+        "2 levels, 37.5% of the MLPs active, 50% more steps without a teacher", TWO,
+        {"model.ffn": SLICES}, starts_from="levels2", steps=0.5, ranked=True,
     ),
 }  # fmt: skip
 

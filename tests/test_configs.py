@@ -18,6 +18,7 @@ NAMES = [p.name for p in CONFIGS if p.stem not in ("common", "imagenet256", "__i
     "digits_few_steps.py:mmd",
     "digits_mixers.py:linfusion,sit",
     "digits_mixers.py:dico",
+    "digits_dense2moe.py:levels3",
     "digits_tasks.py:inpainting",
     "digits_tasks.py:edges",
     "digits_tasks.py:cascade",

@@ -14,6 +14,7 @@ from ppflow_jax.flow.segments import segments_of
 from ppflow_jax.flow.solvers import JUMPS
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.parts import FullAttention
+from ppflow_jax.systems.fewer_experts import ExpertsConfig, with_experts
 from ppflow_jax.systems.forecast import ForecastConfig, forecasted
 from ppflow_jax.systems.ras import RasConfig, regional
 from ppflow_jax.systems.rettention import RettentionConfig, sparse
@@ -32,6 +33,7 @@ class AccelerateConfig:
       merge: merging of tokens, in other stages than forecasts.
       ras: steps that compute a part of the tokens, in other stages than these.
       rettention: steps of sparse attention, in other stages than these.
+      experts: another number of experts than was trained, in other stages than these.
     """
 
     guidance: tuple[float, float] | None = None
@@ -39,6 +41,7 @@ class AccelerateConfig:
     merge: MergeConfig | None = None
     ras: RasConfig | None = None
     rettention: RettentionConfig | None = None
+    experts: ExpertsConfig | None = None
 
     @classmethod
     def parse(cls, text: str) -> AccelerateConfig:
@@ -85,6 +88,7 @@ _PARTS: dict[str, type] = {
     "merge": MergeConfig,
     "ras": RasConfig,
     "rettention": RettentionConfig,
+    "experts": ExpertsConfig,
 }
 
 # How many times fewer steps, by AB2 in place of a solver that is no multistep rule: at equal time
@@ -193,17 +197,18 @@ def accelerated(
             f"{ADAPTIVE} chooses its own steps, so no schedule of full steps can be made for it: "
             f"choose euler or heun with {parts[0]}"
         )
-    if config.stochastic:
+    rest = [name for name in parts if name != "experts"]  # on values of earlier steps
+    if config.stochastic and rest:
         raise InputError(
             f"{config.solver} adds noise at every step, which breaks the smoothness that values "
-            f"taken from earlier steps rest on: choose euler or heun with {parts[0]}"
+            f"taken from earlier steps rest on: choose euler or heun with {rest[0]}"
         )
-    if config.solver in JUMPS and (late := [name for name in parts if name != "merge"]):
+    if config.solver in JUMPS and (late := [name for name in rest if name != "merge"]):
         raise InputError(
             f"{config.solver} evaluates another average at every step, and {late[0]} takes values "
             f"of earlier steps: leave {late[0]} out of --accelerate"
         )
-    inside = [name for name in parts if name != "forecast"]  # of blocks
+    inside = [name for name in rest if name != "forecast"]  # of blocks
     if inside and not isinstance(model.block.mixer, FullAttention):
         raise InputError(
             f"{inside[0]} is for full attention, not for {model.block.mixer}: leave it out of "
@@ -227,4 +232,6 @@ def accelerated(
         segments = regional(segments, model, accelerate.ras)
     if accelerate.rettention is not None:
         segments = sparse(segments, model, accelerate.rettention)
+    if accelerate.experts is not None:
+        segments = with_experts(segments, model, accelerate.experts)
     return tuple(segments)

@@ -47,6 +47,7 @@ METHODS = {
     "merge": "SDTM and ToMe, `--accelerate=merge...`",
     "ras": "RAS, `--accelerate=ras=std`",
     "rettention": "Re-ttention, `--accelerate=rettention=0.25`",
+    "experts": "another number of experts, `--accelerate=experts=1/2`",
     "cfg": "classifier-free guidance, `--cfg`",
     "interval": "guidance in an interval, `--accelerate=guidance=0.5-1,...`",
     "weak": "autoguidance, `--weak`",
@@ -57,11 +58,11 @@ METHODS = {
     "dopri5": "the adaptive solver",
     "plan": "tuned plans and HarmoniCa, `--plan`",
     "keep": "known parts put in their place at every step, `--keep=steps`",
-    "moe": "blocks with experts (DiT-MoE)",
+    "moe": "blocks with experts (DiT-MoE, Dense2MoE)",
     "switch": "blocks of Switch-DiT",
     "mixer": "blocks without full attention (CLEAR, LinFusion, DiCo)",
 }
-ENGINES = ("forecast", "merge", "ras", "rettention")  # change the evaluations
+ENGINES = ("forecast", "merge", "ras", "rettention", "experts")  # change the evaluations
 _NOISE = "adds noise at every step"
 _GRID = "chooses its own steps"
 _JUMPS = "evaluates another average at every step"
@@ -76,7 +77,7 @@ _EXCEPTIONS = (
     Pair("merge", "switch", REFUSED, _APART),
     *(Pair(engine, "mixer", REFUSED, _FULL) for engine in ("merge", "ras", "rettention")),
     *(Pair(engine, "plan", REFUSED, _FILE) for engine in ENGINES),
-    *(Pair(engine, "sde", REFUSED, _NOISE) for engine in ENGINES),
+    *(Pair(engine, "sde", REFUSED, _NOISE) for engine in ENGINES if engine != "experts"),
     *(Pair(engine, "dopri5", REFUSED, _GRID) for engine in ENGINES),
 )
 

@@ -23,6 +23,7 @@ from ppflow_jax.models.parts import BlockSpec
 from ppflow_jax.pyramid import PPFLOW2, SIT
 from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
 from ppflow_jax.systems.composition import ENGINES, METHODS, REFUSED, STAGES, WORKS, pairs
+from ppflow_jax.systems.dense2moe import Dense2MoE
 from ppflow_jax.systems.linfusion import LinFusion
 from ppflow_jax.systems.moe import MoE
 from ppflow_jax.systems.switch import Switch
@@ -36,12 +37,14 @@ TEXTS = {
     "merge": "merge.ratio=0.3,merge.deviation=0,merge.round_to=1",
     "ras": "ras.warmup=1,ras.interval=2",
     "rettention": "rettention.warmup=1,rettention.interval=2",
+    "experts": "experts=0",
 }
 # The same methods in the coarse stage
 COARSE = {
     "forecast": "forecast.interval=2/1,forecast.warmup=1",
     **{name: f"{TEXTS[name]},{name}.stages=0" for name in ("merge", "ras", "rettention")},
 }
+FINE = TEXTS | {"experts": "experts=2/0"}
 CONFIGS = {
     "cfg": replace(EULER, cfg=(2.0,)),
     "interval": replace(EULER, steps=6, cfg=(2.0,), cfg_interval=(0.5, 1.0)),
@@ -62,23 +65,29 @@ MODELS = {
     "keep": replace(MODEL, conditions=(Channels("known", channels=3, drop=0.0),)),
     "stages": STAGED,
 }
+SLICES = Dense2MoE(3, 2, gate="ones")
 CONFIGS["stages"] = replace(EULER, steps=6)
 TABLE = {(pair.first, pair.second): pair for pair in pairs()}
 
 
-def sampler(text, other):
+def model_of(other, sliced):
+    model = MODELS.get(other, MODEL)
+    return replace(model, block=replace(model.block, ffn=SLICES)) if sliced else model
+
+
+def sampler(text, other, sliced=False):
     if other == "plan":
         return plan_of(object.__new__(Weights), "a.json", 50, "heun", None, text, None, {})
-    model, config = MODELS.get(other, MODEL), CONFIGS.get(other, EULER)
+    model, config = model_of(other, sliced), CONFIGS.get(other, EULER)
     segments = accelerated(config, model, Flow(), AccelerateConfig.parse(text))
     weak = make_apply(MODEL) if other == "weak" else None
     return Sampler(make_apply(model), model, Flow(), config, segments=segments, weak=weak)
 
 
 @functools.cache
-def sampled(text, other):
-    ours = sampler(text, other)
-    params = jax.tree.map(lambda leaf: leaf / 2, random_params(MODELS.get(other, MODEL)))
+def sampled(text, other, sliced=False):
+    ours = sampler(text, other, sliced)
+    params = jax.tree.map(lambda leaf: leaf / 2, random_params(model_of(other, sliced)))
     noise, labels = jax.random.normal(jax.random.key(1), (2, *MODEL.shape)), jnp.arange(2)
     cond = labels
     if other == "keep":
@@ -107,21 +116,24 @@ def each(verdict, quick=None):
 @each(REFUSED)
 def test_what_is_refused_says_why(pair):
     with pytest.raises(InputError, match=pair.reason):
-        sampler(TEXTS[pair.first], pair.second)
+        sampler(TEXTS[pair.first], pair.second, sliced=pair.first == "experts")
 
 
 @each(STAGES, quick=("rettention",))
 def test_two_engines_share_a_plan_by_stages(pair):
+    fine, sliced = FINE[pair.second], pair.second == "experts"
     with pytest.raises(InputError, match=pair.reason):
-        sampler(f"{TEXTS[pair.first]},{TEXTS[pair.second]}", "stages")
-    found = sampled(f"{COARSE[pair.first]},{TEXTS[pair.second]}", "stages")
-    alone = sampled(TEXTS[pair.second], "stages")
+        sampler(f"{TEXTS[pair.first]},{fine}", "stages", sliced)
+    found = sampled(f"{COARSE[pair.first]},{fine}", "stages", sliced)
+    alone = sampled(fine, "stages", sliced)
     assert np.isfinite(found).all() and np.abs(found - alone).max() > 1e-7
 
 
 @each(WORKS, quick=("cfg", "multistep"))
 def test_what_works_runs(pair):
     """And changes something: the engine is at work beside the other method."""
-    found, plain = sampled(TEXTS[pair.first], pair.second), sampled("exact", pair.second)
+    sliced = pair.first == "experts"
+    texts = (TEXTS[pair.first], "exact")
+    found, plain = (sampled(text, pair.second, sliced) for text in texts)
     assert np.isfinite(found).all() and np.abs(found - plain).max() > 1e-7
     assert np.abs(found - plain).max() < np.abs(plain).max()

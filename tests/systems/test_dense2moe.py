@@ -11,6 +11,10 @@ from ml_collections import ConfigDict
 from ppflow_jax.checkpoints.weights import open_weights
 from ppflow_jax.devices.programs import Programs
 from ppflow_jax.errors import InputError
+from ppflow_jax.flow.cost import sampling_flops
+from ppflow_jax.flow.path import Flow
+from ppflow_jax.flow.plan import SamplerConfig
+from ppflow_jax.flow.sampler import Sampler
 from ppflow_jax.models.adapters import parse
 from ppflow_jax.models.conditions import Channels
 from ppflow_jax.models.config import SIZES, ModelConfig
@@ -18,6 +22,7 @@ from ppflow_jax.models.flops import forward_flops
 from ppflow_jax.models.network import abstract_params, make_apply
 from ppflow_jax.models.parts import BlockSpec, Mlp
 from ppflow_jax.pyramid import PPFLOW2, SIT
+from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
 from ppflow_jax.systems.dense2moe import Dense2MoE, importance, ordered, shared_only, whole
 from ppflow_jax.systems.moe import MoE
 from ppflow_jax.train.importance import check_measurable, unit_importance
@@ -38,6 +43,10 @@ def cut(part=PART, params=None):
     model = model_of(part)
     blocks = model.block.start(model, DENSE, params["blocks"], jax.random.key(0))
     return params, params | {"blocks": blocks}
+
+
+def halved(params):
+    return jax.tree.map(lambda leaf: leaf / 2, params)
 
 
 def output(part, params, stage=1, program="blocks", **options):
@@ -253,3 +262,46 @@ def test_a_run_is_ranked_by_a_command(small_run, tmp_path):
 def test_what_has_no_plain_mlp_is_not_ranked(model, words):
     with pytest.raises(InputError, match=words):
         check_measurable(model)
+
+
+def test_a_plan_has_a_number_of_experts_for_every_stage():
+    """No stage of it is another model, and its FLOPs are those of these models."""
+    model, config = model_of(Dense2MoE(6, 2, gate="ones")), SamplerConfig("euler", 4)
+    params = halved(cut(model.block.ffn)[1])
+    noise, labels = jax.random.normal(jax.random.key(1), (2, *model.shape)), jnp.arange(2)
+
+    def sampled(model, segments):
+        return Sampler(make_apply(model), model, Flow(), config, segments=segments)(
+            params, noise, labels
+        )
+
+    def plan(text):
+        return accelerated(config, model, Flow(), AccelerateConfig.parse(text))
+
+    exact, mixed, none = plan("exact"), plan("experts=0/2"), plan("experts=0")
+    assert [s.method for s in plan("experts=2")] == [None, None] == [s.method for s in exact]
+    assert [s.method and s.method.name for s in mixed] == ["0 experts", None]
+    small = model_of(Dense2MoE(6, 0))
+    own = accelerated(config, small, Flow(), AccelerateConfig())
+    np.testing.assert_array_equal(sampled(model, none), sampled(small, own))
+    cost = 2 * (forward_flops(small, 0) + forward_flops(model, 1))
+    assert sampling_flops(model, mixed) == cost
+    assert sampling_flops(model, none) == sampling_flops(small, own)
+    found = sampled(model, mixed)
+    for other in (exact, none):
+        assert float(jnp.abs(found - sampled(model, other)).max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("model", "text", "words"),
+    [
+        (DENSE, "experts=1", "is for blocks with experts, and the model has mlp"),
+        (model_of(PART), "experts=1/2/2", "give one, or one for each of the 2 stages"),
+        (model_of(PART), "experts=7", "top_k in"),
+        (model_of(MoE()), "experts=0", "top_k in"),
+    ],
+)
+def test_numbers_of_experts_that_there_are_not_are_refused(model, text, words):
+    config = SamplerConfig("euler", 4)
+    with pytest.raises(InputError, match=words):
+        accelerated(config, model, Flow(), AccelerateConfig.parse(text))

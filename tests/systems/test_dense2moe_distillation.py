@@ -22,7 +22,7 @@ from ppflow_jax.systems.dense2moe_distillation import SlicesDistil
 from ppflow_jax.systems.mixer_distillation import check_teacher
 from ppflow_jax.train.metrics_log import read_metrics
 from tests import commands
-from tests.systems.test_dense2moe import DENSE, PART, cut, model_of
+from tests.systems.test_dense2moe import DENSE, PART, cut, halved, model_of
 
 BOTH = {"experts": 1.0, "shared": 0.5, "balance": 0.01}
 
@@ -39,10 +39,6 @@ def objective_of(part=PART, settings=SETTINGS):
 def batch():
     x = np.random.default_rng(0).normal(size=(4, 8, 8, 4))
     return {"x": jnp.float32(x), "label": jnp.arange(4)}
-
-
-def halved(params):
-    return jax.tree.map(lambda leaf: leaf / 2, params)
 
 
 @functools.cache
