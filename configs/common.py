@@ -40,7 +40,7 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.model.ffn = "mlp"  # or moe:..., dense2moe:...: see docs/moe.md, docs/dense2moe.md
     # or clear:radius=8, linfusion, dico: see docs/mixers.md
     c.model.mixer = "attention"
-    c.model.wrap = "none"  # or switch:experts=3,top_k=2: see docs/switch.md
+    c.model.wrap = "none"  # or switch:..., mob:...: see docs/switch.md, docs/dense2moe.md
     # beside that of data.task, e.g. ("channels:name=low,channels=4",): see docs/conditions.md
     c.model.conditions = ()
     c.model.adapters = "none"  # or lora:rank=8,on=blocks/.*;scale:on=...: see docs/adapters.md

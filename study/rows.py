@@ -35,7 +35,7 @@ class Row:
       phases: weights of terms, each until a share of the steps.
       ranked: the hidden units of what training starts from are put in the order of their importance
         first.
-      taught: what training starts from is also the teacher.
+      taught: the row of the same seed that is the teacher.
     """
 
     title: str
@@ -46,7 +46,7 @@ class Row:
     costs_as: str = ""
     phases: tuple[tuple[float, dict[str, float]], ...] = ()
     ranked: bool = False
-    taught: bool = False
+    taught: str = ""
 
 
 ROWS = {
@@ -85,7 +85,12 @@ ROWS = {
     "slices": Row(
         "2 levels, 37.5% of the MLPs active, distilled for 50% more steps", TWO,
         {"model.ffn": SLICES, "flow.objective": "dense2moe"}, starts_from="levels2", steps=0.5,
-        phases=((1 / 3, {"shared": 1.0, "experts": 0.0}), (1.0, {})), ranked=True, taught=True,
+        phases=((1 / 3, {"shared": 1.0, "experts": 0.0}), (1.0, {})), ranked=True, taught="levels2",
+    ),
+    "slices_mob": Row(
+        "the same, and 2 of 3 blocks, 50% more steps", TWO,
+        {"model.ffn": SLICES, "model.wrap": "mob:group=3,kept=2",
+         "flow.objective": "dense2moe:every=3"}, starts_from="slices", steps=0.5, taught="levels2",
     ),
     "slices_flow": Row(
         "2 levels, 37.5% of the MLPs active, 50% more steps without a teacher", TWO,

@@ -114,7 +114,8 @@ def _trained(out: Path, name: str, seed: int) -> Path:
         if row.starts_from:
             origin = _start(_trained(out, row.starts_from, seed), row.pyramid, seed)
             config.init_from = str(_ranked(origin, seed) if row.ranked else origin)
-            config.train.teacher = config.init_from if row.taught else ""
+            if row.taught:
+                config.train.teacher = str(_trained(out, row.taught, seed))
         start = time.monotonic()
         train(config, str(folder))
         seconds = time.monotonic() - start

@@ -89,14 +89,9 @@ class Mixer(Part):
 
     def modules(self, model: ModelConfig, run: Execution, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
         """The projections; parts with more add to them."""
-        attention = Attention(
-            *(model.width, model.heads),
-            dtype=run.dtype,
-            rngs=rngs,
-            programs=run.programs,
-            per_device=run.layout.heads,
-        )
-        return {"attention": attention}
+        how = {"programs": run.programs, "per_device": run.layout.heads}
+        made = Attention(model.width, model.heads, dtype=run.dtype, rngs=rngs, **how)
+        return {"attention": made}
 
     def __call__(self, block: Block, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         """The branch before its gate; tokens are row by row of `block.grid`."""
@@ -235,6 +230,10 @@ class Wrap(Part):
     def __call__(self, block: Block, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         """u of a block that x enters."""
         raise NotImplementedError
+
+    def gate(self, block: Block) -> Float[Array, " _"] | None:
+        """What the gates of both branches are multiplied by, [b] or [1]; None: nothing."""
+        return None
 
     def flops(self, model: ModelConfig, tokens: int) -> int:
         """See `Ffn.flops`."""

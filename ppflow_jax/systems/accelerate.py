@@ -16,6 +16,7 @@ from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.parts import FullAttention
 from ppflow_jax.systems.fewer_experts import ExpertsConfig, with_experts
 from ppflow_jax.systems.forecast import ForecastConfig, forecasted
+from ppflow_jax.systems.mixture_of_blocks import MobConfig, without_left_out
 from ppflow_jax.systems.ras import RasConfig, regional
 from ppflow_jax.systems.rettention import RettentionConfig, sparse
 from ppflow_jax.systems.sdtm import MergeConfig, merged
@@ -34,6 +35,7 @@ class AccelerateConfig:
       ras: steps that compute a part of the tokens, in other stages than these.
       rettention: steps of sparse attention, in other stages than these.
       experts: another number of experts than was trained, in other stages than these.
+      mob: without the blocks that a router leaves out, in other stages than these.
     """
 
     guidance: tuple[float, float] | None = None
@@ -42,6 +44,7 @@ class AccelerateConfig:
     ras: RasConfig | None = None
     rettention: RettentionConfig | None = None
     experts: ExpertsConfig | None = None
+    mob: MobConfig | None = None
 
     @classmethod
     def parse(cls, text: str) -> AccelerateConfig:
@@ -89,6 +92,7 @@ _PARTS: dict[str, type] = {
     "ras": RasConfig,
     "rettention": RettentionConfig,
     "experts": ExpertsConfig,
+    "mob": MobConfig,
 }
 
 # How many times fewer steps, by AB2 in place of a solver that is no multistep rule: at equal time
@@ -197,7 +201,7 @@ def accelerated(
             f"{ADAPTIVE} chooses its own steps, so no schedule of full steps can be made for it: "
             f"choose euler or heun with {parts[0]}"
         )
-    rest = [name for name in parts if name != "experts"]  # on values of earlier steps
+    rest = [name for name in parts if name not in ("experts", "mob")]  # on earlier values
     if config.stochastic and rest:
         raise InputError(
             f"{config.solver} adds noise at every step, which breaks the smoothness that values "
@@ -234,4 +238,6 @@ def accelerated(
         segments = sparse(segments, model, accelerate.rettention)
     if accelerate.experts is not None:
         segments = with_experts(segments, model, accelerate.experts)
+    if accelerate.mob is not None:
+        segments = without_left_out(segments, model, accelerate.mob)
     return tuple(segments)

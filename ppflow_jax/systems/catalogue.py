@@ -202,7 +202,7 @@ SYSTEMS = (
         "dense2moe.md",
         "the cut: the dense model with all experts, its shared slice with none, any order of units "
         "and experts, and importance, by identities",
-        "the gate's mean is 1; importance is averaged over batches; no mixture of blocks",
+        "the gate's mean is 1; importance is averaged over batches",
         "tests/systems/test_dense2moe.py",
         NOT_MEASURED,
     ),
@@ -216,6 +216,18 @@ SYSTEMS = (
         "both terms, the balance and their phases, against what they are made of",
         "training data instead of pictures that the teacher made; all weights are trained",
         "tests/systems/test_dense2moe_distillation.py",
+        NOT_MEASURED,
+    ),
+    System(
+        "Mixture of blocks",
+        ("2510.09094",),
+        "no code found",
+        "systems/mixture_of_blocks.py",
+        "--config=digits_dense2moe:mob",
+        "dense2moe.md",
+        "as many of every group as asked; what is left out is as if it were not there",
+        "the router looks at the time alone; gates are 0 or 1 with the gradient of a softmax",
+        "tests/systems/test_mixture_of_blocks.py",
         NOT_MEASURED,
     ),
     System(

@@ -48,6 +48,7 @@ METHODS = {
     "ras": "RAS, `--accelerate=ras=std`",
     "rettention": "Re-ttention, `--accelerate=rettention=0.25`",
     "experts": "another number of experts, `--accelerate=experts=1/2`",
+    "mob": "without the blocks that a router leaves out, `--accelerate=mob=true`",
     "cfg": "classifier-free guidance, `--cfg`",
     "interval": "guidance in an interval, `--accelerate=guidance=0.5-1,...`",
     "weak": "autoguidance, `--weak`",
@@ -62,22 +63,30 @@ METHODS = {
     "switch": "blocks of Switch-DiT",
     "mixer": "blocks without full attention (CLEAR, LinFusion, DiCo)",
 }
-ENGINES = ("forecast", "merge", "ras", "rettention", "experts")  # change the evaluations
+ENGINES = ("forecast", "merge", "ras", "rettention", "experts", "mob")  # change the evaluations
+_NO_MEMORY = ("experts", "mob")
 _NOISE = "adds noise at every step"
 _GRID = "chooses its own steps"
 _JUMPS = "evaluates another average at every step"
 _APART = "takes blocks apart"
 _FULL = "is for full attention"
+_ROUTER = "is for blocks with a router"
 _ONE = "cannot have both"
 _FILE = "a plan file decides"
 
 _EXCEPTIONS = (
-    *(Pair(a, b, STAGES, _ONE) for a, b in itertools.combinations(ENGINES, 2)),
+    *(
+        Pair(a, b, STAGES, _ONE)
+        for a, b in itertools.combinations(ENGINES, 2)
+        if (a, b) != ("merge", "mob")
+    ),
     *(Pair(engine, "meanflow", REFUSED, _JUMPS) for engine in ("forecast", "ras", "rettention")),
     Pair("merge", "switch", REFUSED, _APART),
+    Pair("merge", "mob", REFUSED, _APART),
+    Pair("mob", "switch", REFUSED, _ROUTER),
     *(Pair(engine, "mixer", REFUSED, _FULL) for engine in ("merge", "ras", "rettention")),
     *(Pair(engine, "plan", REFUSED, _FILE) for engine in ENGINES),
-    *(Pair(engine, "sde", REFUSED, _NOISE) for engine in ENGINES if engine != "experts"),
+    *(Pair(engine, "sde", REFUSED, _NOISE) for engine in ENGINES if engine not in _NO_MEMORY),
     *(Pair(engine, "dopri5", REFUSED, _GRID) for engine in ENGINES),
 )
 

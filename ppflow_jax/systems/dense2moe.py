@@ -252,10 +252,10 @@ def ordered(blocks: Leaves, importance: Float[np.ndarray, "l h"]) -> Leaves:
 
 
 def whole(block: BlockSpec) -> BlockSpec:
-    """All slices with gates of one: the dense model that they are of, on the same leaves."""
+    """All slices with gates of one and nothing around a block: the dense model, on its leaves."""
     ffn = block.ffn
     assert isinstance(ffn, Dense2MoE)
-    return replace(block, ffn=replace(ffn, top_k=ffn.experts, gate="ones"))
+    return replace(block, ffn=replace(ffn, top_k=ffn.experts, gate="ones"), wrap=None)
 
 
 def shared_only(block: BlockSpec) -> BlockSpec:

@@ -9,6 +9,9 @@ h_l and t_l are the tokens after block l of student and teacher, so that every l
 relative error. `balance`, the term of the experts, is beside them with its own weight. There is no
 loss of the flow; `loss` in metrics is that of the student, to be looked at.
 
+With a mixture of blocks (`mixture_of_blocks`) `every` is its group, so that the tokens after a
+group are to be those of the teacher, whose blocks are all computed.
+
 The teacher is a dense model. Its leaves are those of the student, cut in the same way, with which
 all slices and gates of one compute it (`dense2moe.whole`), so that one network computes both.
 """
@@ -95,10 +98,10 @@ class SlicesDistillation(Distillation):
         return Taps(h=tuple(range(every, self.depth + 1, every)))
 
     def check_teacher(self, teacher: ModelConfig) -> None:
-        if teacher.block.ffn != Mlp():
+        if teacher.block.ffn != Mlp() or teacher.block.wrap is not None:
             raise InputError(
                 f"config.train.teacher: objective {SlicesDistil.kind} needs a dense teacher, this "
-                f"one has {teacher.block.ffn}: give the run that the slices are cut from"
+                f"one has {teacher.block}: give the run that the slices are cut from"
             )
 
     def loss(

@@ -25,6 +25,7 @@ from ppflow_jax.systems.haste import AttentionAlign
 from ppflow_jax.systems.linfusion import LinFusion
 from ppflow_jax.systems.meanflow import MeanFlow
 from ppflow_jax.systems.mixer_distillation import Distil
+from ppflow_jax.systems.mixture_of_blocks import MixtureOfBlocks
 from ppflow_jax.systems.mmd import Mmd
 from ppflow_jax.systems.moe import MoE
 from ppflow_jax.systems.repa import Repa
@@ -33,7 +34,7 @@ from ppflow_jax.systems.tasks import Colourisation, Edges, Inpainting, SuperReso
 
 # A state dict has the first one that finds its names there
 FFNS: dict[str, type[Ffn]] = {part.kind: part for part in (Dense2MoE, Mlp, MoE)}
-WRAPS: dict[str, type[Wrap]] = {part.kind: part for part in (Switch,)}
+WRAPS: dict[str, type[Wrap]] = {part.kind: part for part in (Switch, MixtureOfBlocks)}
 # The last one is what a state dict has that is none of the others
 MIXERS: dict[str, type[Mixer]] = {
     part.kind: part for part in (Clear, LinFusion, DiCo, FullAttention)

@@ -44,6 +44,7 @@ PARTS = {
     "moe of MLPs": {"ffn": "moe:experts=3,top_k=2,shared=0,renormalise=true,expert=gelu"},
     "dense2moe": {"ffn": "dense2moe:experts=6,top_k=2"},
     "switch": {"wrap": "switch:experts=3,top_k=2"},
+    "mob": {"wrap": "mob:group=2,kept=1"},
     "clear": {"mixer": "clear:radius=2"},
     "clear with cells": {"mixer": "clear:radius=2,pool=2"},
     "linfusion": {"mixer": "linfusion:hidden=24"},
@@ -127,7 +128,10 @@ def test_flops_are_those_of_the_compiler(name):
     model = replace(model_of(name, width=128, latent_size=16), block=block)
     apply = make_apply(model, programs=Programs(experts="dense"))
     count = lambda m, apply: xla_forward_flops(m, apply, 1, gradient=False)
-    if "mixer" in PARTS[name] or name == "dense2moe":  # in the place of DiT's, not beside it
+    if "mixer" in PARTS[name] or name in (
+        "dense2moe",
+        "mob",
+    ):  # in the place of DiT's, not beside it
         assert -0.07 < forward_flops(model, 1) / count(model, apply) - 1 < 0.01
         return
     ours = forward_flops(model, 1) - forward_flops(replace(model, block=DIT), 1)

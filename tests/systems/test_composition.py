@@ -25,6 +25,7 @@ from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
 from ppflow_jax.systems.composition import ENGINES, METHODS, REFUSED, STAGES, WORKS, pairs
 from ppflow_jax.systems.dense2moe import Dense2MoE
 from ppflow_jax.systems.linfusion import LinFusion
+from ppflow_jax.systems.mixture_of_blocks import MixtureOfBlocks
 from ppflow_jax.systems.moe import MoE
 from ppflow_jax.systems.switch import Switch
 from tests.systems.checks import random_params
@@ -38,13 +39,15 @@ TEXTS = {
     "ras": "ras.warmup=1,ras.interval=2",
     "rettention": "rettention.warmup=1,rettention.interval=2",
     "experts": "experts=0",
+    "mob": "mob=true",
 }
 # The same methods in the coarse stage
 COARSE = {
     "forecast": "forecast.interval=2/1,forecast.warmup=1",
     **{name: f"{TEXTS[name]},{name}.stages=0" for name in ("merge", "ras", "rettention")},
 }
-FINE = TEXTS | {"experts": "experts=2/0"}
+COARSE["experts"] = "experts=0/2"
+FINE = TEXTS | {"experts": "experts=2/0", "mob": "mob=true,mob.stages=1"}
 CONFIGS = {
     "cfg": replace(EULER, cfg=(2.0,)),
     "interval": replace(EULER, steps=6, cfg=(2.0,), cfg_interval=(0.5, 1.0)),
@@ -64,37 +67,44 @@ MODELS = {
     "mixer": replace(MODEL, block=BlockSpec(mixer=LinFusion())),
     "keep": replace(MODEL, conditions=(Channels("known", channels=3, drop=0.0),)),
     "stages": STAGED,
+    "mob": replace(MODEL, depth=2, block=BlockSpec(wrap=MixtureOfBlocks())),
 }
 SLICES = Dense2MoE(3, 2, gate="ones")
 CONFIGS["stages"] = replace(EULER, steps=6)
 TABLE = {(pair.first, pair.second): pair for pair in pairs()}
 
 
-def model_of(other, sliced):
+def model_of(other, engines=()):
+    """With what engines are for."""
     model = MODELS.get(other, MODEL)
-    return replace(model, block=replace(model.block, ffn=SLICES)) if sliced else model
+    if "experts" in engines:
+        model = replace(model, block=replace(model.block, ffn=SLICES))
+    if "mob" in engines and other != "switch":
+        model = replace(model, depth=2, block=replace(model.block, wrap=MixtureOfBlocks()))
+    return model
 
 
-def sampler(text, other, sliced=False):
+def sampler(text, other, engines=()):
     if other == "plan":
         return plan_of(object.__new__(Weights), "a.json", 50, "heun", None, text, None, {})
-    model, config = model_of(other, sliced), CONFIGS.get(other, EULER)
+    model, config = model_of(other, engines), CONFIGS.get(other, EULER)
     segments = accelerated(config, model, Flow(), AccelerateConfig.parse(text))
     weak = make_apply(MODEL) if other == "weak" else None
     return Sampler(make_apply(model), model, Flow(), config, segments=segments, weak=weak)
 
 
 @functools.cache
-def sampled(text, other, sliced=False):
-    ours = sampler(text, other, sliced)
-    params = jax.tree.map(lambda leaf: leaf / 2, random_params(model_of(other, sliced)))
+def sampled(text, other, engines=()):
+    ours = sampler(text, other, engines)
+    params = jax.tree.map(lambda leaf: leaf / 2, random_params(model_of(other, engines)))
     noise, labels = jax.random.normal(jax.random.key(1), (2, *MODEL.shape)), jnp.arange(2)
     cond = labels
     if other == "keep":
         known = jnp.zeros((2, 8, 8, 3)).at[:, :4, :, 0].set(1)  # a mask, and zeros
         cond = {"label": labels, "known": known}
     weak = jax.tree.map(lambda leaf: leaf / 4, random_params(MODEL)) if other == "weak" else None
-    return np.asarray(ours(params, noise, cond, weak=weak))
+    keys = jax.random.split(jax.random.key(2), 2) if other == "sde" else None
+    return np.asarray(ours(params, noise, cond, keys, weak=weak))
 
 
 def test_the_table_has_every_pair_once():
@@ -116,24 +126,26 @@ def each(verdict, quick=None):
 @each(REFUSED)
 def test_what_is_refused_says_why(pair):
     with pytest.raises(InputError, match=pair.reason):
-        sampler(TEXTS[pair.first], pair.second, sliced=pair.first == "experts")
+        sampler(TEXTS[pair.first], pair.second, (pair.first,))
 
 
 @each(STAGES, quick=("rettention",))
 def test_two_engines_share_a_plan_by_stages(pair):
-    fine, sliced = FINE[pair.second], pair.second == "experts"
+    fine, engines = FINE[pair.second], (pair.first, pair.second)
     with pytest.raises(InputError, match=pair.reason):
-        sampler(f"{TEXTS[pair.first]},{fine}", "stages", sliced)
-    found = sampled(f"{COARSE[pair.first]},{fine}", "stages", sliced)
-    alone = sampled(fine, "stages", sliced)
+        sampler(f"{TEXTS[pair.first]},{fine}", "stages", engines)
+    found = sampled(f"{COARSE[pair.first]},{fine}", "stages", engines)
+    alone = sampled(fine, "stages", engines)
     assert np.isfinite(found).all() and np.abs(found - alone).max() > 1e-7
 
 
 @each(WORKS, quick=("cfg", "multistep"))
 def test_what_works_runs(pair):
     """And changes something: the engine is at work beside the other method."""
-    sliced = pair.first == "experts"
     texts = (TEXTS[pair.first], "exact")
-    found, plain = (sampled(text, pair.second, sliced) for text in texts)
+    found, plain = (sampled(text, pair.second, (pair.first,)) for text in texts)
+    if pair.first == "mob":  # what it leaves out counts for nothing
+        np.testing.assert_allclose(found, plain, rtol=1e-4, atol=1e-5)
+        return
     assert np.isfinite(found).all() and np.abs(found - plain).max() > 1e-7
     assert np.abs(found - plain).max() < np.abs(plain).max()
