@@ -52,7 +52,9 @@ PARTS = {
 }
 # What takes long is done once, with all kinds together
 TOGETHER = PARTS["moe"] | PARTS["switch"]
-MIXERS = [PARTS["clear with cells"], PARTS["linfusion"], PARTS["dico"]]
+# Beside those of TOGETHER, or in their place
+ON_A_MESH = [PARTS["clear with cells"], PARTS["linfusion"], PARTS["dico"]]
+ON_A_MESH += [PARTS["dense2moe"] | PARTS["mob"]]
 FROM_PLAIN = PARTS["moe of MLPs"] | PARTS["switch"]  # starts as the model that it is made from
 FROM_PLAIN |= {"mixer": "clear:radius=9"}  # which covers the grid
 EVERYTHING_ACTIVE = {
@@ -69,9 +71,9 @@ def model_of(name, **sizes):
     return ModelConfig(PPFLOW2, **(small | sizes), block=block)
 
 
-def experiment_of(mixer, **mesh):
+def experiment_of(parts, **mesh):
     config = importlib.import_module("configs.digits").get_config()
-    config.model.update(dict(width=32, depth=2, heads=4) | TOGETHER | mixer)
+    config.model.update(dict(width=32, depth=2, heads=4) | TOGETHER | parts)
     config.data.batch_size = 32
     config.mesh.update(mesh)
     return config
@@ -155,9 +157,9 @@ def test_rules_cover_every_large_leaf(name):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_a_dry_run_finds_nothing_unexplained(mixer):
-    config = experiment_of(mixer, data=2, fsdp=2, tensor=2)
+@pytest.mark.parametrize("parts", ON_A_MESH)
+def test_a_dry_run_finds_nothing_unexplained(parts):
+    config = experiment_of(parts, data=2, fsdp=2, tensor=2)
     report = dry_run(config, Target("cpu:8", tuple(jax.devices()), None), sampler=False)
     (step,) = report.programs
     causes = report.causes(step)
@@ -166,9 +168,9 @@ def test_a_dry_run_finds_nothing_unexplained(mixer):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_one_device_and_eight_agree(mixer):
-    experiment = Experiment.from_config(experiment_of(mixer))
+@pytest.mark.parametrize("parts", ON_A_MESH)
+def test_one_device_and_eight_agree(parts):
+    experiment = Experiment.from_config(experiment_of(parts))
     model, key = experiment.card.model, jax.random.key(0)
     x = jax.random.normal(key, (32, *model.shape))
     batch = {"x": x, "label": jnp.arange(32) % model.num_classes}

@@ -92,8 +92,10 @@ def test_a_block_that_is_left_out_is_not_there():
         alone = output(short, plain | {"blocks": blocks})[i]
         np.testing.assert_allclose(found[i], alone, rtol=1e-4, atol=1e-5)
         # and of images of one time nothing else is computed
-        t = jnp.full(4, TIMES[i])
-        ours, _ = output(model, params, t, trunk=kept_blocks)
+        t, out = jnp.full(4, TIMES[i]), jnp.asarray(~keep[:, i]).nonzero()[0]
+        poisoned = jax.tree.map(lambda leaf, out=out: leaf.at[out].set(jnp.nan), plain["blocks"])
+        poisoned["mob"] = params["blocks"]["mob"]
+        ours, _ = output(model, params | {"blocks": poisoned}, t, trunk=kept_blocks)
         np.testing.assert_allclose(ours[i], found[i], rtol=1e-4, atol=1e-5)
 
 
