@@ -34,7 +34,7 @@ from ppflow_jax.flow.terms import Batch, Metrics, View, Weights
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.leaves import Described
 from ppflow_jax.models.network import Apply, Output, Params
-from ppflow_jax.models.parts import Mlp
+from ppflow_jax.models.parts import DIT, FullAttention
 from ppflow_jax.models.stack import Taps
 from ppflow_jax.systems.dense2moe import Dense2MoE, shared_only, whole
 from ppflow_jax.systems.mixer_distillation import Distillation, difference, of_predictions
@@ -65,12 +65,17 @@ class SlicesDistil(Described):
     def on(self, base: FlowObjective, model: ModelConfig) -> SlicesDistillation:
         """
         Raises:
-          InputError: a model without slices, terms, or no block to compare.
+          InputError: a model without slices or full attention, terms, or no block to compare.
         """
         if not isinstance(model.block.ffn, Dense2MoE):
             raise InputError(
                 f"objective {self.kind} teaches a model in slices, and config.model.ffn is "
                 f"{model.block.ffn}: set it to dense2moe:..."
+            )
+        if model.block.mixer != FullAttention():
+            raise InputError(
+                f"objective {self.kind} has a dense teacher with full attention, and "
+                f"config.model.mixer is {model.block.mixer}: set it to attention"
             )
         if base.terms:
             raise InputError(f"objective {self.kind} has no terms: leave config.flow.terms out")
@@ -97,8 +102,17 @@ class SlicesDistillation(Distillation):
         every = self.settings.every if self.settings.features else self.depth + 1
         return Taps(h=tuple(range(every, self.depth + 1, every)))
 
+    def fields(self, weights: Weights) -> tuple[str, ...]:
+        """
+        Raises:
+          InputError: nothing to learn.
+        """
+        if not any(weights.get(name) for name in self.phased):
+            raise InputError("config.train.phases has a phase with neither shared nor experts")
+        return self.base.fields(weights)
+
     def check_teacher(self, teacher: ModelConfig) -> None:
-        if teacher.block.ffn != Mlp() or teacher.block.wrap is not None:
+        if teacher.block != DIT:
             raise InputError(
                 f"config.train.teacher: objective {SlicesDistil.kind} needs a dense teacher, this "
                 f"one has {teacher.block}: give the run that the slices are cut from"

@@ -2,6 +2,7 @@
 
 import functools
 import shutil
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from ppflow_jax.flow.terms import parse_phases, phased
 from ppflow_jax.models.network import make_apply
 from ppflow_jax.models.parts import BlockSpec, Mlp
 from ppflow_jax.models.stack import Taps
+from ppflow_jax.systems.clear import Clear
 from ppflow_jax.systems.dense2moe import Dense2MoE, shared_only
 from ppflow_jax.systems.dense2moe_distillation import SlicesDistil
 from ppflow_jax.systems.mixer_distillation import check_teacher
@@ -130,6 +132,14 @@ def test_phases_weigh_both_terms():
             lambda: check_teacher(objective_of(), model_of(PART)),
             "needs a dense teacher, this one has dense2moe",
         ),
+        (
+            lambda: SETTINGS.on(
+                FlowObjective(DENSE.pyramid, Flow(), 5),
+                replace(DENSE, block=BlockSpec(PART, mixer=Clear(9))),
+            ),
+            "config.model.mixer is clear",
+        ),
+        (lambda: objective_of().fields({"balance": 0.01}), "neither shared nor experts"),
     ],
 )
 def test_what_does_not_fit_is_refused(call, words):
@@ -161,4 +171,5 @@ def test_a_run_in_phases_continues_with_the_same_bits(tmp_path, small_run):
     assert all(leaf.tobytes() == killed[path].tobytes() for path, leaf in whole.items())
     model = pf.load(tmp_path / "whole")
     assert model.config.block == BlockSpec(PART)
-    assert model.sample(2, plan=model.plan(steps=2)).latents.shape == (2, 8, 8, 1)
+    plan = model.plan(steps=2, accelerate="experts=0/2")
+    assert model.sample(2, plan=plan).latents.shape == (2, 8, 8, 1)
