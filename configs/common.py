@@ -37,10 +37,11 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.model.mlp_ratio = 4.0
     c.model.learn_sigma = True  # variance channels of DiT, unused; the public weights have them
     c.model.level_embedding = True  # of several stages
-    c.model.ffn = "mlp"  # or moe:experts=8,top_k=2,...: see docs/moe.md
+    c.model.ffn = "mlp"  # or moe:..., dense2moe:...: see docs/moe.md, docs/dense2moe.md
     # or clear:radius=8, linfusion, dico: see docs/mixers.md
     c.model.mixer = "attention"
-    c.model.wrap = "none"  # or switch:experts=3,top_k=2, or dydit: docs/switch.md, docs/dydit.md
+    # or switch:..., dydit, mob:...: see docs/switch.md, docs/dydit.md, docs/dense2moe.md
+    c.model.wrap = "none"
     c.model.norm = "none"  # adaLN-Zero, or tdln: see docs/dimr.md
     c.model.network = "none"  # or ddt:width=2048,depth=2,heads=16, a wide head: see docs/rae.md
     # beside that of data.task, e.g. ("channels:name=low,channels=4",): see docs/conditions.md
@@ -56,7 +57,8 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     # of times towards noise, for large latents; 0: sqrt(numbers / 4096); see docs/rae.md
     c.flow.shift = 1.0
     c.flow.times = "uniform"  # in training, before the shift, or logit_normal:mean=0,std=1
-    c.flow.objective = "flow"  # or meanflow, guided, halved, distil, mmd, dydit:...: see docs
+    # or meanflow, guided, halved, distil, mmd, dydit, dense2moe:...: see docs
+    c.flow.objective = "flow"
     c.flow.weighting = "none"  # none, velocity, likelihood; for score and noise
     c.flow.label_drop = 0.1
     c.flow.balance = 0.01  # weight of the balance term of a mixture of experts

@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "FID and its relatives of samples or of a checkpoint"),
     "probe": ("evaluate.probe", "what the blocks of a model know of classes, by a linear head"),
     "convert": ("convert", "PyTorch weights to a checkpoint and back; a SiT to a pyramid"),
+    "rank": ("convert.rank", "order hidden units by importance, before a model is cut in slices"),
     "prepare": ("prepare", "encode a dataset of pictures once, to train on its latents"),
     "tune": ("tune", "fit a sampling plan to a model: fewer steps for the same error"),
     "serve": ("serve", "pictures over HTTP, and a page to play with"),

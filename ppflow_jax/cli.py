@@ -32,6 +32,7 @@ STORES = {
     "prepare": {"out", "path", "vae", "fields"},
     "probe": {"checkpoint", "out", "path", "vae"},
     "push": {"RUN hf:OWNER/REPO"},
+    "rank": {"source", "target", "config.data.path", "config.data.vae"},
     "report": {"RUN...", "out", "decode"},
     "sample": {"checkpoint", "out", "noise", "requests", "weak", "plan", "decode"},
     "serve": {"checkpoint", "decode", "plan"},

@@ -24,6 +24,7 @@ DYDIT = {
 }
 MOE = "moe:experts=4,shared=0,expert=gelu"
 DDT = {f"model.{name}": value for name, value in digits_ddt.MODEL.items()}
+SLICES = "dense2moe:experts=12,top_k=2,shared=1.0"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class Row:
       costs_as: the row whose training costs as many FLOPs, where that sets the number of steps.
       phases: weights of terms, each until a share of the steps.
       accelerate: how it is sampled, as `--accelerate`.
+      ranked: the hidden units of what training starts from are put in the order of their importance
+        first.
+      taught: the row of the same seed that is the teacher.
     """
 
     title: str
@@ -50,6 +54,8 @@ class Row:
     costs_as: str = ""
     phases: tuple[tuple[float, dict[str, float]], ...] = ()
     accelerate: str = ""
+    ranked: bool = False
+    taught: str = ""
 
 
 ROWS = {
@@ -105,6 +111,20 @@ ROWS = {
     "dydit": Row(
         "2 levels, DyDiT to 60% of the blocks' FLOPs, 100% more steps", TWO, DYDIT,
         starts_from="levels2", accelerate="width=1",
+    ),
+    "slices": Row(
+        "2 levels, 37.5% of the MLPs active, distilled for 50% more steps", TWO,
+        {"model.ffn": SLICES, "flow.objective": "dense2moe"}, starts_from="levels2", steps=0.5,
+        phases=((1 / 3, {"shared": 1.0, "experts": 0.0}), (1.0, {})), ranked=True, taught="levels2",
+    ),
+    "slices_mob": Row(
+        "the same, and 2 of 3 blocks, 50% more steps", TWO,
+        {"model.ffn": SLICES, "model.wrap": "mob:group=3,kept=2",
+         "flow.objective": "dense2moe:every=3"}, starts_from="slices", steps=0.5, taught="levels2",
+    ),
+    "slices_flow": Row(
+        "2 levels, 37.5% of the MLPs active, 50% more steps without a teacher", TWO,
+        {"model.ffn": SLICES}, starts_from="levels2", steps=0.5, ranked=True,
     ),
 }  # fmt: skip
 

@@ -44,7 +44,9 @@ from ppflow_jax.metrics.networks import load_features
 from ppflow_jax.models.network import make_apply
 from ppflow_jax.pyramid import Pyramid
 from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
+from ppflow_jax.systems.dense2moe import ordered
 from ppflow_jax.systems.expand import expand
+from ppflow_jax.train.importance import unit_importance
 from ppflow_jax.train.loop import train
 from ppflow_jax.train.validate import EVALUATIONS
 from study import table
@@ -111,7 +113,10 @@ def _trained(out: Path, name: str, seed: int) -> Path:
     if not (folder / "checkpoints" / str(config.train.steps)).exists():
         print(f"seed {seed}, {row.title}: {config.train.steps} steps", flush=True)
         if row.starts_from:
-            config.init_from = str(_start(_trained(out, row.starts_from, seed), row.pyramid, seed))
+            origin = _start(_trained(out, row.starts_from, seed), row.pyramid, seed)
+            config.init_from = str(_ranked(origin, seed) if row.ranked else origin)
+            if row.taught:
+                config.train.teacher = str(_trained(out, row.taught, seed))
         start = time.monotonic()
         train(config, str(folder))
         seconds = time.monotonic() - start
@@ -132,6 +137,18 @@ def _start(run: Path, pyramid: str, seed: int) -> Path:
         params = jax.tree.map(np.asarray, load_weights(source, card, local_mesh()))
         model, params = expand(card.model, params, Pyramid.parse(pyramid), seed)
         save_weights(target, Card(model, card.flow, card.space), params)
+    return target
+
+
+def _ranked(start: Path, seed: int) -> Path:
+    """Weights with the hidden units of their MLPs in the order of their importance."""
+    target = start.with_name(f"{start.name}_ranked")
+    if not target.exists():
+        card = read_card(source := find_checkpoint(start))
+        params = load_weights(source, card, local_mesh())
+        found = unit_importance(card, params, _CONFIG.value.data, 16, BATCH, seed)
+        params = jax.tree.map(np.asarray, params)
+        save_weights(target, card.alone, params | {"blocks": ordered(params["blocks"], found)})
     return target
 
 

@@ -20,6 +20,7 @@ REQUIRED = {
     "main": ("config",),
     "sample": ("checkpoint", "out"),
     "prepare": ("out",),
+    "convert.rank": ("source", "target"),
     "evaluate": ("reference",),
 }
 _FLAGS: dict[str, dict[str, flags.Flag]] = {}  # of every command that has been loaded

@@ -20,6 +20,8 @@ NAMES = [p.name for p in CONFIGS if p.stem not in ("common", "imagenet256", "__i
     "digits_mixers.py:dico",
     "digits_ddt.py:levels3",
     "rae.py:s",
+    "digits_dense2moe.py:levels3",
+    "digits_dense2moe.py:sit,mob",
     "digits_tasks.py:inpainting",
     "digits_tasks.py:edges",
     "digits_tasks.py:cascade",

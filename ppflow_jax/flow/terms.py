@@ -183,6 +183,11 @@ class Phase:
         return {name: weight for name, weight in self.weights if weight}
 
 
+def phased(objective: Objective) -> Mapping[str, float]:
+    """Terms that an objective has of its own: their weights where phases do not name them."""
+    return getattr(objective, "phased", {})
+
+
 def parse_phases(
     values: Any,
     steps: int,

@@ -231,6 +231,8 @@ class Block(nnx.Module):
         if hasattr(self, "gates_gamma"):
             for i, gamma in zip((2, 5), self.gates_gamma[...].astype(jnp.float32)):
                 parts[i] = parts[i] * gamma[None]
+        if self.spec.wrap is not None and (gate := self.spec.wrap.gate(self)) is not None:
+            parts[2], parts[5] = parts[2] * gate[:, None], parts[5] * gate[:, None]
         return parts
 
     def modulated(self, branch: int, x: Array, shift: Array, scale: Array) -> Float[Array, "b n d"]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -242,19 +241,19 @@ def make_apply(
     layout: Layout = Layout(),
     one_time: bool = False,
 ) -> Apply:
-    """The network as a pure function `apply(params, x, t, y, stage, trunk, taps, mixer)`.
+    """The network as a pure function `apply(params, x, t, y, stage, trunk, taps, parts)`.
 
     x float32 [b, h, w, c] latent; t float32 [b] in [0, 1]; y int32 [b], null label allowed, of a
     model with conditions {"label": y, name: values} (see `models.conditions`); stage a Python int.
     Returns float32 [b, h, w, c]: the velocity, score or noise it was trained to predict. With a
     tuple for each of x, t, y and stage: an `Output` of each, in one pass over the blocks; with
-    `taps` an `Output` of one stage too. With `mixer` tokens see each other as that part has it, on
-    the same leaves (see `models.parts.Mixer`). What is drawn for the wrap of the blocks is given by
-    its kind, one for each of several stages. `params` may be `unstacked`. `dtype` is that of the
-    matrix products, `programs` how it is computed (None: as suits passes on the default device),
-    `layout` that of the mesh. With `one_time` all images of a call have one time, as in sampling.
-    `trunk` (see `Trunk`) replaces the scan over the blocks, whose weights are then all gathered at
-    once; the result is (prediction, what the trunk returned besides).
+    `taps` an `Output` of one stage too. With `parts`, a function of the `BlockSpec`, blocks compute
+    with the parts that it gives, on the same leaves. What is drawn for the wrap of the blocks is
+    given by its kind, one for each of several stages. `params` may be `unstacked`. `dtype` is that
+    of the matrix products, `programs` how it is computed (None: as suits passes on the default
+    device), `layout` that of the mesh. With `one_time` all images of a call have one time, as in
+    sampling. `trunk` (see `Trunk`) replaces the scan over the blocks, whose weights are then all
+    gathered at once; the result is (prediction, what the trunk returned besides).
 
     Raises:
       InputError: unknown remat policy, or a policy for unrolled blocks; in `apply`, taps of blocks
@@ -270,12 +269,12 @@ def make_apply(
         nnx.eval_shape(lambda: _module(config, jax.random.key(0), dtype, remat, **options))
     )
 
-    def apply(params, x, t, y, stage, trunk=None, taps=Taps(), mixer=None, **drawn):
+    def apply(params, x, t, y, stage, trunk=None, taps=Taps(), parts=None, **drawn):
         taps.check(config.depth)
         own = tuple(drawn.pop(config.block.wrap.kind, ())) if config.block.wrap else ()
         if drawn:
             raise TypeError(f"{', '.join(drawn)}: no argument of a network with {config.block}")
-        spec = config.block if mixer is None else replace(config.block, mixer=mixer)
+        spec = config.block if parts is None else parts(config.block)
         if taps.logits and not isinstance(spec.mixer, FullAttention):
             raise InputError(f"logits of attention: in the blocks there is {spec.mixer} instead")
         if programs.unrolled and trunk is None:

@@ -39,15 +39,15 @@ class Part(Described):
     matrices: ClassVar[tuple[Matrix, ...]] = ()
     term_names: ClassVar[tuple[str, ...]] = ()
 
-    def modules(self, model: ModelConfig, run: Execution, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
-        """What is attached to a block, by the names of its leaves."""
-        raise NotImplementedError
-
     def check(self, model: ModelConfig) -> None:
         """
         Raises:
-          InputError: a model that it cannot be a part of.
+          InputError: a model that it cannot be a part of, as by its sizes or grids.
         """
+
+    def modules(self, model: ModelConfig, run: Execution, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
+        """What is attached to a block, by the names of its leaves."""
+        raise NotImplementedError
 
     def keys(self, layer: int) -> Iterator[Key]:
         """PyTorch names of its leaves in one layer."""
@@ -90,9 +90,8 @@ class Mixer(Part):
 
     def modules(self, model: ModelConfig, run: Execution, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
         """The projections; parts with more add to them."""
-        how: dict[str, Any] = dict(dtype=run.dtype, programs=run.programs)
-        how["per_device"] = run.layout.heads
-        return {"attention": Attention(model.width, model.heads, rngs=rngs, **how)}
+        how = {"programs": run.programs, "per_device": run.layout.heads}
+        return {"attention": Attention(model.width, model.heads, dtype=run.dtype, rngs=rngs, **how)}
 
     def __call__(self, block: Block, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         """The branch before its gate; tokens are row by row of `block.grid`."""
@@ -217,10 +216,8 @@ class Wrap(Part):
     ) -> tuple[Any, Aux]:
         """What `__call__` finds as `block.signal`, by layer, and what training may be given.
 
-        Args:
-          leaves: of its module, every one with an axis of depth.
-          embed: of times: their embedding [b, d].
-          drawn: what an objective draws for it, if it does.
+        From its leaves, each with an axis of depth, the embedding [b, d] of times, and what an
+        objective draws for it.
         """
         raise NotImplementedError
 
@@ -233,6 +230,10 @@ class Wrap(Part):
         inner = self(block, x)
         y, branches, aux = block.inside(inner, c)
         return y + (x - inner), branches, aux
+
+    def gate(self, block: Block) -> Float[Array, " _"] | None:
+        """What the gates of both branches are multiplied by, [b] or [1]; None: nothing."""
+        return None
 
     def flops(self, model: ModelConfig, tokens: int) -> int:
         """See `Ffn.flops`."""

@@ -18,7 +18,9 @@ from ppflow_jax.models.network import Params
 from ppflow_jax.models.parts import FullAttention
 from ppflow_jax.systems.dydit import DyDiT
 from ppflow_jax.systems.dydit_widths import WidthConfig, narrowed
+from ppflow_jax.systems.fewer_experts import ExpertsConfig, with_experts
 from ppflow_jax.systems.forecast import ForecastConfig, forecasted
+from ppflow_jax.systems.mixture_of_blocks import MobConfig, without_left_out
 from ppflow_jax.systems.ras import RasConfig, regional
 from ppflow_jax.systems.rettention import RettentionConfig, sparse
 from ppflow_jax.systems.sdtm import MergeConfig, merged
@@ -37,6 +39,8 @@ class AccelerateConfig:
       ras: steps that compute a part of the tokens, in other stages than these.
       rettention: steps of sparse attention, in other stages than these.
       width: slices of the weights where routers switch off the rest, in other stages than these.
+      experts: another number of experts than was trained, in other stages than these.
+      mob: without the blocks that a router leaves out, in other stages than these.
     """
 
     guidance: tuple[float, float] | None = None
@@ -45,6 +49,8 @@ class AccelerateConfig:
     ras: RasConfig | None = None
     rettention: RettentionConfig | None = None
     width: WidthConfig | None = None
+    experts: ExpertsConfig | None = None
+    mob: MobConfig | None = None
 
     @classmethod
     def parse(cls, text: str) -> AccelerateConfig:
@@ -92,6 +98,8 @@ _PARTS: dict[str, type] = {
     "ras": RasConfig,
     "rettention": RettentionConfig,
     "width": WidthConfig,
+    "experts": ExpertsConfig,
+    "mob": MobConfig,
 }
 
 # How many times fewer steps, by AB2 in place of a solver that is no multistep rule: at equal time
@@ -202,27 +210,7 @@ def accelerated(
     parts = [name for name in _PARTS if getattr(accelerate, name) is not None]
     if not parts:
         return tuple(segments)
-    if config.solver == ADAPTIVE:
-        raise InputError(
-            f"{ADAPTIVE} chooses its own steps, so no schedule of full steps can be made for it: "
-            f"choose euler or heun with {parts[0]}"
-        )
-    before = [name for name in parts if name != "width"]  # take values of earlier steps
-    if config.stochastic and before:
-        raise InputError(
-            f"{config.solver} adds noise at every step, which breaks the smoothness that values "
-            f"taken from earlier steps rest on: choose euler or heun with {before[0]}"
-        )
-    if config.solver in JUMPS and (late := [name for name in before if name != "merge"]):
-        raise InputError(
-            f"{config.solver} evaluates another average at every step, and {late[0]} takes values "
-            f"of earlier steps: leave {late[0]} out of --accelerate"
-        )
-    inside = [name for name in before if name != "forecast"]  # of blocks
-    if inside:
-        _check_blocks(inside[0], model)
-    if inside or (forecast is not None and forecast.place != "velocity"):
-        refuse(model)
+    _check_together(config, model, accelerate, parts)
     if forecast is not None:
         if forecast.forecast == "adams" and config.solver != "euler":
             raise InputError(
@@ -238,7 +226,42 @@ def accelerated(
         segments = sparse(segments, model, accelerate.rettention)
     if accelerate.width is not None:
         segments = narrowed(segments, model, accelerate.width, config.solver, params)
+    if accelerate.experts is not None:
+        segments = with_experts(segments, model, accelerate.experts)
+    if accelerate.mob is not None:
+        segments = without_left_out(segments, model, accelerate.mob)
     return tuple(segments)
+
+
+def _check_together(
+    config: SamplerConfig, model: ModelConfig, accelerate: AccelerateConfig, parts: list[str]
+) -> None:
+    """
+    Raises:
+      InputError: a solver or blocks that one of `parts` is not for.
+    """
+    if config.solver == ADAPTIVE:
+        raise InputError(
+            f"{ADAPTIVE} chooses its own steps, so no schedule of full steps can be made for it: "
+            f"choose euler or heun with {parts[0]}"
+        )
+    before = [name for name in parts if name not in ("width", "experts", "mob")]  # earlier values
+    if config.stochastic and before:
+        raise InputError(
+            f"{config.solver} adds noise at every step, which breaks the smoothness that values "
+            f"taken from earlier steps rest on: choose euler or heun with {before[0]}"
+        )
+    if config.solver in JUMPS and (late := [name for name in before if name != "merge"]):
+        raise InputError(
+            f"{config.solver} evaluates another average at every step, and {late[0]} takes values "
+            f"of earlier steps: leave {late[0]} out of --accelerate"
+        )
+    inside = [name for name in before if name != "forecast"]  # of blocks
+    if inside:
+        _check_blocks(inside[0], model)
+    forecast = accelerate.forecast
+    if set(parts) - {"forecast", "experts"} or (forecast and forecast.place != "velocity"):
+        refuse(model)
 
 
 def _check_blocks(name: str, model: ModelConfig) -> None:

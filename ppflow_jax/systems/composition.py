@@ -48,6 +48,8 @@ METHODS = {
     "ras": "RAS, `--accelerate=ras=std`",
     "rettention": "Re-ttention, `--accelerate=rettention=0.25`",
     "width": "slices where DyDiT's routers switch off the rest, `--accelerate=width=1`",
+    "experts": "another number of experts, `--accelerate=experts=1/2`",
+    "mob": "without the blocks that a router leaves out, `--accelerate=mob=true`",
     "cfg": "classifier-free guidance, `--cfg`",
     "interval": "guidance in an interval, `--accelerate=guidance=0.5-1,...`",
     "weak": "autoguidance, `--weak`",
@@ -58,7 +60,7 @@ METHODS = {
     "dopri5": "the adaptive solver",
     "plan": "tuned plans and HarmoniCa, `--plan`",
     "keep": "known parts put in their place at every step, `--keep=steps`",
-    "moe": "blocks with experts (DiT-MoE)",
+    "moe": "blocks with experts (DiT-MoE, Dense2MoE)",
     "switch": "blocks of Switch-DiT",
     "tdln": "blocks with TD-LN (DiMR)",
     "selfcond": "self-conditioning of DDAE++",
@@ -66,13 +68,15 @@ METHODS = {
     "dydit": "blocks with routers (DyDiT)",
     "ddt": "the wide head of RAE, `--config.model.network=ddt`",
 }
-ENGINES = ("forecast", "merge", "ras", "rettention", "width")  # change the evaluations
 SMOOTH = ("forecast", "merge", "ras", "rettention")  # by what is alike from step to step
+ENGINES = (*SMOOTH, "width", "experts", "mob")  # change the evaluations
 _NOISE = "adds noise at every step"
 _GRID = "chooses its own steps"
 _JUMPS = "evaluates another average at every step"
 _APART = "takes blocks apart"
 _FULL = "is for full attention"
+_ROUTER = "is for blocks with a router"
+_EXPERTS = "is for blocks with experts"
 _ONE = "cannot have both"
 _FILE = "a plan file decides"
 _ROUTERS = "is for models trained with"
@@ -80,12 +84,17 @@ _ROUTERS = "is for models trained with"
 _EXCEPTIONS = (
     *(Pair(a, b, STAGES, _ONE) for a, b in itertools.combinations(SMOOTH, 2)),
     Pair("forecast", "width", STAGES, _ONE),
+    *(Pair(a, b, STAGES, _ONE) for a in SMOOTH for b in ("experts", "mob")),
+    Pair("experts", "mob", STAGES, _ONE),
     *(Pair(a, b, REFUSED, _APART) for a in SMOOTH[1:] for b in ("width", "dydit")),
-    *(Pair("width", other, REFUSED, _ROUTERS) for other in ("moe", "switch", "mixer", "ddt")),
+    *(Pair("width", other, REFUSED, _ROUTERS) for other in ("experts", "mob", "moe", "switch")),
+    *(Pair("width", other, REFUSED, _ROUTERS) for other in ("mixer", "ddt")),
     Pair("width", "weak", REFUSED, "a weak model has another"),
     *(Pair(engine, "meanflow", REFUSED, _JUMPS) for engine in ("forecast", "ras", "rettention")),
-    Pair("merge", "switch", REFUSED, _APART),
-    *(Pair(engine, "selfcond", REFUSED, _APART) for engine in SMOOTH),
+    *(Pair("merge", other, REFUSED, _APART) for other in ("switch", "mob")),
+    *(Pair("experts", other, REFUSED, _EXPERTS) for other in ("dydit", "ddt")),
+    *(Pair("mob", other, REFUSED, _ROUTER) for other in ("switch", "dydit", "ddt")),
+    *(Pair(engine, "selfcond", REFUSED, _APART) for engine in (*SMOOTH, "width", "mob")),
     *(
         Pair(engine, other, REFUSED, _FULL)
         for engine in ("merge", "ras", "rettention")

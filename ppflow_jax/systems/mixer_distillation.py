@@ -12,8 +12,8 @@ some, so that one network computes both.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -23,11 +23,11 @@ from jaxtyping import Array, Float, Key
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.loss import Draws, FlowObjective, over_time
 from ppflow_jax.flow.plan import SamplerConfig
-from ppflow_jax.flow.terms import Batch, Metrics, Weights
+from ppflow_jax.flow.terms import Batch, Metrics, View, Weights
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.leaves import Described
-from ppflow_jax.models.network import Apply, Params
-from ppflow_jax.models.parts import FullAttention
+from ppflow_jax.models.network import Apply, Output, Params
+from ppflow_jax.models.parts import BlockSpec, FullAttention
 from ppflow_jax.models.stack import Taps
 
 TEACHER = "teacher"
@@ -88,7 +88,7 @@ class Distillation:
     """
 
     base: FlowObjective
-    settings: Distil
+    settings: Any
     depth: int
 
     frozen = (TEACHER,)
@@ -133,40 +133,75 @@ class Distillation:
         """The flow's loss and both terms; metrics `loss` (the flow's), `kd` and `features`."""
         base, settings = self.base, self.settings
         views, outputs = base.predicted(apply, params, frozen, batch, draws, self.taps)
-        xt, t, y, stages = zip(*((view.xt, view.t, view.y, view.stage) for view in views))
-        teacher = jax.lax.stop_gradient(frozen[TEACHER])
-        tapped = {"taps": self.taps} if self.taps else {}
-        theirs = apply(teacher, xt, t, y, stages, mixer=FullAttention(), **tapped)
+        theirs = self.teacher(apply, frozen, views, attending, self.taps)
         losses = [base.errors(view, out) for view, out in zip(views, outputs)]
         total, metrics = over_time(base.pyramid, losses, outputs, weights, base.durations)
-        found = {
-            "kd": [_difference(a.prediction, b.prediction) for a, b in zip(outputs, theirs)],
-            "features": [_of_taps(a.taps, b.taps) for a, b in zip(outputs, theirs)],
-        }
-        for name, each in found.items():
+        for name, of in (("kd", of_predictions), ("features", _of_taps)):
             if weight := getattr(settings, name):
-                value = sum(d * v for d, v in zip(base.durations, each))
+                value = self.over_stages(of, outputs, theirs)
                 total, metrics[name] = total + weight * value, value
         return total, metrics
+
+    def teacher(
+        self,
+        apply: Apply,
+        frozen: Mapping[str, Any],
+        views: Sequence[View],
+        parts: Callable[[BlockSpec], BlockSpec],
+        taps: Taps,
+    ) -> tuple[Output, ...]:
+        """What the teacher gives where the student was asked, without gradient, by stage."""
+        xt, t, y, stages = zip(*((view.xt, view.t, view.y, view.stage) for view in views))
+        teacher = jax.lax.stop_gradient(frozen[TEACHER])
+        tapped = {"taps": taps} if taps else {}
+        return apply(teacher, xt, t, y, stages, parts=parts, **tapped)
+
+    def over_stages(
+        self,
+        of: Callable[[Output, Output], Float[Array, ""]],
+        ours: Sequence[Output],
+        theirs: Sequence[Output],
+    ) -> Float[Array, ""]:
+        """`of` student and teacher, a mean over time as the loss."""
+        return sum(d * of(a, b) for d, a, b in zip(self.base.durations, ours, theirs))
+
+    def check_teacher(self, teacher: ModelConfig) -> None:
+        """
+        Raises:
+          InputError: it was trained with another mixer than full attention.
+        """
+        if teacher.block.mixer != FullAttention():
+            raise InputError(
+                f"config.train.teacher: objective {Distil.kind} needs a teacher with full "
+                f"attention, this one has {teacher.block.mixer}: give the run that it was made from"
+            )
+
+
+def attending(block: BlockSpec) -> BlockSpec:
+    """With full attention, on the same leaves."""
+    return replace(block, mixer=FullAttention())
 
 
 def check_teacher(objective: Any, teacher: ModelConfig) -> None:
     """
     Raises:
-      InputError: `objective` is a `Distillation`, which evaluates full attention, and the teacher
-        was trained with another mixer.
+      InputError: `objective` is a `Distillation`, which evaluates parts that the teacher was not
+        trained with.
     """
-    if isinstance(objective, Distillation) and teacher.block.mixer != FullAttention():
-        raise InputError(
-            f"config.train.teacher: objective {Distil.kind} needs a teacher with full attention, "
-            f"this one has {teacher.block.mixer}: give the run that it was made from"
-        )
+    if isinstance(objective, Distillation):
+        objective.check_teacher(teacher)
 
 
-def _difference(a: Array, b: Array) -> Float[Array, ""]:
+def difference(a: Array, b: Array) -> Float[Array, ""]:
+    """Mean squared, in float32."""
     return jnp.mean(jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32)))
 
 
-def _of_taps(ours: Mapping[str, Array], theirs: Mapping[str, Array]) -> Float[Array, ""]:
-    each = [_difference(ours[name], theirs[name]) for name in ours]
+def of_predictions(ours: Output, theirs: Output) -> Float[Array, ""]:
+    """Their mean squared difference."""
+    return difference(ours.prediction, theirs.prediction)
+
+
+def _of_taps(ours: Output, theirs: Output) -> Float[Array, ""]:
+    each = [difference(ours.taps[name], theirs.taps[name]) for name in ours.taps]
     return jnp.mean(jnp.stack(each)) if each else jnp.zeros(())

@@ -21,6 +21,8 @@ from ppflow_jax.systems.cascade import Upsampling
 from ppflow_jax.systems.clear import Clear
 from ppflow_jax.systems.ddt import DDT
 from ppflow_jax.systems.ddt_blocks import RopeAttention, SwiGlu
+from ppflow_jax.systems.dense2moe import Dense2MoE
+from ppflow_jax.systems.dense2moe_distillation import SlicesDistil
 from ppflow_jax.systems.dico import DiCo
 from ppflow_jax.systems.dimr import MultiResolution, TdLn
 from ppflow_jax.systems.dydit import DyDiT
@@ -30,6 +32,7 @@ from ppflow_jax.systems.haste import AttentionAlign
 from ppflow_jax.systems.linfusion import LinFusion
 from ppflow_jax.systems.meanflow import MeanFlow
 from ppflow_jax.systems.mixer_distillation import Distil
+from ppflow_jax.systems.mixture_of_blocks import MixtureOfBlocks
 from ppflow_jax.systems.mmd import Mmd
 from ppflow_jax.systems.moe import MoE
 from ppflow_jax.systems.repa import Repa
@@ -37,8 +40,9 @@ from ppflow_jax.systems.self_conditioning import SelfCondition
 from ppflow_jax.systems.switch import Switch
 from ppflow_jax.systems.tasks import Colourisation, Edges, Inpainting, SuperResolution, Task
 
-FFNS: dict[str, type[Ffn]] = {part.kind: part for part in (Mlp, MoE, SwiGlu)}
-WRAPS: dict[str, type[Wrap]] = {part.kind: part for part in (Switch, DyDiT)}
+# A state dict has the first one that finds its names there
+FFNS: dict[str, type[Ffn]] = {part.kind: part for part in (Dense2MoE, Mlp, MoE, SwiGlu)}
+WRAPS: dict[str, type[Wrap]] = {part.kind: part for part in (Switch, DyDiT, MixtureOfBlocks)}
 NORMS: dict[str, type[Norm]] = {part.kind: part for part in (TdLn,)}
 # The last one is what a state dict has that is none of the others
 MIXERS: dict[str, type[Mixer]] = {
@@ -50,7 +54,9 @@ NETWORKS: dict[str, type[Backbone]] = {network.kind: network for network in (DDT
 TERMS: dict[str, Any] = {
     term.name: term for term in (Repa, AttentionAlign, MultiResolution)
 }  # of the loss
-OBJECTIVES = {kind.kind: kind for kind in (MeanFlow, Guided, Halved, Distil, Mmd, FlopsTarget)}
+OBJECTIVES = {
+    kind.kind: kind for kind in (MeanFlow, Guided, Halved, Distil, SlicesDistil, Mmd, FlopsTarget)
+}
 UNIFORM = "uniform"  # raw times of training, where they are nothing else
 FLOW = "flow"  # the objective without further settings
 NONE = "none"  # of a part that there need not be
@@ -119,7 +125,7 @@ def objective(text: str, base: FlowObjective, model: ModelConfig) -> Objective:
         )
     if settings is None:
         return base
-    if not base.law.plain and not isinstance(settings, (Distil, FlopsTarget)):
+    if not base.law.plain and not isinstance(settings, Distil | SlicesDistil | FlopsTarget):
         raise InputError(
             f"objective {settings.kind} has times of its own: leave config.flow.shift=1 and "
             "config.flow.times=uniform"

@@ -17,7 +17,7 @@ from ppflow_jax.errors import InputError
 from ppflow_jax.flow.loss import FlowObjective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
-from ppflow_jax.flow.terms import Objective, Phase, parse_phases
+from ppflow_jax.flow.terms import Objective, Phase, parse_phases, phased
 from ppflow_jax.flow.times import shift_of
 from ppflow_jax.models.adapters import NONE, parse, text
 from ppflow_jax.models.conditions import Channels
@@ -95,7 +95,7 @@ class Experiment:
         phases = parse_phases(
             config.train.phases,
             config.train.steps,
-            always={name: config.flow[name] for name in block.term_names},
+            always={name: config.flow[name] for name in block.term_names} | phased(objective),
             names=[term.name for term in terms],
         )
         _check_fields(base, tuple(config.data.fields))

@@ -42,8 +42,10 @@ from tests.systems.checks import random_params
 PARTS = {
     "moe": {"ffn": "moe:experts=4"},
     "moe of MLPs": {"ffn": "moe:experts=3,top_k=2,shared=0,renormalise=true,expert=gelu"},
+    "dense2moe": {"ffn": "dense2moe:experts=6,top_k=2"},
     "switch": {"wrap": "switch:experts=3,top_k=2"},
     "dydit": {"wrap": "dydit"},
+    "mob": {"wrap": "mob:group=2,kept=1"},
     "clear": {"mixer": "clear:radius=2"},
     "clear with cells": {"mixer": "clear:radius=2,pool=2"},
     "linfusion": {"mixer": "linfusion:hidden=24"},
@@ -56,17 +58,23 @@ PARTS = {
 # What takes long is done once, with all kinds together
 TOGETHER = PARTS["moe"] | PARTS["switch"]
 ROUTED = PARTS["dydit"] | {"ffn": "mlp"}
-MIXERS = [
+# Beside those of TOGETHER, or in their place
+ON_A_MESH = [
     PARTS["clear with cells"],
     PARTS["linfusion"],
     PARTS["dico"] | PARTS["tdln"],
     PARTS["rope"],
     ROUTED,
+    PARTS["dense2moe"] | PARTS["mob"],
 ]
 FROM_PLAIN = PARTS["moe of MLPs"] | PARTS["switch"]  # starts as the model that it is made from
 FROM_PLAIN |= {"mixer": "clear:radius=9"}  # which covers the grid
-EVERYTHING_ACTIVE = {"moe": "moe:experts=2,top_k=2", "moe of MLPs": "moe:top_k=8,expert=gelu"}
-EVERYTHING_ACTIVE["swiglu"] = "swiglu"
+EVERYTHING_ACTIVE = {
+    "moe": "moe:experts=2,top_k=2",
+    "moe of MLPs": "moe:top_k=8,expert=gelu",
+    "dense2moe": "dense2moe:top_k=12",
+    "swiglu": "swiglu",
+}
 each = pytest.mark.parametrize("name", PARTS)
 
 
@@ -76,11 +84,11 @@ def model_of(name, **sizes):
     return ModelConfig(PPFLOW2, **(small | sizes), block=block)
 
 
-def experiment_of(mixer, **mesh):
+def experiment_of(parts, **mesh):
     config = importlib.import_module("configs.digits").get_config()
-    config.model.update(dict(width=32, depth=2, heads=4) | TOGETHER | mixer)
+    config.model.update(dict(width=32, depth=2, heads=4) | TOGETHER | parts)
     config.data.batch_size = 32
-    if mixer == ROUTED:
+    if parts == ROUTED:
         config.flow.objective = "dydit:share=0.5,warmup=4"
     config.mesh.update(mesh)
     return config
@@ -139,7 +147,8 @@ def test_flops_are_those_of_the_compiler(name):
     apply = make_apply(model, programs=Programs(experts="dense"))
     count = lambda m, apply: xla_forward_flops(m, apply, 1, gradient=False)
     # In the place of another part, not beside it; routers are fewer than what is element by element
-    if {"mixer", "norm"} & PARTS[name].keys() or name in ("swiglu", "dydit"):
+    instead = ("swiglu", "dydit", "dense2moe", "mob")
+    if {"mixer", "norm"} & PARTS[name].keys() or name in instead:
         assert -0.07 < forward_flops(model, 1) / count(model, apply) - 1 < 0.01
         return
     ours = forward_flops(model, 1) - forward_flops(replace(model, block=DIT), 1)
@@ -163,9 +172,9 @@ def test_rules_cover_every_large_leaf(name):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_a_dry_run_finds_nothing_unexplained(mixer):
-    config = experiment_of(mixer, data=2, fsdp=2, tensor=2)
+@pytest.mark.parametrize("parts", ON_A_MESH)
+def test_a_dry_run_finds_nothing_unexplained(parts):
+    config = experiment_of(parts, data=2, fsdp=2, tensor=2)
     report = dry_run(config, Target("cpu:8", tuple(jax.devices()), None), sampler=False)
     (step,) = report.programs
     causes = report.causes(step)
@@ -174,9 +183,9 @@ def test_a_dry_run_finds_nothing_unexplained(mixer):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_one_device_and_eight_agree(mixer):
-    experiment = Experiment.from_config(experiment_of(mixer))
+@pytest.mark.parametrize("parts", ON_A_MESH)
+def test_one_device_and_eight_agree(parts):
+    experiment = Experiment.from_config(experiment_of(parts))
     model, key = experiment.card.model, jax.random.key(0)
     x = jax.random.normal(key, (32, *model.shape))
     batch = {"x": x, "label": jnp.arange(32) % model.num_classes}

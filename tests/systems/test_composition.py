@@ -28,9 +28,11 @@ from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
 from ppflow_jax.systems.composition import ENGINES, METHODS, REFUSED, STAGES, WORKS, pairs
 from ppflow_jax.systems.ddt import DDT
 from ppflow_jax.systems.ddt_blocks import RopeAttention, SwiGlu
+from ppflow_jax.systems.dense2moe import Dense2MoE
 from ppflow_jax.systems.dimr import TdLn
 from ppflow_jax.systems.dydit import DyDiT
 from ppflow_jax.systems.linfusion import LinFusion
+from ppflow_jax.systems.mixture_of_blocks import MixtureOfBlocks
 from ppflow_jax.systems.moe import MoE
 from ppflow_jax.systems.self_conditioning import SelfCondition
 from ppflow_jax.systems.switch import Switch
@@ -46,11 +48,19 @@ TEXTS = {
     "ras": "ras.warmup=1,ras.interval=2",
     "rettention": "rettention.warmup=1,rettention.interval=2",
     "width": "width=2",
+    "experts": "experts=0",
+    "mob": "mob=true",
 }
 # The same methods in the coarse stage
 COARSE = {
     "forecast": "forecast.interval=2/1,forecast.warmup=1",
     **{name: f"{TEXTS[name]},{name}.stages=0" for name in ("merge", "ras", "rettention")},
+}
+COARSE["experts"] = "experts=0/2"
+FINE = TEXTS | {
+    "experts": "experts=2/0",
+    "mob": "mob=true,mob.stages=1",
+    "width": "width=2,width.stages=1",
 }
 CONFIGS = {
     "cfg": replace(EULER, cfg=(2.0,)),
@@ -76,25 +86,33 @@ MODELS = {
     "width": replace(MODEL, block=ROUTERS),
     "keep": replace(MODEL, conditions=(Channels("known", channels=3, drop=0.0),)),
     "stages": STAGED,
+    "mob": replace(MODEL, depth=2, block=BlockSpec(wrap=MixtureOfBlocks())),
 }
+SLICES = Dense2MoE(3, 2, gate="ones")
 CONFIGS["stages"] = replace(EULER, steps=6)
 TABLE = {(pair.first, pair.second): pair for pair in pairs()}
 
 
-def model_of(other, routers):
-    """The model of a method, with routers where the other method is for these."""
+def model_of(other, engines=()):
+    """With what engines are for, where the other method leaves room for it."""
     model = MODELS.get(other, MODEL)
-    return replace(model, block=ROUTERS) if routers and model.block == DIT else model
+    taken = model.block.wrap is not None or model.network is not None
+    if "experts" in engines and other not in ("dydit", "ddt"):
+        model = replace(model, block=replace(model.block, ffn=SLICES))
+    if "mob" in engines and not taken:
+        model = replace(model, depth=2, block=replace(model.block, wrap=MixtureOfBlocks()))
+    if "width" in engines and model.block == DIT:
+        model = replace(model, block=ROUTERS)
+    return model
 
 
-def sampler(text, other, routers=False):
+def sampler(text, other, engines=()):
     if other == "plan":
         return plan_of(object.__new__(Weights), "a.json", 50, "heun", None, text, None, {})
-    routers |= "width" in text
-    model, config = model_of(other, routers), CONFIGS.get(other, EULER)
+    model, config = model_of(other, engines), CONFIGS.get(other, EULER)
     added = AccelerateConfig.parse(text)
-    params = halved(model) if "width" in text else None
-    if other == "weak" and "width" in text:
+    params = halved(model) if "width" in engines else None
+    if other == "weak" and "width" in engines:
         weights = Weights(Card(model, Flow(), "latents"), Path("model"), "ema", lambda: params)
         make_plan(weights.card, config, added, weights, weights)
     segments = accelerated(config, model, Flow(), added, params)
@@ -107,16 +125,16 @@ def halved(model):
 
 
 @functools.cache
-def sampled(text, other, routers=False):
-    routers |= "width" in text
-    ours, params = sampler(text, other, routers), halved(model_of(other, routers))
+def sampled(text, other, engines=()):
+    ours, params = sampler(text, other, engines), halved(model_of(other, engines))
     noise, labels = jax.random.normal(jax.random.key(1), (2, *MODEL.shape)), jnp.arange(2)
     cond = labels
     if other == "keep":
         known = jnp.zeros((2, 8, 8, 3)).at[:, :4, :, 0].set(1)  # a mask, and zeros
         cond = {"label": labels, "known": known}
     weak = jax.tree.map(lambda leaf: leaf / 4, random_params(MODEL)) if other == "weak" else None
-    return np.asarray(ours(params, noise, cond, weak=weak))
+    keys = jax.random.split(jax.random.key(2), 2) if other == "sde" else None
+    return np.asarray(ours(params, noise, cond, keys, weak=weak))
 
 
 def test_the_table_has_every_pair_once():
@@ -138,15 +156,16 @@ def each(verdict, quick=None):
 @each(REFUSED)
 def test_what_is_refused_says_why(pair):
     with pytest.raises(InputError, match=pair.reason):
-        sampler(TEXTS[pair.first], pair.second)
+        sampler(TEXTS[pair.first], pair.second, (pair.first,))
 
 
 @each(STAGES, quick=("rettention",))
 def test_two_engines_share_a_plan_by_stages(pair):
+    fine, engines = FINE[pair.second], (pair.first, pair.second)
     with pytest.raises(InputError, match=pair.reason):
-        sampler(f"{TEXTS[pair.first]},{TEXTS[pair.second]}", "stages")
-    fine = TEXTS[pair.second] + (",width.stages=1" if pair.second == "width" else "")
-    found, alone = sampled(f"{COARSE[pair.first]},{fine}", "stages"), sampled(fine, "stages")
+        sampler(f"{TEXTS[pair.first]},{fine}", "stages", engines)
+    found = sampled(f"{COARSE[pair.first]},{fine}", "stages", engines)
+    alone = sampled(fine, "stages", engines)
     assert np.isfinite(found).all() and np.abs(found - alone).max() > 1e-7
 
 
@@ -154,13 +173,14 @@ def test_two_engines_share_a_plan_by_stages(pair):
 def test_what_works_runs(pair):
     """And changes something: the engine is at work beside the other method.
 
-    Slices alone must change nothing.
+    Slices, and blocks that count for nothing, change nothing.
     """
-    slices = pair.first == "width"
-    found = sampled(TEXTS[pair.first], pair.second)
-    plain = sampled("exact", pair.second, routers=slices)
-    if slices:
-        assert "sliced" in {s.method.name for s in sampler(TEXTS["width"], pair.second).segments}
+    engines = (pair.first,)
+    found, plain = (sampled(text, pair.second, engines) for text in (TEXTS[pair.first], "exact"))
+    if pair.first == "width":
+        segments = sampler(TEXTS["width"], pair.second, engines).segments
+        assert "sliced" in {s.method.name for s in segments}
+    if pair.first in ("width", "mob"):
         np.testing.assert_allclose(found, plain, rtol=1e-5, atol=1e-5 * np.abs(plain).max())
         return
     assert np.isfinite(found).all() and np.abs(found - plain).max() > 1e-7

@@ -27,7 +27,7 @@ from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
 from ppflow_jax.systems.clear import Clear, covers, local_attention, pooled
 from ppflow_jax.systems.dico import Convolution, DiCo
 from ppflow_jax.systems.linfusion import EPSILON, LinFusion, linear_attention
-from ppflow_jax.systems.mixer_distillation import Distil, check_teacher
+from ppflow_jax.systems.mixer_distillation import Distil, attending, check_teacher
 from tests import commands
 from tests.systems.checks import random_params, within
 from tests.systems.parity_clear import seen
@@ -111,7 +111,7 @@ def test_other_sequences_divide_by_their_own_length():
 
 def predictions(model, params, **options):
     x, t = draw(4, 8, 8, 4), jnp.full(4, 0.3)
-    apply = jax.jit(make_apply(model), static_argnums=4, static_argnames=("mixer", "taps"))
+    apply = jax.jit(make_apply(model), static_argnums=4, static_argnames=("parts", "taps"))
     return apply(params, x, t, jnp.arange(4), 1, **options)
 
 
@@ -128,7 +128,7 @@ def test_full_attention_can_take_its_place_on_the_same_leaves(mixer):
     grown = mixer.start(model, SMALL, params["blocks"], jax.random.key(0))
     grown = params | {"blocks": grown}
     taps = Taps(mixed=(1,))
-    teacher = predictions(model, grown, mixer=FullAttention(), taps=taps)
+    teacher = predictions(model, grown, parts=attending, taps=taps)
     plain = predictions(SMALL, params, taps=taps)
     np.testing.assert_allclose(teacher.prediction, plain.prediction, rtol=1e-5, atol=1e-6)
     mixed = (output.taps["mixed/1"] for output in (teacher, plain))
