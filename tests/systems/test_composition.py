@@ -73,7 +73,9 @@ CONFIGS = {
     "dopri5": replace(EULER, solver="dopri5"),
     "keep": replace(EULER, keep="steps"),
 }
+SLICES = Dense2MoE(3, 2, gate="ones")
 MODELS = {
+    "experts": replace(MODEL, block=BlockSpec(ffn=SLICES)),
     "told": replace(MODEL, conditions=(Scalar(GUIDANCE),)),
     "meanflow": replace(MODEL, conditions=(Scalar(INTERVAL),)),
     "moe": replace(MODEL, block=BlockSpec(ffn=MoE(experts=2, top_k=1))),
@@ -88,7 +90,6 @@ MODELS = {
     "stages": STAGED,
     "mob": replace(MODEL, depth=2, block=BlockSpec(wrap=MixtureOfBlocks())),
 }
-SLICES = Dense2MoE(3, 2, gate="ones")
 CONFIGS["stages"] = replace(EULER, steps=6)
 TABLE = {(pair.first, pair.second): pair for pair in pairs()}
 
