@@ -6,9 +6,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ppflow_jax.errors import InputError
+from ppflow_jax.models import students
 from ppflow_jax.models.adapters import NONE, Adapter, beside, parse, text
 from ppflow_jax.models.conditions import Condition, supplied
 from ppflow_jax.models.parts import DIT, BlockSpec
+from ppflow_jax.models.students import Student
 from ppflow_jax.pyramid import Pyramid
 
 # DiT, arXiv 2212.09748, Table 1.
@@ -37,10 +39,12 @@ class ModelConfig:
       block: what the blocks are made of.
       conditions: what it is told besides time and label.
       adapters: what stands beside the kernels, see `models.adapters`.
+      students: what stands in the place of blocks in a stage, see `models.students`.
 
     Raises:
       InputError: a patch does not divide the latent, heads do not divide the width, the mixer
-        does not fit the grids, two conditions have one name, or adapters are on no kernel.
+        does not fit the grids, two conditions have one name, adapters are on no kernel, or
+        students are of no blocks.
     """
 
     pyramid: Pyramid
@@ -56,6 +60,7 @@ class ModelConfig:
     block: BlockSpec = DIT
     conditions: tuple[Condition, ...] = ()
     adapters: tuple[Adapter, ...] = ()
+    students: tuple[Student, ...] = ()
 
     def __post_init__(self):
         sizes = (self.latent_size, self.channels, self.width, self.depth, self.heads)
@@ -73,6 +78,7 @@ class ModelConfig:
         if twice := [name for i, name in enumerate(names) if name in names[:i]]:
             raise InputError(f"two conditions are called {twice[0]}: give each its own name")
         beside(self)
+        students.check(self)
 
     @property
     def has_levels(self) -> bool:
@@ -97,15 +103,21 @@ class ModelConfig:
     def head_width(self) -> int:
         return self.width // self.heads
 
+    def blocks_at(self, stage: int) -> int:
+        """How many blocks the tokens of a stage pass."""
+        return len(students.steps(self, stage))
+
     def to_json(self) -> dict[str, Any]:
-        """By field; conditions, adapters and every part that is not DiT's, as text."""
-        special = ("block", "conditions", "adapters")
+        """By field; conditions, adapters, students and every part that is not DiT's, as text."""
+        special = ("block", "conditions", "adapters", "students")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in special}
         texts: dict[str, Any] = {"pyramid": str(self.pyramid)} | self.block.to_json()
         if self.conditions:
             texts["conditions"] = list(map(str, self.conditions))
         if self.adapters:
             texts["adapters"] = text(self.adapters)
+        if self.students:
+            texts["students"] = students.text(self.students)
         return values | texts
 
     @classmethod
@@ -124,5 +136,6 @@ class ModelConfig:
         if unknown := set(values) - known:
             raise InputError(f"model config has unknown keys {sorted(unknown)}: update ppflow_jax")
         pyramid = Pyramid.parse(values["pyramid"])
-        made = {"pyramid": pyramid, "block": block, "conditions": conditions}
+        made: dict[str, Any] = {"pyramid": pyramid, "block": block, "conditions": conditions}
+        made["students"] = students.parse(values.get("students", NONE))
         return cls(**(values | made | {"adapters": parse(values.get("adapters", NONE))}))

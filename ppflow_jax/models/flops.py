@@ -5,6 +5,8 @@ from __future__ import annotations
 from ppflow_jax.models.adapters import low_rank_flops
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.layers import FREQUENCIES
+from ppflow_jax.models.student_blocks import Residual
+from ppflow_jax.models.students import steps
 
 
 def block_flops(
@@ -40,7 +42,11 @@ def ends_flops(model: ModelConfig, stage: int) -> int:
 
 def forward_flops(model: ModelConfig, stage: int) -> int:
     """FLOPs of one plain evaluation of one image."""
-    return model.depth * block_flops(model, stage) + ends_flops(model, stage)
+    rows, cols = model.pyramid.grid(stage, model.latent_size)
+    ffns = sum(step.residual is not None for step in steps(model, stage))
+    less = model.block.ffn.flops(model, rows * cols) - Residual().flops(model, rows * cols)
+    blocks = model.blocks_at(stage) * block_flops(model, stage) - ffns * less
+    return blocks + ends_flops(model, stage)
 
 
 def block_traffic(model: ModelConfig, stage: int) -> int:
@@ -54,4 +60,4 @@ def block_traffic(model: ModelConfig, stage: int) -> int:
     n, d = rows * cols, model.width
     hidden = model.block.ffn.hidden(model)
     scores = model.block.mixer.scores(model, stage)
-    return model.depth * (int((12 * d + 2 * hidden) * n) + 4 * model.heads * scores)
+    return model.blocks_at(stage) * (int((12 * d + 2 * hidden) * n) + 4 * model.heads * scores)

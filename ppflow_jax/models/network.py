@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from ppflow_jax.devices.layout import Layout
 from ppflow_jax.devices.programs import Programs, for_passes
 from ppflow_jax.errors import InputError
+from ppflow_jax.models import students
 from ppflow_jax.models.adapters import attach
 from ppflow_jax.models.conditions import Cond, Told, split
 from ppflow_jax.models.config import ModelConfig
@@ -28,6 +29,7 @@ from ppflow_jax.models.layers import Block, TimestepEmbedder, _normal, _zeros, l
 from ppflow_jax.models.parts import Aux, Execution, FullAttention
 from ppflow_jax.models.patch import patchify, positions, unpatchify
 from ppflow_jax.models.stack import REMAT_POLICIES, Params, Stack, Taps, unstacked
+from ppflow_jax.models.student_blocks import make, passed, walk
 
 # (params, x, t, y, stage) -> prediction with the shape of x, or Outputs of stages: see make_apply
 Apply = Callable[..., Any]
@@ -51,7 +53,13 @@ class Output(NamedTuple):
 
 
 class PPFlow(nnx.Module):
-    """PPFlow / SiT network. Call it through `make_apply`."""
+    """PPFlow / SiT network. Call it through `make_apply`.
+
+    Attributes:
+      on: the students that stand in the place of blocks.
+    """
+
+    on: tuple[students.Student, ...] = ()
 
     def __init__(
         self,
@@ -90,6 +98,8 @@ class PPFlow(nnx.Module):
                 {c.name: c.module(config, self.run, rngs) for c in config.conditions}
             )
         attach(self, config, rngs)
+        if config.students:
+            self.students = make(config, self.run, rngs)
 
     def tokens(self, x: Float[Array, "b h w c"], stage: int, told: Told) -> Float[Array, "b n d"]:
         """Patch projection of one stage, of the latent and of conditions, plus its positions."""
@@ -153,8 +163,9 @@ class PPFlow(nnx.Module):
             return self.by_stage((x,), (t,), (y,), (stage,))[0].prediction
         told = split(self.config.conditions, y)
         c = jax.nn.silu(self.embeddings((t,), (told,), (stage,))[0])
-        signal, _ = self.signals(Stack(self.blocks, (), self.run, self.remat), t)
-        blocks = self.blocks.given(signal, self.grid(stage))
+        stack = Stack(self.blocks, (), self.run, self.remat)
+        signal, _ = self.signals(stack, t)
+        blocks = passed(self, stack, stage)[0][0].blocks.given(signal, self.grid(stage))
         h, extra = trunk(blocks, self.tokens(x, stage, told), c)
         return self.prediction(h, c, stage), extra
 
@@ -176,7 +187,11 @@ class PPFlow(nnx.Module):
         hs = tuple(self.tokens(*each) for each in zip(xs, stages, told))
         stack = Stack(self.blocks, layers, self.run, self.remat)
         signals, given = zip(*(self.signals(stack, t) for t in ts))
-        hs, auxes, found = stack(hs, cs, signals, tuple(map(self.grid, stages)), taps)
+        if self.on:  # every stage passes blocks of its own
+            each = zip(stages, hs, cs)
+            hs, auxes, found = zip(*(walk(self, stack, *one, taps) for one in each))
+        else:
+            hs, auxes, found = stack(hs, cs, signals, tuple(map(self.grid, stages)), taps)
         predictions = (self.prediction(*each) for each in zip(hs, cs, stages))
         terms = (self.config.block.terms(aux | more) for aux, more in zip(auxes, given))
         return tuple(map(Output, predictions, terms, found))
@@ -233,22 +248,24 @@ def make_apply(
     layout: Layout = Layout(),
     one_time: bool = False,
 ) -> Apply:
-    """The network as a pure function `apply(params, x, t, y, stage, trunk, taps, mixer)`.
+    """The network as a pure function `apply(params, x, t, y, stage, trunk, taps, mixer, on)`.
 
     x float32 [b, h, w, c] latent; t float32 [b] in [0, 1]; y int32 [b], null label allowed, of a
     model with conditions {"label": y, name: values} (see `models.conditions`); stage a Python int.
     Returns float32 [b, h, w, c]: the velocity, score or noise it was trained to predict. With a
     tuple for each of x, t, y and stage: an `Output` of each, in one pass over the blocks; with
     `taps` an `Output` of one stage too. With `mixer` tokens see each other as that part has it, on
-    the same leaves (see `models.parts.Mixer`). `params` may be `unstacked`. `dtype` is that of the
-    matrix products, `programs` how it is computed (None: as suits passes on the default device),
-    `layout` that of the mesh. With `one_time` all images of a call have one time, as in sampling.
-    `trunk` (see `Trunk`) replaces the scan over the blocks, whose weights are then all gathered at
-    once; the result is (prediction, what the trunk returned besides).
+    the same leaves (see `models.parts.Mixer`); of the students those that are `on` stand in the
+    place of blocks (see `models.students`; None: all). `params` may be `unstacked`. `dtype` is that
+    of the matrix products, `programs` how it is computed (None: as suits passes on the default
+    device), `layout` that of the mesh. With `one_time` all images of a call have one time, as in
+    sampling. `trunk` (see `Trunk`) replaces the scan over the blocks, whose weights are then all
+    gathered at once; the result is (prediction, what the trunk returned besides).
 
     Raises:
       InputError: unknown remat policy, or a policy for unrolled blocks; in `apply`, taps of blocks
-        or logits that there are not.
+        or logits that there are not,
+        or a trunk for blocks some of whose FFNs are students.
     """
     programs = programs or for_passes(dtype=dtype, head=config.head_width)
     if remat not in REMAT_POLICIES:
@@ -260,18 +277,21 @@ def make_apply(
         nnx.eval_shape(lambda: _module(config, jax.random.key(0), dtype, remat, **options))
     )
 
-    def apply(params, x, t, y, stage, trunk=None, taps=Taps(), mixer=None):
+    def apply(params, x, t, y, stage, trunk=None, taps=Taps(), mixer=None, on=None):
         taps.check(config.depth)
+        on = config.students if on is None else on
+        students.check_call(config, stage, on, taps, trunk is not None)
         spec = config.block if mixer is None else replace(config.block, mixer=mixer)
         if taps.logits and not isinstance(spec.mixer, FullAttention):
             raise InputError(f"logits of attention: in the blocks there is {spec.mixer} instead")
         if programs.unrolled and trunk is None:
             params = unstacked(params)
-        here = {name: part for name, part in params.items() if trunk or name != "blocks"}
+        whole = () if trunk else ("blocks", students.STUDENTS)
+        here = {name: part for name, part in params.items() if name not in whole}
         params = params | layout.weights(here, "")
         layers = params["blocks"] if isinstance(params["blocks"], tuple) else ()
         network = nnx.merge(graphdef, params | {"blocks": layers[0]} if layers else params)
-        network.blocks.spec = spec
+        network.blocks.spec, network.on = spec, on
         if trunk is not None:
             return network(x, t, y, stage, trunk)
         if isinstance(stage, tuple):

@@ -195,12 +195,13 @@ class Forecast:
         rows, cols = model.pyramid.grid(stage, model.latent_size)
         value = rows * cols * model.width
         if full:
-            return model.depth * block_flops(model, stage) + ends_flops(model, stage)
+            return model.blocks_at(stage) * block_flops(model, stage) + ends_flops(model, stage)
         if self.place == "velocity":
             return 0
         if self.place == "branch":
             gates = 12 * model.width**2
-            return model.depth * (gates + 4 * self.slots * value) + ends_flops(model, stage)
+            kept = gates + 4 * self.slots * value
+            return model.blocks_at(stage) * kept + ends_flops(model, stage)
         left = model.depth - (self.blocks[1] - self.blocks[0])
         return left * block_flops(model, stage) + 2 * self.slots * value + ends_flops(model, stage)
 

@@ -19,6 +19,7 @@ from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.terms import Objective, Phase, parse_phases
 from ppflow_jax.flow.times import shift_of
+from ppflow_jax.models import students
 from ppflow_jax.models.adapters import NONE, parse, text
 from ppflow_jax.models.conditions import Channels
 from ppflow_jax.models.config import ModelConfig
@@ -70,6 +71,7 @@ class Experiment:
         settings = {k: c[k] for k in c if k not in ("pyramid", "dtype", "remat", "attention")}
         made = dict(block=(block := take_block(settings)), conditions=take_conditions(settings))
         made["adapters"] = parse(settings.pop("adapters", NONE))
+        made["students"] = students.parse(settings.pop("students", NONE))
         model = ModelConfig(pyramid=Pyramid.parse(c.pyramid), **made, **settings)
         if task := task_of(config.data.task):
             model = _told(model, task, config.data.space)
@@ -110,6 +112,7 @@ class Experiment:
         values["model"]["conditions"] = list(map(str, model.conditions))
         values["data"]["task"] = str(task or "none")
         values["model"]["adapters"] = text(model.adapters)
+        values["model"]["students"] = students.text(model.students)
         card = Card(model, flow, config.data.space, values)
         return cls(card, objective, phases, optim, sampler, config, task)
 
