@@ -22,6 +22,7 @@ COMMANDS = {
     "sample": ("sample", "make pictures from a checkpoint, or explain what that would cost"),
     "evaluate": ("evaluate", "FID and its relatives of samples or of a checkpoint"),
     "probe": ("evaluate.probe", "what the blocks of a model know of classes, by a linear head"),
+    "prune": ("evaluate.prune", "which blocks a stage can do without, and students for them"),
     "convert": ("convert", "PyTorch weights to a checkpoint and back; a SiT to a pyramid"),
     "prepare": ("prepare", "encode a dataset of pictures once, to train on its latents"),
     "tune": ("tune", "fit a sampling plan to a model: fewer steps for the same error"),

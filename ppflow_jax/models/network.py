@@ -53,13 +53,9 @@ class Output(NamedTuple):
 
 
 class PPFlow(nnx.Module):
-    """PPFlow / SiT network. Call it through `make_apply`.
+    """PPFlow / SiT network. Call it through `make_apply`."""
 
-    Attributes:
-      on: the students that stand in the place of blocks.
-    """
-
-    on: tuple[students.Student, ...] = ()
+    on: tuple[students.Student, ...] = ()  # that stand in the place of blocks
 
     def __init__(
         self,

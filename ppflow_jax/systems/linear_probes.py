@@ -108,7 +108,7 @@ class Probes:
 
     Attributes:
       kernel, bias: h W + b + h is what block i makes of h.
-      residual: |h W + b + h - B(h)| over |B(h) - h|, both without their means, of every block.
+      residual: |h W + b + h - B(h)| over |B(h) - h|, roots of sums over tokens, of every block.
     """
 
     kernel: Float[np.ndarray, "depth d d"]
@@ -127,6 +127,7 @@ def probes_of(moments: Moments, ridge: float = RIDGE) -> Probes:
         kernel = np.linalg.solve(gram + more, cross) if ridge else solved(gram, cross)
         left = total - 2 * np.sum(kernel * cross) + np.sum(kernel * (gram @ kernel))
         before, after = moments.means[i], moments.means[i + 1]
+        total += moments.count * np.sum(np.square(after - before))
         kernels.append(kernel)
         biases.append(after - before - before @ kernel)
         residuals.append(np.sqrt(max(left, 0.0) / total) if total > 0 else 0.0)
@@ -163,15 +164,17 @@ def losses(similarity: Float[np.ndarray, "depth depth"]) -> Float[np.ndarray, "d
     return found
 
 
-def intervals(delta: Float[np.ndarray, "depth depth"], longest: int = 0) -> Spans:
+def intervals(
+    delta: Float[np.ndarray, "depth depth"], shortest: int = 2, longest: int = 0
+) -> Spans:
     """Blocks u ... v that one block may stand for: as long as a block costs less than the last.
 
     From u on, v is the block before the first at which delta turns from falling to rising, the last
     one where it never does; the next interval begins at v + 1. The paper does not say how it is
-    computed: this is one reading of it. Of one block none is left out.
+    computed: this is one reading of it.
 
     Args:
-      longest: blocks of an interval at most; 0: any number.
+      shortest, longest: blocks of an interval; longest 0: any number.
     """
     depth, u, found = len(delta), 0, []
     while u < depth:
@@ -180,41 +183,48 @@ def intervals(delta: Float[np.ndarray, "depth depth"], longest: int = 0) -> Span
             if d[k] > d[k - 1] and d[k - 1] <= d[k - 2]:
                 v = k - 1
                 break
-        if longest:
-            v = min(v, u + longest - 1)
-        if v > u:
+        v = min(v, u + (longest or depth) - 1)
+        if v - u + 1 >= shortest:
             found.append((u, v))
         u = v + 1
     return tuple(found)
 
 
-def fewest(similarity: Float[np.ndarray, "depth depth"], floor: float) -> Spans:
-    """The intervals without a common block that leave fewest blocks, each of cka >= `floor`.
+def least_loss(
+    cost: Float[np.ndarray, "depth depth"], count: int, shortest: int = 2, longest: int = 0
+) -> Spans | None:
+    """The intervals without a common block that remove `count` blocks and cost least together.
 
-    Of several ways the one with most similarity.
+    None where there are none. `shortest` and `longest` as in `intervals`.
+
+    Args:
+      cost: [u, v] of an interval, such as 1 - cka.
     """
-    depth = len(similarity)
-    best: list[tuple[int, float, Spans]] = [(0, 0.0, ())]
+    depth = len(cost)
+    # by blocks that are passed and removed: (cost, intervals)
+    best: dict[tuple[int, int], tuple[float, Spans]] = {(0, 0): (0.0, ())}
     for end in range(1, depth + 1):
-        ways = [best[end - 1]]
-        for u in range(end - 1):
-            if (value := similarity[u, end - 1]) >= floor:
-                removed, total, spans = best[u]
-                ways.append((removed + end - 1 - u, total + value, (*spans, (u, end - 1))))
-        best.append(max(ways, key=lambda way: way[:2]))
-    return best[-1][2]
+        for gone in range(count + 1):
+            ways = [best[key]] if (key := (end - 1, gone)) in best else []
+            for length in range(shortest, min(longest or depth, end, gone + 1) + 1):
+                if (before := best.get((end - length, gone - length + 1))) is not None:
+                    span = (end - length, end - 1)
+                    ways.append((before[0] + float(cost[span]), (*before[1], span)))
+            if ways:
+                best[end, gone] = min(ways)
+    found = best.get((depth, count))
+    return found and found[1]
+
+
+def removable(similarity: Float[np.ndarray, "depth depth"], floor: float) -> int:
+    """Most blocks that intervals without a common block remove, each of cka >= `floor`."""
+    most = [0]
+    for end in range(1, len(similarity) + 1):
+        starts = [u for u in range(end - 1) if similarity[u, end - 1] >= floor]
+        most.append(max([most[-1], *(most[u] + end - 1 - u for u in starts)]))
+    return most[-1]
 
 
 def removed(spans: Spans) -> int:
     """Blocks fewer, with one student for each interval."""
     return sum(last - first for first, last in spans)
-
-
-def within(spans: Spans, similarity: Float[np.ndarray, "depth depth"], count: int) -> Spans:
-    """Those of most similarity until at least `count` blocks are removed, or all."""
-    chosen: list[tuple[int, int]] = []
-    for span in sorted(spans, key=lambda span: -similarity[span]):
-        if removed(tuple(chosen)) >= count:
-            break
-        chosen.append(span)
-    return tuple(sorted(chosen))

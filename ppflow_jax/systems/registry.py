@@ -25,6 +25,7 @@ from ppflow_jax.systems.meanflow import MeanFlow
 from ppflow_jax.systems.mixer_distillation import Distil
 from ppflow_jax.systems.mmd import Mmd
 from ppflow_jax.systems.moe import MoE
+from ppflow_jax.systems.ppcl import Ppcl
 from ppflow_jax.systems.repa import Repa
 from ppflow_jax.systems.switch import Switch
 from ppflow_jax.systems.tasks import Colourisation, Edges, Inpainting, SuperResolution, Task
@@ -38,7 +39,7 @@ MIXERS: dict[str, type[Mixer]] = {
 # By the field of `BlockSpec`
 KINDS: dict[str, dict[str, Any]] = {"ffn": FFNS, "wrap": WRAPS, "mixer": MIXERS}
 TERMS: dict[str, Any] = {term.name: term for term in (Repa, AttentionAlign)}  # of the loss
-OBJECTIVES = {kind.kind: kind for kind in (MeanFlow, Guided, Halved, Distil, Mmd)}
+OBJECTIVES = {kind.kind: kind for kind in (MeanFlow, Guided, Halved, Distil, Mmd, Ppcl)}
 UNIFORM = "uniform"  # raw times of training, where they are nothing else
 FLOW = "flow"  # the objective without further settings
 NONE = "none"  # of a part that there need not be
@@ -102,7 +103,7 @@ def objective(text: str, base: FlowObjective, model: ModelConfig) -> Objective:
     if text == FLOW:
         return base
     settings = _made(text, "objective", OBJECTIVES)
-    if not base.law.plain and not isinstance(settings, Distil):
+    if not base.law.plain and not isinstance(settings, Distil | Ppcl):
         raise InputError(
             f"objective {settings.kind} has times of its own: leave config.flow.shift=1 and "
             "config.flow.times=uniform"

@@ -26,6 +26,7 @@ from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import abstract_params
 from ppflow_jax.models.trees import leaves, split
 from ppflow_jax.pyramid import Pyramid
+from ppflow_jax.systems.ppcl import check_trained
 from ppflow_jax.systems.registry import notes_of, take_block, take_conditions, term
 from ppflow_jax.systems.registry import objective as objective_of
 from ppflow_jax.systems.registry import task as task_of
@@ -104,6 +105,7 @@ class Experiment:
         notes_of(config.flow.objective, sampler)
         _check(config)
         _check_trainable(model, tuple(config.train.trainable))
+        check_trained(objective, model, tuple(config.train.trainable))
         optim = OptimConfig(**config.optim)
         _check_muon(optim, model, tuple(config.train.trainable))
         values = json.loads(config.to_json_best_effort())

@@ -20,6 +20,8 @@ from ppflow_jax.files.place import place
 from ppflow_jax.files.store import find_checkpoint
 from ppflow_jax.models.adapters import NONE, adapter_paths, plain, text
 from ppflow_jax.models.network import Params, abstract_params, init_params
+from ppflow_jax.models.student_blocks import fresh
+from ppflow_jax.models.students import STUDENTS
 from ppflow_jax.models.trees import join, parted
 from ppflow_jax.systems.registry import KINDS, canonical, take_conditions
 from ppflow_jax.train.experiment import Experiment
@@ -42,7 +44,7 @@ def take_architecture(config: ConfigDict, workdir: str | None, told: Collection[
     changed = []
     for name, value in card.model.to_json().items():
         before = config.model.get(name)
-        if name == "adapters" and before not in (None, NONE):
+        if name in ("adapters", STUDENTS) and before not in (None, NONE):
             continue  # those of this run, which must fit the weights too
         before = canonical(before, name) if name in KINDS and before else before
         if name == "conditions":
@@ -84,8 +86,9 @@ def open_start(
 
     They are the same but for parts of the blocks that the weights do not have, which start from
     what they replace (see `models.parts.Part.start`), conditions, which start at zero, and
-    adapters, which change nothing yet. Where a part of the parameters is trained, classes may be
-    others: all start as the null class.
+    adapters, which change nothing yet. A student starts as the middle one of the blocks in whose
+    place it stands. Where a part of the parameters is trained, classes may be others: all start as
+    the null class.
 
     Args:
       setting: that has the path, for what is said of it.
@@ -105,7 +108,9 @@ def open_start(
         )
     grown = set(source.conditions) <= set(model.conditions)
     conditions = model.conditions if grown else source.conditions
-    other = replace(found, model=plain(replace(source, block=model.block, conditions=conditions)))
+    taught = source.students or model.students
+    other = replace(source, block=model.block, conditions=conditions, students=taught)
+    other = replace(found, model=plain(other))
     if card.trainable != ALL:
         other = replace(other, model=replace(other.model, num_classes=model.num_classes))
     if difference := other.differences(replace(card, model=plain(model))):
@@ -120,6 +125,8 @@ def open_start(
             shapes = abstract_params(model)["conditions"]
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
             made["conditions"] = zeros | params.get("conditions", {})
+        if model.students != source.students:
+            made[STUDENTS] = fresh(model.students, params["blocks"])
         if model.num_classes != source.num_classes:
             null = params["label"]["embedding"][-1:]
             table = jnp.broadcast_to(null, (model.num_classes + 1, model.width))

@@ -77,7 +77,7 @@ def block(p: dict[str, jax.Array], h: jax.Array, e: jax.Array, t: jax.Array):
     time = t[:, None, None] * p["c"]
     mean = lambda x: x.mean(axis=1, keepdims=True)
     after = h + jnp.tanh(h @ p["a"] + mean(e) @ p["b"] + time)
-    return after, e + jnp.tanh(e @ p["e"] + mean(h) @ p["b"] + time)
+    return after, e + jnp.tanh(e @ p["e"] + mean(h) @ p["b"])
 
 
 def distillation(ref: Reference) -> Iterator[Row]:
@@ -90,7 +90,7 @@ def distillation(ref: Reference) -> Iterator[Row]:
     states = [(jnp.asarray(ref["distil/hidden"]), jnp.asarray(ref["distil/text"]))]
     for p in layers[: max(last for _, last in spans) + 1]:
         states.append(block(p, *states[-1], t))
-    hidden, text = (np.stack([s[i] for s in states[:-1]]) for i in (0, 1))
+    hidden, text = (np.stack([s[i] for s in states[1:]]) for i in (0, 1))
     yield from ref.row("distil/teacher_hidden", hidden)
     yield from ref.row("distil/teacher_text", text)
     yield from ref.row("distil/out", states[-1][0])
