@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ppflow_jax.flow.cost import training_flops
+from ppflow_jax.systems.ppcl import TRAINABLE
 from ppflow_jax.train.experiment import Experiment
 
 COARSE_END = 0.5  # where the coarsest stage of the main rows ends
@@ -16,6 +17,7 @@ REPA = {
     "data.fields": ("teacher",),
     "flow.terms": ("repa:layer=3,dims=64,hidden=128",),
 }
+PPCL = {"flow.objective": "ppcl", "train.trainable": TRAINABLE}
 MOE = "moe:experts=4,shared=0,expert=gelu"
 
 
@@ -75,6 +77,14 @@ ROWS = {
     "moe2": Row(
         "2 levels, upcycled to 2 of 4 experts, FLOPs of 50% more steps", TWO,
         {"model.ffn": f"{MOE},top_k=2,renormalise=true"}, starts_from="levels2", costs_as="longer",
+    ),
+    "ppcl_coarse": Row(
+        "2 levels, the coarse stage passes 4 of 6 blocks, distilled", TWO,
+        PPCL | {"model.students": "0:1-2,0:3-4"}, starts_from="levels2", steps=0.5,
+    ),
+    "ppcl_fine": Row(
+        "2 levels, the fine stage passes 4 of 6 blocks, distilled", TWO,
+        PPCL | {"model.students": "1:1-2,1:3-4"}, starts_from="levels2", steps=0.5,
     ),
 }  # fmt: skip
 

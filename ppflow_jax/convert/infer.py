@@ -11,6 +11,7 @@ from ppflow_jax.convert.autoencoder_keys import autoencoder_kind
 from ppflow_jax.convert.inception_keys import is_inception
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.config import SIZES, ModelConfig
+from ppflow_jax.models.students import read_students
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, Pyramid, Stage
 from ppflow_jax.systems.registry import read_block, read_conditions
 
@@ -98,6 +99,7 @@ def find_config(
         learn_sigma=rows == 2 * area * channels,
         block=block,
         conditions=read_conditions(state, found),
+        students=read_students(state),
     )
 
 

@@ -9,6 +9,7 @@ then passes is known before anything is compiled.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -65,6 +66,12 @@ def parse(text: str) -> tuple[Student, ...]:
         stage, first, last, ffn = match.groups()
         found.append(Student(int(stage), int(first or ffn), int(last or ffn), ffn is not None))
     return tuple(sorted(found))
+
+
+def read_students(state: Iterable[str]) -> tuple[Student, ...]:
+    """Those of the names of a PyTorch state dict, see `convert.keys`."""
+    names = {name.split(".")[1] for name in state if name.startswith(f"{STUDENTS}.")}
+    return parse(",".join(re.sub(r"(\d)_(\d)", r"\1-\2", n.replace("_", ":", 1)) for n in names))
 
 
 def text(students: tuple[Student, ...]) -> str:

@@ -59,6 +59,7 @@ METHODS = {
     "keep": "known parts put in their place at every step, `--keep=steps`",
     "moe": "blocks with experts (DiT-MoE)",
     "switch": "blocks of Switch-DiT",
+    "students": "students in the place of blocks (PPCL)",
     "mixer": "blocks without full attention (CLEAR, LinFusion, DiCo)",
 }
 ENGINES = ("forecast", "merge", "ras", "rettention")  # change the evaluations

@@ -44,7 +44,7 @@ def take_architecture(config: ConfigDict, workdir: str | None, told: Collection[
     changed = []
     for name, value in card.model.to_json().items():
         before = config.model.get(name)
-        if name in ("adapters", STUDENTS) and before not in (None, NONE):
+        if name == "adapters" and before not in (None, NONE):
             continue  # those of this run, which must fit the weights too
         before = canonical(before, name) if name in KINDS and before else before
         if name == "conditions":

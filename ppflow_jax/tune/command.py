@@ -52,6 +52,10 @@ def tune(model: Model, asked: Asked) -> str:
     """
     check_unconditional(model.config, "tune")
     check_tunable(model.config)
+    if asked.forecast is not None and model.config.students:
+        raise InputError(
+            "the model has students in the place of blocks: tune its steps without --forecast"
+        )
     if asked.forecast == ROUTER:
         return tune_router(model, asked)
     if asked.forecast is not None:

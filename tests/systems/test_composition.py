@@ -20,6 +20,7 @@ from ppflow_jax.models.conditions import GUIDANCE, INTERVAL, Channels, Scalar
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import make_apply
 from ppflow_jax.models.parts import BlockSpec
+from ppflow_jax.models.students import parse
 from ppflow_jax.pyramid import PPFLOW2, SIT
 from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
 from ppflow_jax.systems.composition import ENGINES, METHODS, REFUSED, STAGES, WORKS, pairs
@@ -58,6 +59,7 @@ MODELS = {
     "meanflow": replace(MODEL, conditions=(Scalar(INTERVAL),)),
     "moe": replace(MODEL, block=BlockSpec(ffn=MoE(experts=2, top_k=1))),
     "switch": replace(MODEL, block=BlockSpec(wrap=Switch(experts=2, top_k=1))),
+    "students": replace(MODEL, depth=3, students=parse("0:1-2")),
     "mixer": replace(MODEL, block=BlockSpec(mixer=LinFusion())),
     "keep": replace(MODEL, conditions=(Channels("known", channels=3, drop=0.0),)),
     "stages": STAGED,
