@@ -363,38 +363,49 @@ def test_a_stage_is_looked_at_by_tokens_of_its_own_times(tmp_path, teacher):
     np.testing.assert_allclose(found.similarity[1:, 1:], later, atol=1e-3)
 
 
-def test_the_command_writes_intervals_a_picture_and_students(small_run, tmp_path):
+def test_the_command_writes_intervals_a_picture_and_students(tmp_path):
+    config = replace(TEACHER, num_classes=10)
+    weights = jax.tree.map(lambda leaf: leaf / 2, random_params(config))
+    source = small_model(tmp_path, config, weights)
     out, target = tmp_path / "a.json", tmp_path / "students"
-    flags = [f"--checkpoint={small_run}", f"--out={out}", "--num=40", "--batch=16"]
-    code, said, err = run(
-        "evaluate.prune", *flags, "--remove=1,0", "--ffns=0,1", f"--target={target}"
-    )
+    flags = [f"--checkpoint={tmp_path / 'model'}", "--source=digits", f"--out={out}"]
+    flags += ["--num=40", "--batch=16"]
+    asked = ("--remove=2,0", "--ffns=0,1", f"--target={target}")
+    code, said, err = run("evaluate.prune", *flags, *asked)
     assert code == 0, err
-    found = json.loads(out.read_text())
-    model = pf.load(target)
-    depth = pf.load(small_run).config.depth
-    assert text(model.config.students) == found["students"] and "1:ffn" in found["students"]
-    assert [s["blocks"] for s in found["stages"]] == [depth - 1, depth]
-    assert found["stages"][0]["flops"] < 1 and out.with_suffix(".png").stat().st_size > 5000
-    assert f"{depth - 1} of {depth}" in said and found["students"] in said
+    found, model = json.loads(out.read_text()), pf.load(target)
+    students = model.config.students
+    assert text(students) == found["students"] and "1:ffn" in found["students"]
+    assert [s["blocks"] for s in found["stages"]] == [3, 5]
+    assert found["stages"][0]["flops"] < 0.8 and out.with_suffix(".png").stat().st_size > 5000
+    assert "3 of 5" in said and found["students"] in said
     assert model.sample(2, plan=model.plan(steps=2)).latents.shape[0] == 2
-    first = model.config.students[0]
-    start = jax.tree.map(lambda leaf: leaf[first.start], model.params["blocks"])
-    jax.tree.map(
-        lambda a, b: np.testing.assert_array_equal(a[0], b),
-        model.params["students"]["blocks"],
-        start,
-    )
-    assert jax.tree.map(jnp.shape, model.params) == jax.tree.map(
-        lambda leaf: leaf.shape, abstract_params(model.config)
-    )
-    for wrong, words in (
+    deep = [s for s in students if not s.ffn]
+    own = jax.tree.map(lambda leaf: leaf[0], model.params["students"]["blocks"])
+    start = jax.tree.map(lambda leaf: leaf[deep[0].start], source.params["blocks"])
+    jax.tree.map(np.testing.assert_array_equal, own, start)
+    shapes = jax.tree.map(lambda leaf: leaf.shape, abstract_params(model.config))
+    assert jax.tree.map(jnp.shape, model.params) == shapes
+    residuals = found["stages"][1]["ffn_residual"]
+    assert students[-1] == Student(1, *[int(np.argmin(residuals))] * 2, ffn=True)
+    kernel = model.params["students"]["residual"]["kernel"]  # fitted to data
+    assert 0 < min(residuals) < 1 and np.abs(kernel).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
         ("--remove=9", "no intervals of 2 to any"),
         ("--remove=1,1,1", "one of each of the 2 stages"),
+        ("--remove=1.5", "one whole number"),
         ("--ffns=99", "more than these"),
         ("--shortest=1", "at least 2"),
-    ):
-        code, _, err = run("evaluate.prune", *flags, wrong, f"--target={tmp_path / 'none'}")
-        assert code == 1 and words in err, err
-        assert not (tmp_path / "none").exists()
-    assert isinstance(first, Student)
+    ],
+)
+def test_what_cannot_be_asked_leaves_nothing(tmp_path, wrong, words):
+    config = replace(TEACHER, num_classes=10)
+    small_model(tmp_path, config, random_params(config))
+    flags = [f"--checkpoint={tmp_path / 'model'}", "--source=digits", "--num=20", "--batch=16"]
+    code, _, err = run("evaluate.prune", *flags, wrong, f"--target={tmp_path / 'none'}")
+    assert code == 1 and words in err and "Traceback" not in err, err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
