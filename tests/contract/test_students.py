@@ -95,7 +95,7 @@ def test_rules_cover_every_large_leaf():
 def test_what_does_not_go_together_is_said(other):
     config = experiment_of()
     config.model.update(other)
-    with pytest.raises(InputError, match="merge them first|do not stand in blocks with switch"):
+    with pytest.raises(InputError, match=r"merge them first|do not stand in blocks with switch"):
         Experiment.from_config(config)
     with pytest.raises(InputError, match="with students is not expanded"):
         expanded_config(replace(model_of("none"), pyramid=SIT, students=parse("0:0-1")), PPFLOW2)
