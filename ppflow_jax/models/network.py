@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +28,7 @@ from ppflow_jax.models.layers import Block, TimestepEmbedder, _normal, _zeros, l
 from ppflow_jax.models.parts import Aux, Execution, FullAttention
 from ppflow_jax.models.patch import patchify, positions, unpatchify
 from ppflow_jax.models.stack import REMAT_POLICIES, Params, Stack, Taps, unstacked
-from ppflow_jax.models.student_blocks import make, passed, walk
+from ppflow_jax.models.student_blocks import chosen, make, passed, walk
 
 # (params, x, t, y, stage) -> prediction with the shape of x, or Outputs of stages: see make_apply
 Apply = Callable[..., Any]
@@ -273,11 +272,10 @@ def make_apply(
         nnx.eval_shape(lambda: _module(config, jax.random.key(0), dtype, remat, **options))
     )
 
-    def apply(params, x, t, y, stage, trunk=None, taps=Taps(), mixer=None, on=None):
+    def apply(params, x, t, y, stage, trunk=None, taps=Taps(), **choice):
         taps.check(config.depth)
-        on = config.students if on is None else on
+        spec, on = chosen(config, **choice)
         students.check_call(config, stage, on, taps, trunk is not None)
-        spec = config.block if mixer is None else replace(config.block, mixer=mixer)
         if taps.logits and not isinstance(spec.mixer, FullAttention):
             raise InputError(f"logits of attention: in the blocks there is {spec.mixer} instead")
         if programs.unrolled and trunk is None:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.layers import Block, Execution, linear
-from ppflow_jax.models.parts import Aux, Ffn
+from ppflow_jax.models.parts import Aux, BlockSpec, Ffn, Mixer
 from ppflow_jax.models.stack import Params, Stack, Taps
 from ppflow_jax.models.students import Step, Student, blocks_of, ffns_of, steps
 
@@ -40,6 +40,17 @@ class Residual(Ffn):
 
     def hidden(self, model: ModelConfig) -> float:
         return 0.0
+
+
+def chosen(
+    config: ModelConfig,
+    *,
+    mixer: Mixer | None = None,
+    on: tuple[Student, ...] | None = None,
+) -> tuple[BlockSpec, tuple[Student, ...]]:
+    """What the blocks of a call are, see `network.make_apply`."""
+    spec = config.block if mixer is None else replace(config.block, mixer=mixer)
+    return spec, config.students if on is None else on
 
 
 def make(model: ModelConfig, run: Execution, rngs: nnx.Rngs) -> nnx.Dict:

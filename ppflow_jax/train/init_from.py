@@ -19,6 +19,7 @@ from ppflow_jax.errors import InputError
 from ppflow_jax.files.place import place
 from ppflow_jax.files.store import find_checkpoint
 from ppflow_jax.models.adapters import NONE, adapter_paths, plain, text
+from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Params, abstract_params, init_params
 from ppflow_jax.models.student_blocks import fresh
 from ppflow_jax.models.students import STUDENTS
@@ -108,9 +109,8 @@ def open_start(
         )
     grown = set(source.conditions) <= set(model.conditions)
     conditions = model.conditions if grown else source.conditions
-    taught = source.students or model.students
-    other = replace(source, block=model.block, conditions=conditions, students=taught)
-    other = replace(found, model=plain(other))
+    both = dict(conditions=conditions, students=source.students or model.students)
+    other = replace(found, model=plain(replace(source, block=model.block, **both)))
     if card.trainable != ALL:
         other = replace(other, model=replace(other.model, num_classes=model.num_classes))
     if difference := other.differences(replace(card, model=plain(model))):
@@ -122,15 +122,11 @@ def open_start(
     def start(params: Params, key: Array) -> Params:
         made = {"blocks": model.block.start(model, source, params["blocks"], key)}
         if model.conditions != source.conditions:
-            shapes = abstract_params(model)["conditions"]
-            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-            made["conditions"] = zeros | params.get("conditions", {})
+            made["conditions"] = _zeros(model) | params.get("conditions", {})
         if model.students != source.students:
             made[STUDENTS] = fresh(model.students, params["blocks"])
         if model.num_classes != source.num_classes:
-            null = params["label"]["embedding"][-1:]
-            table = jnp.broadcast_to(null, (model.num_classes + 1, model.width))
-            made["label"] = {"embedding": table}
+            made["label"] = _all_null(model, params["label"])
         params = params | made
         new = adapter_paths(model) - adapter_paths(source)
         return join(params, parted(init_params(model, key), new.__contains__)[0]) if new else params
@@ -144,3 +140,15 @@ def open_start(
     ):
         raise AssertionError(f"{model.block} starts from {source.block} with other leaves than its")
     return load_weights(folder, found, mesh), start
+
+
+def _zeros(model: ModelConfig) -> Params:
+    """Conditions that say nothing yet."""
+    shapes = abstract_params(model)["conditions"]
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+def _all_null(model: ModelConfig, label: Params) -> Params:
+    """A table of the model's classes, each of which is the null class of another."""
+    null = label["embedding"][-1:]
+    return {"embedding": jnp.broadcast_to(null, (model.num_classes + 1, model.width))}
