@@ -43,8 +43,8 @@ def run() -> None:
     config = weights.card.model
     check_unconditional(config, "prune")
     check_prunable(config)
-    remove = by_stage("remove", FLAGS.remove, config)
-    ffns = by_stage("ffns", FLAGS.ffns, config)
+    remove = by_stage("remove", FLAGS.remove, config, config.depth - 1)
+    ffns = by_stage("ffns", FLAGS.ffns, config, config.depth)
     if FLAGS.shortest < 2 or 0 < FLAGS.longest < FLAGS.shortest or FLAGS.longest < 0:
         raise InputError("--shortest must be at least 2, and --longest 0 or no less than that")
     source, encoder, card = open_inputs(data_of(weights.card), weights.card)
@@ -88,8 +88,8 @@ def run() -> None:
         print(f"the model with them, before they are trained: {FLAGS.target}")
 
 
-def by_stage(name: str, texts: list[str] | None, model: ModelConfig) -> list[int | None]:
-    """Whole numbers of a flag, one of every stage.
+def by_stage(name: str, texts: list[str] | None, model: ModelConfig, most: int) -> list[int | None]:
+    """Whole numbers of a flag, one of every stage, from 0 to `most`.
 
     Raises:
       InputError: other numbers, or another count of them.
@@ -98,10 +98,10 @@ def by_stage(name: str, texts: list[str] | None, model: ModelConfig) -> list[int
     if texts is None:
         return [None] * stages
     found = numbers(name, texts)
-    if len(found) not in (1, stages) or any(n < 0 or not n.is_integer() for n in found):
+    if len(found) not in (1, stages) or any(not 0 <= n <= most or n % 1 for n in found):
         raise InputError(
             f"--{name}={','.join(texts)}: give one whole number, or one of each of the "
-            f"{stages} stages"
+            f"{stages} stages, 0 to {most} of the {model.depth} blocks"
         )
     return [int(n) for n in (found * stages if len(found) == 1 else found)]
 

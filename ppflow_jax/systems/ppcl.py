@@ -187,7 +187,7 @@ def beside(
             block = jax.tree.map(lambda leaf, s=student: leaf[s.first], blocks)
             into, out = jax.lax.stop_gradient(ffn_pair(block, at[student.first], c))
             kernel, bias = (own["residual"][name][i] for name in ("kernel", "bias"))
-            pairs[student] = into @ kernel + bias + into, out
+            pairs[student] = into @ kernel + bias[None, None] + into, out
     return h, pairs
 
 

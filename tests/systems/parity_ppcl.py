@@ -51,7 +51,7 @@ def functions(ref: Reference) -> Iterator[Row]:
         yield from ref.row(f"functions/weight{few}", kernel.T)
         yield from ref.row(f"functions/bias{few}", bias)
         if not few:  # the same from streamed products: what is fitted there is y - x
-            probes = probes_of(streamed(np.stack([x, y])), ridge=0)
+            probes = probes_of(streamed(np.stack([x, y])), ridge=0.0)
             yield from ref.row(
                 "functions/weight", (probes.kernel[0] + np.eye(x.shape[1])).T, what="streamed"
             )
@@ -73,7 +73,7 @@ def streamed(tokens: np.ndarray, parts: int = 3) -> Moments:
 
 def block(p: dict[str, jax.Array], h: jax.Array, e: jax.Array, t: jax.Array):
     """A block of the toy teacher: both streams after it."""
-    time = t[:, None, None] * p["c"]
+    time = t[:, None, None] * p["c"][None, None]
     mean = lambda x: x.mean(axis=1, keepdims=True)
     after = h + jnp.tanh(h @ p["a"] + mean(e) @ p["b"] + time)
     return after, e + jnp.tanh(e @ p["e"] + mean(h) @ p["b"])
@@ -115,7 +115,7 @@ def distillation(ref: Reference) -> Iterator[Row]:
 def probing(ref: Reference) -> Iterator[Row]:
     tokens = ref["restated/activations"]
     moments = streamed(tokens)
-    probes = probes_of(moments, ridge=0)
+    probes = probes_of(moments, ridge=0.0)
     similarity = chains(moments, probes)
     upper = np.triu(np.ones(similarity.shape, bool))
     found = {

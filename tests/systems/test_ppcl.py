@@ -89,7 +89,7 @@ def walk(depth=6, width=5, count=400, linear=()):
 
 def test_a_block_that_is_linear_has_a_probe_without_error_and_costs_a_chain_nothing():
     moments = Moments.of(walk(linear=(2, 3)))
-    probes = probes_of(moments, ridge=0)
+    probes = probes_of(moments, ridge=0.0)
     assert max(probes.residual[2:4]) < 1e-6 < min(probes.residual[[0, 1, 4, 5]])
     delta = losses(chains(moments, probes))
     assert abs(delta[1, 2]) < 1e-9 and abs(delta[1, 3]) < 1e-9 and delta[1, 4] > 1e-3
@@ -322,7 +322,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(InputError, match="the model has none"):
         objective(model=TEACHER)
     with pytest.raises(InputError, match="at least 0"):
-        Ppcl(magnitude=-1)
+        Ppcl(magnitude=-1.0)
     with pytest.raises(InputError, match="trains students alone"):
         check_trained(objective(), MODEL, (".*",))
     check_trained(objective(), MODEL, ("students/.*",))
@@ -379,7 +379,6 @@ def test_the_command_writes_intervals_a_picture_and_students(tmp_path):
     assert [s["blocks"] for s in found["stages"]] == [3, 5]
     assert found["stages"][0]["flops"] < 0.8 and out.with_suffix(".png").stat().st_size > 5000
     assert "3 of 5" in said and found["students"] in said
-    assert model.sample(2, plan=model.plan(steps=2)).latents.shape[0] == 2
     deep = [s for s in students if not s.ffn]
     own = jax.tree.map(lambda leaf: leaf[0], model.params["students"]["blocks"])
     start = jax.tree.map(lambda leaf: leaf[deep[0].start], source.params["blocks"])
@@ -395,10 +394,10 @@ def test_the_command_writes_intervals_a_picture_and_students(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ("--remove=9", "no intervals of 2 to any"),
+        ("--remove=9", "0 to 4 of the 5 blocks"),
         ("--remove=1,1,1", "one of each of the 2 stages"),
         ("--remove=1.5", "one whole number"),
-        ("--ffns=99", "more than these"),
+        ("--ffns=99", "0 to 5 of the 5 blocks"),
         ("--shortest=1", "at least 2"),
     ],
 )
