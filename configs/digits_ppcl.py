@@ -14,7 +14,7 @@ from ppflow_jax.systems.ppcl import TRAINABLE
 
 def get_config(variant: str = ""):
     c = digits.get_config(variant)
-    c.model.students = "0:1-2,0:3-4"  # four blocks of the coarse stage in place of six
+    c.model.students = "0:0-1,0:3-4"  # four blocks of the coarse stage in place of six
     c.flow.objective = "ppcl:magnitude=0.1"
     c.train.trainable = TRAINABLE
     c.train.steps = 300

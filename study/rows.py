@@ -80,11 +80,11 @@ ROWS = {
     ),
     "ppcl_coarse": Row(
         "2 levels, the coarse stage passes 4 of 6 blocks, distilled", TWO,
-        PPCL | {"model.students": "0:1-2,0:3-4"}, starts_from="levels2", steps=0.5,
+        PPCL | {"model.students": "0:0-1,0:3-4"}, starts_from="levels2", steps=0.5,
     ),
     "ppcl_fine": Row(
         "2 levels, the fine stage passes 4 of 6 blocks, distilled", TWO,
-        PPCL | {"model.students": "1:1-2,1:3-4"}, starts_from="levels2", steps=0.5,
+        PPCL | {"model.students": "1:0-1,1:3-4"}, starts_from="levels2", steps=0.5,
     ),
 }  # fmt: skip
 
