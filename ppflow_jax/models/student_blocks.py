@@ -110,11 +110,8 @@ def _selected(stack: Stack, own: nnx.Dict, here: list[Step]) -> Stack:
     """With an axis of depth: runs of rows, put together in the order of the steps."""
     ours, tree = jax.tree.flatten(stack.blocks)
     theirs = jax.tree.leaves(own["blocks"]) if "blocks" in own else ours
-    rows = [
-        (step.block is None, step.student if step.block is None else step.block) for step in here
-    ]
     cuts: list[tuple[bool, int, int]] = []
-    for student, row in rows:
+    for student, row in ((step.block is None, step.row) for step in here):
         if cuts and cuts[-1][0] == student and cuts[-1][2] == row:
             cuts[-1] = (student, cuts[-1][1], row + 1)
         else:
@@ -140,8 +137,9 @@ def _layers(stack: Stack, own: nnx.Dict, here: list[Step]) -> Stack:
         if step.residual is not None:
             one = one | {"residual": of("residual", step.residual)}
         layers.append(one)
-    leaves_, tree = jax.tree.flatten(stack.blocks)  # a module of its own, to be changed
-    return replace(stack, blocks=tree.unflatten(leaves_), layers=tuple(layers))
+    values, tree = jax.tree.flatten(stack.blocks)
+    own_module = tree.unflatten(values)  # which may be changed
+    return replace(stack, blocks=own_module, layers=tuple(layers))
 
 
 def walk(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from ppflow_jax.errors import InputError
+from ppflow_jax.models.parts import Mlp
 from ppflow_jax.models.stack import Taps
 
 if TYPE_CHECKING:
@@ -92,6 +93,8 @@ def check(model: ModelConfig) -> None:
         raise InputError("a model with students has no adapters: merge them first")
     if model.block.wrap is not None:
         raise InputError(f"students do not stand in blocks with {model.block.wrap}: leave them out")
+    if ffns_of(students) and model.block.ffn != Mlp():
+        raise InputError(f"students of FFNs stand for MLPs, the blocks have {model.block.ffn}")
     stages, taken = len(model.pyramid), set()
     for s in students:
         if s.stage >= stages or s.last >= model.depth or s.first >= s.last + s.ffn:

@@ -109,6 +109,8 @@ def test_what_does_not_go_together_is_said(other):
     config.model.update(other)
     with pytest.raises(InputError, match=r"merge them first|do not stand in blocks with switch"):
         Experiment.from_config(config)
+    with pytest.raises(InputError, match="stand for MLPs, the blocks have moe"):
+        replace(model_of(), block=take_block({"ffn": "moe:experts=2,top_k=1"}))
     with pytest.raises(InputError, match="with students is not expanded"):
         expanded_config(replace(model_of("none"), pyramid=SIT, students=parse("0:0-1")), PPFLOW2)
 
