@@ -34,7 +34,7 @@ from ppflow_jax.flow.terms import Batch, Metrics, Weights
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.layers import Block, modulate
 from ppflow_jax.models.leaves import Described
-from ppflow_jax.models.network import Apply, Params, abstract_params
+from ppflow_jax.models.network import Apply, Output, Params, abstract_params
 from ppflow_jax.models.students import STUDENTS, Student, blocks_of, ffns_of
 from ppflow_jax.models.trees import leaves, split
 
@@ -131,8 +131,8 @@ class Intervals:
         given = (params, frozen, batch, draws)
         _, found = self.base.predicted(functools.partial(self._pairs, apply), *given)
         each = {}
-        for pairs in found:
-            for student, (ours, theirs) in pairs.items():
+        for output in found:
+            for student, (ours, theirs) in output.taps.items():
                 near = normalised_l1 if student.ffn else direction_loss
                 value = jnp.mean(near(ours, theirs))
                 if self.settings.magnitude:
@@ -143,12 +143,13 @@ class Intervals:
 
     def _pairs(
         self, apply: Apply, params: Params, xt: Any, t: Any, y: Any, stages: tuple[int, ...]
-    ) -> tuple[dict[Student, Pair], ...]:
-        """Of every stage, from one pass of the teacher."""
+    ) -> tuple[Output, ...]:
+        """Of every stage, with pairs by student as its taps, from one pass of the teacher."""
         found = []
         for given in zip(xt, t, y, stages):
             trunk = functools.partial(beside, params[STUDENTS], self.students, given[-1])
-            found.append(apply(params, *given, trunk=trunk, on=())[1])
+            prediction, pairs = apply(params, *given, trunk=trunk, on=())
+            found.append(Output(prediction, {}, pairs))
         return tuple(found)
 
 
