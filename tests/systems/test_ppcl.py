@@ -364,6 +364,7 @@ def test_a_stage_is_looked_at_by_tokens_of_its_own_times(tmp_path, teacher):
 
 
 def test_the_command_writes_intervals_a_picture_and_students(tmp_path):
+    """That of docs/ppcl.md."""
     config = replace(TEACHER, num_classes=10)
     weights = jax.tree.map(lambda leaf: leaf / 2, random_params(config))
     source = small_model(tmp_path, config, weights)
