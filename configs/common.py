@@ -47,6 +47,7 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     # beside that of data.task, e.g. ("channels:name=low,channels=4",): see docs/conditions.md
     c.model.conditions = ()
     c.model.adapters = "none"  # or lora:rank=8,on=blocks/.*;scale:on=...: see docs/adapters.md
+    c.model.students = "none"  # in the place of blocks, e.g. 0:2-4,1:ffn5: see docs/ppcl.md
     c.model.dtype = "bfloat16"  # of matrix products; parameters, norms and the last one float32
     c.model.attention = "auto"  # or xla, deferred, cudnn, splash: see models/attention.py
     c.model.remat = "none"  # none, dots (keep matrix products) or full (keep nothing)

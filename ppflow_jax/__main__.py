@@ -22,6 +22,7 @@ COMMANDS = {
     "sample": ("sample", "make pictures from a checkpoint, or explain what that would cost"),
     "evaluate": ("evaluate", "FID and its relatives of samples or of a checkpoint"),
     "probe": ("evaluate.probe", "what the blocks of a model know of classes, by a linear head"),
+    "prune": ("evaluate.prune", "which blocks a stage can do without, and students for them"),
     "convert": ("convert", "PyTorch weights to a checkpoint and back; a SiT to a pyramid"),
     "rank": ("convert.rank", "order hidden units by importance, before a model is cut in slices"),
     "prepare": ("prepare", "encode a dataset of pictures once, to train on its latents"),

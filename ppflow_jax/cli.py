@@ -31,6 +31,7 @@ STORES = {
     "evaluate": {"samples", "reference", "checkpoint", "features", "decode", "plan", "out"},
     "prepare": {"out", "path", "vae", "fields"},
     "probe": {"checkpoint", "out", "path", "vae"},
+    "prune": {"checkpoint", "out", "path", "target", "vae"},
     "push": {"RUN hf:OWNER/REPO"},
     "rank": {"source", "target", "config.data.path", "config.data.vae"},
     "report": {"RUN...", "out", "decode"},
@@ -145,7 +146,8 @@ def _parse(program: str, required: tuple[str, ...], positional: str) -> list[str
 def _reads_hub(program: str, flag: str) -> bool:
     if program == "push":
         return flag == "RUN hf:OWNER/REPO"
-    return flag in WEIGHTS and (program, flag) not in (("prepare", "source"), ("probe", "source"))
+    kinds = {(name, "source") for name in ("prepare", "probe", "prune")}  # of datasets
+    return flag in WEIGHTS and (program, flag) not in kinds
 
 
 def _unknown_key(arguments: list[str]) -> str:

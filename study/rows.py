@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from configs import digits_ddt
 from ppflow_jax.flow.cost import training_flops
+from ppflow_jax.systems.ppcl import TRAINABLE
 from ppflow_jax.train.experiment import Experiment
 
 COARSE_END = 0.5  # where the coarsest stage of the main rows ends
@@ -22,6 +23,7 @@ DYDIT = {
     "flow.objective": "dydit:share=0.6,warmup=300",
     "optim.clip": 50.0,
 }
+PPCL = {"flow.objective": "ppcl", "train.trainable": TRAINABLE}
 MOE = "moe:experts=4,shared=0,expert=gelu"
 DDT = {f"model.{name}": value for name, value in digits_ddt.MODEL.items()}
 SLICES = "dense2moe:experts=12,top_k=2,shared=1.0"
@@ -125,6 +127,14 @@ ROWS = {
     "slices_flow": Row(
         "2 levels, 37.5% of the MLPs active, 50% more steps without a teacher", TWO,
         {"model.ffn": SLICES}, starts_from="levels2", steps=0.5, ranked=True,
+    ),
+    "ppcl_coarse": Row(
+        "2 levels, the coarse stage passes 4 of 6 blocks, distilled", TWO,
+        PPCL | {"model.students": "0:0-1,0:3-4"}, starts_from="levels2", steps=0.5,
+    ),
+    "ppcl_fine": Row(
+        "2 levels, the fine stage passes 4 of 6 blocks, distilled", TWO,
+        PPCL | {"model.students": "1:0-1,1:3-4"}, starts_from="levels2", steps=0.5,
     ),
 }  # fmt: skip
 

@@ -85,7 +85,7 @@ def test_choices_of_other_commands_are_those_of_the_package():
 
     assert choices("convert", "kind") == KINDS
     assert choices("evaluate", "resize") == choices("prepare", "resize") == CONVENTIONS
-    assert choices("evaluate.probe", "source") == SOURCES
+    assert choices("evaluate.probe", "source") == choices("evaluate.prune", "source") == SOURCES
     assert set(choices("bench", "remat")) == set(REMAT_POLICIES)
     commands._load("evaluate")
     assert all(metric in flags.FLAGS["metrics"].help for metric in METRICS)

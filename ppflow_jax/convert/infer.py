@@ -11,6 +11,7 @@ from ppflow_jax.convert.autoencoder_keys import autoencoder_kind
 from ppflow_jax.convert.inception_keys import is_inception
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.config import SIZES, ModelConfig
+from ppflow_jax.models.students import read_students
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, Pyramid, Stage
 from ppflow_jax.systems.registry import read_block, read_conditions, read_network
 
@@ -62,8 +63,7 @@ def find_config(
       pyramid: of a PPFlow file, where it is not the public one.
       heads: where the width is not a public one.
       latent_size: where the file has no positions.
-      ffn, mixer: parts whose settings are not the defaults.
-      network: where the names do not tell all of it.
+      ffn, mixer, network: of which the names do not tell all.
 
     Raises:
       InputError: what cannot be found, or does not agree.
@@ -102,6 +102,7 @@ def find_config(
         block=block,
         conditions=read_conditions(state, found),
         network=backbone,
+        students=read_students(state),
     )
 
 

@@ -18,6 +18,7 @@ from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.leaves import Key, linear_keys
 from ppflow_jax.models.network import Params
 from ppflow_jax.models.patch import positions
+from ppflow_jax.models.students import STUDENTS, blocks_of, ffns_of
 from ppflow_jax.models.torch_keys import attention_keys, factors, final_keys, patch_keys
 
 
@@ -45,18 +46,33 @@ def key_table(config: ModelConfig) -> tuple[Key, ...]:
     if config.has_levels:
         table.append(Key("level_embedder.embedding_table.weight", ("level", "embedding")))
     for layer in range(config.depth):
-        if config.block.mixer.attends:
-            table += attention_keys(layer, config.heads)
-        table += config.block.keys(layer)
-        if config.block.norm is None:
-            table += linear_keys(
-                f"blocks.{layer}.adaLN_modulation.1", "blocks", "adaln", index=(layer,)
-            )
+        table += _block(config, layer)
     table += linear_keys("final_layer.adaLN_modulation.1", "final_adaln")
     for condition in config.conditions:
         table += condition.keys(config)
+    table += _students(config)
     table += _adapters(config, table)
     return tuple(table)
+
+
+def _block(config: ModelConfig, layer: int) -> Iterator[Key]:
+    if config.block.mixer.attends:
+        yield from attention_keys(layer, config.heads)
+    yield from config.block.keys(layer)
+    if config.block.norm is None:
+        name = f"blocks.{layer}.adaLN_modulation.1"
+        yield from linear_keys(name, "blocks", "adaln", index=(layer,))
+
+
+def _students(config: ModelConfig) -> Iterator[Key]:
+    """A block's are below `students.STAGE_FIRST_LAST`; a linear map is `students.STAGE_ffnN`."""
+    for row, s in enumerate(blocks_of(config.students)):
+        for key in _block(config, row):
+            name = key.torch.replace(f"blocks.{row}.", f"students.{s.stage}_{s.first}_{s.last}.")
+            yield key._replace(torch=name, path=(STUDENTS, *key.path))
+    for row, s in enumerate(ffns_of(config.students)):
+        name = f"students.{s.stage}_ffn{s.first}"
+        yield from linear_keys(name, STUDENTS, "residual", index=(row,))
 
 
 def _adapters(config: ModelConfig, table: list[Key]) -> list[Key]:

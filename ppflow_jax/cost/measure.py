@@ -105,7 +105,8 @@ def _seconds(call: Callable[[], Any]) -> float:
 def xla_forward_flops(model: ModelConfig, apply: Apply, stage: int, *, gradient: bool) -> float:
     """FLOPs that XLA counts in a forward pass of one image, or in its gradient.
 
-    XLA counts the body of a loop once, so the blocks are counted as one less none, times depth.
+    XLA counts the body of a loop once, so blocks are counted as one less none, times their
+    number.
     """
 
     def count(blocks: int) -> float:
@@ -122,7 +123,7 @@ def xla_forward_flops(model: ModelConfig, apply: Apply, stage: int, *, gradient:
         return lowered.cost_analysis()["flops"]
 
     ends = count(0)
-    return ends + model.depth * (count(1) - ends)
+    return ends + model.blocks_at(stage) * (count(1) - ends)
 
 
 def stacked_block(stacked: Any) -> Any:

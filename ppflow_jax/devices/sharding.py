@@ -39,6 +39,7 @@ RULES: Rules = (
     (r"blocks/adaln/kernel$", P(None, None, "fsdp")),
     (r"(final_adaln|time/fc[12])/kernel$", P(None, "fsdp")),
     (r"terms/.*kernel$", P(None, "fsdp")),
+    (r"residual/kernel$", P(None, None, "fsdp")),  # see `models.students`
     # Adapters are small: they are cut only where they meet what `tensor` has cut.
     (r"blocks/attention/qkv_lora_b$", P(None, None, None, "tensor")),
     (r"blocks/attention/qkv_(gamma|beta)$", P(None, None, "tensor")),

@@ -41,7 +41,7 @@ def run() -> None:
     sweep = sweep_of(weights.card.model)
     sweep.check(weights.card.model)
     source, encoder, card = open_inputs(data_of(weights.card), weights.card)
-    out = _out()
+    out = json_path("probe")
     examples = read_examples(source, encoder, FLAGS.num, FLAGS.batch, FLAGS.seed)
     model = Model(weights)
     rows = probe(model, examples, sweep, batch=FLAGS.batch, seed=FLAGS.seed)
@@ -110,10 +110,14 @@ def data_of(card: Card) -> ConfigDict:
     return ConfigDict(given | {"space": card.space, "fields": (), "task": "none", "stage": ""})
 
 
-def _out() -> Path:
-    """Where the JSON goes; proves that it can be written there."""
+def json_path(command: str) -> Path:
+    """Where the JSON of a command goes; proves that it can be written there.
+
+    Raises:
+      InputError: a folder, or the place of the picture beside it.
+    """
     run = lexical(FLAGS.checkpoint)
-    path = place(FLAGS.out) if FLAGS.out else run.with_name(f"{run.name}.probe.json")
+    path = place(FLAGS.out) if FLAGS.out else run.with_name(f"{run.name}.{command}.json")
     writable_directory(path.parent)
     if path.is_dir() or path.suffix == ".png":
         raise InputError(f"--out={path}: name a JSON file; the heat map is beside it as .png")

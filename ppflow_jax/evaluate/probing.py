@@ -120,7 +120,7 @@ def read_examples(
     mesh = local_mesh()
     inputs, place = make_inputs(encoder, mesh, seed), batch_sharding(mesh)
     xs, labels = [], []
-    for step, (rows, some) in enumerate(_batches(ids, batch)):
+    for step, (rows, some) in enumerate(batches(ids, batch)):
         read = source.read(some, np.zeros(len(some), bool))
         read.pop("unreadable", None)
         found = inputs(jax.device_put(read, place), step)
@@ -129,7 +129,7 @@ def read_examples(
     return Examples(np.concatenate(xs), np.concatenate(labels), ids)
 
 
-def _batches(ids: np.ndarray, batch: int) -> Iterator[tuple[int, np.ndarray]]:
+def batches(ids: np.ndarray, batch: int) -> Iterator[tuple[int, np.ndarray]]:
     """Numbers in batches that the devices share, the last one filled up with its last number."""
     size = -(-min(batch, len(ids)) // (shards := data_shards(local_mesh()))) * shards
     for first in range(0, len(ids), size):
@@ -144,7 +144,7 @@ def features_at(
     program, place = _program(model, sweep, t), batch_sharding(local_mesh())
     found: dict[tuple[int, str], list[np.ndarray]] = {}
     with jax.default_matmul_precision("highest" if model.dtype == "float32" else "default"):
-        for rows, some in _batches(np.arange(len(examples)), batch):
+        for rows, some in batches(np.arange(len(examples)), batch):
             noise, _ = image_noise(np.uint32(seed), examples.ids[some], model.config.shape)
             given = jax.device_put((examples.x[some], np.asarray(noise)), place)
             for key, values in zip(_keys(sweep), program(model.params, *given)):

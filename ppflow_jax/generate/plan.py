@@ -139,6 +139,11 @@ def tuned_plan(
             )
     check_tunable(card.model)
     depth = file.forecast and file.forecast.of_blocks
+    if depth and card.model.students:
+        raise InputError(
+            f"the plan forecasts {depth} blocks of every stage, the model has students in the "
+            "place of some: give a plan without forecasts"
+        )
     if depth not in (None, card.model.depth):
         raise InputError(
             f"the plan forecasts features of {depth} blocks, the model has {card.model.depth}: "

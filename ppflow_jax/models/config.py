@@ -6,11 +6,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ppflow_jax.errors import InputError
+from ppflow_jax.models import students
 from ppflow_jax.models.adapters import NONE, Adapter, beside, parse, text
 from ppflow_jax.models.backbone import Backbone
 from ppflow_jax.models.conditions import Condition, supplied
 from ppflow_jax.models.leaves import Matrix, Rule
 from ppflow_jax.models.parts import DIT, BlockSpec
+from ppflow_jax.models.students import Student
 from ppflow_jax.pyramid import Pyramid
 
 # DiT, arXiv 2212.09748, Table 1.
@@ -40,11 +42,13 @@ class ModelConfig:
       conditions: what it is told besides time and label.
       adapters: what stands beside the kernels, see `models.adapters`.
       network: what is in the place of `models.network.PPFlow`; None: that.
+      students: what stands in the place of blocks in a stage, see `models.students`.
 
     Raises:
       InputError: a patch does not divide the latent, heads do not divide the width, a part
         of the blocks does not fit, two conditions have one name or one does not fit the model,
-        adapters are on no kernel, or the network cannot be of this model.
+        adapters are on no kernel, students are of no blocks, or the network cannot be of this
+        model.
     """
 
     pyramid: Pyramid
@@ -61,6 +65,7 @@ class ModelConfig:
     conditions: tuple[Condition, ...] = ()
     adapters: tuple[Adapter, ...] = ()
     network: Backbone | None = None
+    students: tuple[Student, ...] = ()
 
     def __post_init__(self):
         sizes = (self.latent_size, self.channels, self.width, self.depth, self.heads)
@@ -83,6 +88,7 @@ class ModelConfig:
         if self.network is not None:
             self.network.check(self)
         beside(self)
+        students.check(self)
 
     @property
     def has_levels(self) -> bool:
@@ -130,9 +136,13 @@ class ModelConfig:
     def head_width(self) -> int:
         return self.width // self.heads
 
+    def blocks_at(self, stage: int) -> int:
+        """How many blocks the tokens of a stage pass."""
+        return len(students.steps(self, stage))
+
     def to_json(self) -> dict[str, Any]:
-        """By field; conditions, adapters, network and parts that are not DiT's, as text."""
-        special = ("block", "conditions", "adapters", "network")
+        """By field; conditions, adapters, network, students and parts unlike DiT's, as text."""
+        special = ("block", "conditions", "adapters", "network", "students")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in special}
         texts: dict[str, Any] = {"pyramid": str(self.pyramid)} | self.block.to_json()
         if self.conditions:
@@ -141,6 +151,8 @@ class ModelConfig:
             texts["adapters"] = text(self.adapters)
         if self.network is not None:
             texts["network"] = str(self.network)
+        if self.students:
+            texts["students"] = students.text(self.students)
         return values | texts
 
     @classmethod
@@ -160,5 +172,6 @@ class ModelConfig:
         if unknown := set(values) - known:
             raise InputError(f"model config has unknown keys {sorted(unknown)}: update ppflow_jax")
         pyramid = Pyramid.parse(values["pyramid"])
-        made = {"pyramid": pyramid, "block": block, "conditions": conditions, "network": network}
+        made: dict[str, Any] = {"pyramid": pyramid, "block": block, "conditions": conditions}
+        made |= {"network": network, "students": students.parse(values.get("students", NONE))}
         return cls(**(values | made | {"adapters": parse(values.get("adapters", NONE))}))

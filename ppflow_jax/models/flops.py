@@ -5,6 +5,8 @@ from __future__ import annotations
 from ppflow_jax.models.adapters import low_rank_flops
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.layers import FREQUENCIES
+from ppflow_jax.models.student_blocks import Residual
+from ppflow_jax.models.students import steps
 
 
 def block_flops(
@@ -46,7 +48,11 @@ def ends_flops(model: ModelConfig, stage: int) -> int:
 
 def forward_flops(model: ModelConfig, stage: int) -> int:
     """FLOPs of one plain evaluation of one image."""
-    return model.depth * block_flops(model, stage) + ends_flops(model, stage)
+    rows, cols = model.pyramid.grid(stage, model.latent_size)
+    ffns = sum(step.residual is not None for step in steps(model, stage))
+    less = model.block.ffn.flops(model, rows * cols) - Residual().flops(model, rows * cols)
+    blocks = model.blocks_at(stage) * block_flops(model, stage) - ffns * less
+    return blocks + ends_flops(model, stage)
 
 
 def block_traffic(model: ModelConfig, stage: int) -> int:
@@ -62,5 +68,5 @@ def block_traffic(model: ModelConfig, stage: int) -> int:
         hidden = stack.block.ffn.hidden(stack)
         scores = stack.block.mixer.scores(stack, stage)
         inside = int((12 * stack.width + 2 * hidden) * n) + 4 * stack.heads * scores
-        elements += stack.depth * inside
+        elements += stack.blocks_at(stage) * inside
     return elements

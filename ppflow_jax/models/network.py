@@ -6,7 +6,6 @@ final projection and the level embedding are per stage; the transformer blocks a
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from ppflow_jax.devices.layout import Layout
 from ppflow_jax.devices.programs import Programs, for_passes
@@ -29,7 +28,18 @@ from ppflow_jax.models.layers import Block, TimestepEmbedder, _normal, _zeros, l
 from ppflow_jax.models.norms import entering
 from ppflow_jax.models.parts import Aux, Execution, FullAttention
 from ppflow_jax.models.patch import patchify, positions, unpatchify
-from ppflow_jax.models.stack import REMAT_POLICIES, Output, Params, Stack, Taps, unstacked
+from ppflow_jax.models.stack import (
+    Output,
+    Params,
+    Stack,
+    Taps,
+    apart,
+    check_remat,
+    joined,
+    unstacked,
+)
+from ppflow_jax.models.student_blocks import chosen, make, passed, walk
+from ppflow_jax.models.students import STUDENTS, Student, check_call
 
 # (params, x, t, y, stage) -> prediction with the shape of x, or Outputs of stages: see make_apply
 Apply = Callable[..., Any]
@@ -40,6 +50,8 @@ Trunk = Callable[[Block, Float[Array, "b n d"], Float[Array, "b d"]], tuple[Arra
 
 class PPFlow(nnx.Module):
     """PPFlow / SiT network. Call it through `make_apply`."""
+
+    on: tuple[Student, ...] = ()  # that stand in the place of blocks
 
     def __init__(
         self,
@@ -78,6 +90,8 @@ class PPFlow(nnx.Module):
                 {c.name: c.module(config, self.run, rngs) for c in config.conditions}
             )
         attach(self, config, rngs)
+        if config.students:
+            self.students = make(config, self.run, rngs)
 
     def tokens(self, x: Float[Array, "b h w c"], stage: int, told: Told) -> Float[Array, "b n d"]:
         """Patch projection of one stage, of the latent and of conditions, plus its positions."""
@@ -137,8 +151,9 @@ class PPFlow(nnx.Module):
         told = split(self.config.conditions, y)
         vector = self.embeddings((t,), (told,), (stage,))[0]
         c = jax.nn.silu(vector)
-        signal, _ = self.signals(Stack(self.blocks, (), self.run, self.remat), t)
-        blocks = self.blocks.given(signal, self.grid(stage))
+        stack = Stack(self.blocks, (), self.run, self.remat)
+        signal, _ = self.signals(stack, t)
+        blocks = passed(self, stack, stage)[0][0].blocks.given(signal, self.grid(stage))
         h, seen = entering(self.config.block.norm, self.tokens(x, stage, told), c, vector, t)
         h, extra = trunk(blocks, h, seen)
         return self.prediction(h, c, stage), extra
@@ -166,11 +181,15 @@ class PPFlow(nnx.Module):
         hs, seen = zip(*map(entering, norms, hs, cs, vectors, ts))
         stack = Stack(self.blocks, layers, self.run, self.remat)
         signals, given = zip(*(self.signals(stack, t, *own) for t, own in zip(ts, each)))
-        changes = turn(self.config, lambda: self.conditions, vectors)
-        hs, seen, auxes, found = stack(
-            hs, seen, signals, tuple(map(self.grid, stages)), taps, changes
-        )
-        cs = seen if changes else cs
+        if self.on:  # every stage passes blocks of its own
+            walks = zip(stages, hs, seen)
+            hs, auxes, found = zip(*(walk(self, stack, *one, taps) for one in walks))
+        else:
+            changes = turn(self.config, lambda: self.conditions, vectors)
+            hs, seen, auxes, found = stack(
+                hs, seen, signals, tuple(map(self.grid, stages)), taps, changes
+            )
+            cs = seen if changes else cs
         predictions = (self.prediction(*each) for each in zip(hs, cs, stages))
         terms = (self.config.block.terms(aux | more) for aux, more in zip(auxes, given))
         return tuple(map(Output, predictions, terms, found))
@@ -196,18 +215,6 @@ class PPFlow(nnx.Module):
             self.final(h, c, stage), self.grid(stage), config.pyramid.stages[stage].patch
         )
         return out[..., : config.channels]
-
-
-def joined(parts: tuple[Array, ...], turns: int) -> Float[Array, "turns _"] | Int[Array, "turns _"]:
-    """The samples of all stages in one batch, in turn; `apart` gives what was made of them."""
-    return jnp.concatenate([part.reshape(turns, -1) for part in parts], axis=1)
-
-
-def apart(c: Float[Array, "b d"], sizes: tuple[int, ...], turns: int) -> list[Float[Array, "_ d"]]:
-    """Rows of every stage, of which `joined` made one batch."""
-    cuts = list(itertools.accumulate(size // turns for size in sizes))[:-1]
-    own = jnp.split(c.reshape(turns, -1, c.shape[-1]), cuts, axis=1)
-    return [part.reshape(-1, part.shape[-1]) for part in own]
 
 
 def _module(
@@ -241,49 +248,47 @@ def make_apply(
     layout: Layout = Layout(),
     one_time: bool = False,
 ) -> Apply:
-    """The network as a pure function `apply(params, x, t, y, stage, trunk, taps, parts)`.
+    """The network as a pure function `apply(params, x, t, y, stage, trunk, taps, parts, on)`.
 
-    x float32 [b, h, w, c] latent; t float32 [b] in [0, 1]; y int32 [b], null label allowed, of a
-    model with conditions {"label": y, name: values} (see `models.conditions`); stage a Python int.
-    Returns float32 [b, h, w, c]: the velocity, score or noise it was trained to predict. With a
-    tuple for each of x, t, y and stage: an `Output` of each, in one pass over the blocks; with
-    `taps` an `Output` of one stage too. With `parts`, a function of the `BlockSpec`, blocks compute
-    with the parts that it gives, on the same leaves. What is drawn for the wrap of the blocks is
-    given by its kind, one for each of several stages. `params` may be `unstacked`. `dtype` is that
-    of the matrix products, `programs` how it is computed (None: as suits passes on the default
-    device), `layout` that of the mesh. With `one_time` all images of a call have one time, as in
-    sampling. `trunk` (see `Trunk`) replaces the scan over the blocks, whose weights are then all
-    gathered at once; the result is (prediction, what the trunk returned besides).
+    x float32 [b, h, w, c] latent; t float32 [b] in [0, 1]; y int32 [b], null label allowed, of
+    a model with conditions {"label": y, name: values} (see `models.conditions`); stage a Python
+    int. Returns float32 [b, h, w, c]: the velocity, score or noise it was trained to predict.
+    With a tuple for each of x, t, y and stage: an `Output` of each, in one pass over the
+    blocks; with `taps` an `Output` of one stage too. With `parts`, a function of the
+    `BlockSpec`, blocks compute with the parts that it gives, on the same leaves; of the
+    students those that are `on` stand in the place of blocks (see `models.students`; None:
+    all); what is drawn for the wrap of the blocks is given by its kind, one for each stage.
+    `params` may be `unstacked`. `dtype` is that of the matrix products, `programs` how it is
+    computed (None: as suits passes on the default device), `layout` that of the mesh. With
+    `one_time` all images of a call have one time. `trunk` (see `Trunk`) replaces the scan over
+    the blocks, whose weights are then all gathered at once; the result is then (prediction,
+    what it returned besides).
 
     Raises:
       InputError: unknown remat policy, or a policy for unrolled blocks; in `apply`, taps of blocks
-        or logits that there are not.
+        or logits that there are not,
+        or a trunk for blocks some of whose FFNs are students.
     """
     programs = programs or for_passes(dtype=dtype, head=config.head_width)
-    if remat not in REMAT_POLICIES:
-        raise InputError(f"unknown remat policy {remat!r}: one of {', '.join(REMAT_POLICIES)}")
-    if programs.unrolled and remat != "none":
-        raise InputError(f"remat {remat!r} is for blocks that are scanned: choose none")
+    check_remat(remat, programs)
     options = dict(programs=programs, layout=layout, one_time=one_time)
     graphdef, _ = nnx.split(
         nnx.eval_shape(lambda: _module(config, jax.random.key(0), dtype, remat, **options))
     )
 
-    def apply(params, x, t, y, stage, trunk=None, taps=Taps(), parts=None, **drawn):
+    def apply(params, x, t, y, stage, trunk=None, taps=Taps(), **choice):
         taps.check(config.depth)
-        own = tuple(drawn.pop(config.block.wrap.kind, ())) if config.block.wrap else ()
-        if drawn:
-            raise TypeError(f"{', '.join(drawn)}: no argument of a network with {config.block}")
-        spec = config.block if parts is None else parts(config.block)
+        spec, on, own = chosen(config, **choice)
+        check_call(config, stage, on, taps, trunk is not None)
         if taps.logits and not isinstance(spec.mixer, FullAttention):
             raise InputError(f"logits of attention: in the blocks there is {spec.mixer} instead")
         if programs.unrolled and trunk is None:
             params = unstacked(params)
-        here = {name: part for name, part in params.items() if trunk or not is_stacked(name)}
+        here = {k: v for k, v in params.items() if trunk or not (is_stacked(k) or k == STUDENTS)}
         params = params | layout.weights(here, "")
         layers = params["blocks"] if isinstance(params["blocks"], tuple) else ()
         network = nnx.merge(graphdef, params | {"blocks": layers[0]} if layers else params)
-        network.blocks.spec = spec
+        network.blocks.spec, network.on = spec, on
         if trunk is not None:
             return network(x, t, y, stage, trunk)
         if isinstance(stage, tuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -9,9 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ppflow_jax.devices.layout import is_gather
+from ppflow_jax.devices.programs import Programs
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.layers import Block
 from ppflow_jax.models.parts import Aux, Execution
@@ -28,6 +30,17 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+def check_remat(remat: str, programs: Programs) -> None:
+    """
+    Raises:
+      InputError: unknown remat policy, or a policy for unrolled blocks.
+    """
+    if remat not in REMAT_POLICIES:
+        raise InputError(f"unknown remat policy {remat!r}: one of {', '.join(REMAT_POLICIES)}")
+    if programs.unrolled and remat != "none":
+        raise InputError(f"remat {remat!r} is for blocks that are scanned: choose none")
 
 
 @dataclass(frozen=True)
@@ -233,3 +246,15 @@ def unstacked(params: Params) -> Params:
     parts = [jax.lax.split(leaf, (1,) * len(leaf)) for leaf in stack]
     layers = (tree.unflatten([part[0] for part in layer]) for layer in zip(*parts))
     return params | {"blocks": tuple(layers)}
+
+
+def joined(parts: tuple[Array, ...], turns: int) -> Float[Array, "turns _"] | Int[Array, "turns _"]:
+    """The samples of all stages in one batch, in turn; `apart` gives what was made of them."""
+    return jnp.concatenate([part.reshape(turns, -1) for part in parts], axis=1)
+
+
+def apart(c: Float[Array, "b d"], sizes: tuple[int, ...], turns: int) -> list[Float[Array, "_ d"]]:
+    """Rows of every stage, of which `joined` made one batch."""
+    cuts = list(itertools.accumulate(size // turns for size in sizes))[:-1]
+    own = jnp.split(c.reshape(turns, -1, c.shape[-1]), cuts, axis=1)
+    return [part.reshape(-1, part.shape[-1]) for part in own]

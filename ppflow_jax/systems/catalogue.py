@@ -535,6 +535,23 @@ SYSTEMS = (
         "pixels 2.78 (2.18), undecided ([cascade.md](cascade.md#beside-the-pyramid))",
     ),
     System(
+        "PPCL",
+        ("2511.16156",),
+        "OPPO-Mente-Lab/Qwen-Image-Pruning 4d054b3, Apache-2",
+        "systems/ppcl.py",
+        "--config=digits_ppcl",
+        "ppcl.md",
+        "least squares, both losses, the distillation of intervals and its gradients, against "
+        "arrays of the original; probes, CKA and intervals, of which it has no code, against a "
+        "restatement",
+        "probes, intervals and students are of a stage of the pyramid; a term for the size of the "
+        "tokens; one stream of tokens",
+        "tests/systems/test_ppcl.py",
+        "digits, 3 seeds, calibration only: 2 of 6 blocks fewer cost 0.0025 of CKA in the coarse "
+        "stage and 0.0053 in the fine one ([ppcl.md](ppcl.md#what-it-found-here)); quality after "
+        "distillation: not measured",
+    ),
+    System(
         "LoRA",
         ("2106.09685", "2312.03732"),
         "huggingface/peft 0.21.2, Apache-2",

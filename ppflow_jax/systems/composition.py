@@ -64,6 +64,7 @@ METHODS = {
     "switch": "blocks of Switch-DiT",
     "tdln": "blocks with TD-LN (DiMR)",
     "selfcond": "self-conditioning of DDAE++",
+    "students": "students in the place of blocks (PPCL)",
     "mixer": "blocks without full attention (CLEAR, LinFusion, DiCo)",
     "dydit": "blocks with routers (DyDiT)",
     "ddt": "the wide head of RAE, `--config.model.network=ddt`",
@@ -94,6 +95,7 @@ _EXCEPTIONS = (
     *(Pair("merge", other, REFUSED, _APART) for other in ("switch", "mob")),
     *(Pair("experts", other, REFUSED, _EXPERTS) for other in ("dydit", "ddt")),
     *(Pair("mob", other, REFUSED, _ROUTER) for other in ("switch", "dydit", "ddt")),
+    *(Pair(engine, "students", REFUSED, "do not stand in blocks") for engine in ("width", "mob")),
     *(Pair(engine, "selfcond", REFUSED, _APART) for engine in (*SMOOTH, "width", "mob")),
     *(
         Pair(engine, other, REFUSED, _FULL)

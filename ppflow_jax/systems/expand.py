@@ -34,6 +34,8 @@ def expanded_config(config: ModelConfig, pyramid: Pyramid) -> ModelConfig:
         )
     if config.adapters:
         raise InputError("a model with adapters is not expanded: merge them first")
+    if config.students:
+        raise InputError("a model with students is not expanded: expand the one they stand in")
     p, q = config.pyramid.stages[0].patch
     if wrong := [s.patch for s in pyramid.stages if s.patch[0] % p or s.patch[1] % q]:
         raise InputError(

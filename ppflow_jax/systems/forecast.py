@@ -195,13 +195,14 @@ class Forecast:
         rows, cols = model.pyramid.grid(stage, model.latent_size)
         value = rows * cols * model.width
         if full:
-            return model.depth * block_flops(model, stage) + ends_flops(model, stage)
+            return model.blocks_at(stage) * block_flops(model, stage) + ends_flops(model, stage)
         if self.place == "velocity":
             return 0
         if self.place == "branch":
             gates = 12 * model.width**2
-            return model.depth * (gates + 4 * self.slots * value) + ends_flops(model, stage)
-        left = model.depth - (self.blocks[1] - self.blocks[0])
+            kept = gates + 4 * self.slots * value
+            return model.blocks_at(stage) * kept + ends_flops(model, stage)
+        left = model.blocks_at(stage) - (self.blocks[1] - self.blocks[0])
         return left * block_flops(model, stage) + 2 * self.slots * value + ends_flops(model, stage)
 
 
@@ -219,11 +220,11 @@ def forecasted(
     levels = len(model.pyramid)
     intervals = per_stage("interval", config.interval, levels)
     spans = per_stage("blocks", config.blocks or ((0, 0),), levels)
-    for first, last in spans if config.blocks else ():
-        if not 0 <= first < last <= model.depth:
+    for stage, (first, last) in enumerate(spans if config.blocks else ()):
+        if not 0 <= first < last <= (depth := model.blocks_at(stage)):
             raise InputError(
-                f"blocks={first}-{last}: give a range within the model's {model.depth} blocks, "
-                f"e.g. forecast.blocks=1-{model.depth}"
+                f"blocks={first}-{last}: give a range within the model's {depth} blocks, "
+                f"e.g. forecast.blocks=1-{depth}"
             )
     out: list[Segment] = []
     for group in alike(segments):

@@ -235,4 +235,4 @@ class Merged:
     def flops(self, model: ModelConfig, stage: int, full: bool, inputs: Any) -> int:
         way = self.ways[inputs["way"]]
         block = block_flops(model, stage) if full else way.flops(model, stage)
-        return model.depth * block + ends_flops(model, stage)
+        return model.blocks_at(stage) * block + ends_flops(model, stage)

@@ -213,9 +213,8 @@ class Ras:
         n = self.grid[0] * self.grid[1]
         left = n if full else n - sum(self.counts)
         others = 4 * left * (n - left) * model.width  # keys and values of tokens not computed
-        return model.depth * (block_flops(model, stage, left, left) + others) + ends_flops(
-            model, stage
-        )
+        block = block_flops(model, stage, left, left) + others
+        return model.blocks_at(stage) * block + ends_flops(model, stage)
 
 
 def new_kept(

@@ -35,6 +35,7 @@ from ppflow_jax.systems.mixer_distillation import Distil
 from ppflow_jax.systems.mixture_of_blocks import MixtureOfBlocks
 from ppflow_jax.systems.mmd import Mmd
 from ppflow_jax.systems.moe import MoE
+from ppflow_jax.systems.ppcl import Ppcl
 from ppflow_jax.systems.repa import Repa
 from ppflow_jax.systems.self_conditioning import SelfCondition
 from ppflow_jax.systems.switch import Switch
@@ -55,7 +56,8 @@ TERMS: dict[str, Any] = {
     term.name: term for term in (Repa, AttentionAlign, MultiResolution)
 }  # of the loss
 OBJECTIVES = {
-    kind.kind: kind for kind in (MeanFlow, Guided, Halved, Distil, SlicesDistil, Mmd, FlopsTarget)
+    kind.kind: kind
+    for kind in (MeanFlow, Guided, Halved, Distil, SlicesDistil, Mmd, FlopsTarget, Ppcl)
 }
 UNIFORM = "uniform"  # raw times of training, where they are nothing else
 FLOW = "flow"  # the objective without further settings
@@ -125,7 +127,8 @@ def objective(text: str, base: FlowObjective, model: ModelConfig) -> Objective:
         )
     if settings is None:
         return base
-    if not base.law.plain and not isinstance(settings, Distil | SlicesDistil | FlopsTarget):
+    plain = Distil | SlicesDistil | FlopsTarget | Ppcl  # of any path
+    if not base.law.plain and not isinstance(settings, plain):
         raise InputError(
             f"objective {settings.kind} has times of its own: leave config.flow.shift=1 and "
             "config.flow.times=uniform"

@@ -231,10 +231,10 @@ class Rettention:
         n, d = rows * cols, model.width
         plain = forward_flops(model, stage)
         if full:
-            return plain + model.depth * 2 * n * n * d
+            return plain + model.blocks_at(stage) * 2 * n * n * d
         size = _block(n, self.half)
         scores = -(-n // size) * size * min(size + 2 * self.half, n)
-        return plain - model.depth * 4 * d * (n * n - scores)
+        return plain - model.blocks_at(stage) * 4 * d * (n * n - scores)
 
 
 def sparse(

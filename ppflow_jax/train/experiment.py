@@ -19,12 +19,14 @@ from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.terms import Objective, Phase, parse_phases, phased
 from ppflow_jax.flow.times import shift_of
+from ppflow_jax.models import students
 from ppflow_jax.models.adapters import NONE, parse, text
 from ppflow_jax.models.conditions import Channels
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import abstract_params
 from ppflow_jax.models.trees import leaves, split
 from ppflow_jax.pyramid import Pyramid
+from ppflow_jax.systems.ppcl import check_trained
 from ppflow_jax.systems.registry import notes_of, take_block, take_conditions, take_network, term
 from ppflow_jax.systems.registry import objective as objective_of
 from ppflow_jax.systems.registry import task as task_of
@@ -72,6 +74,7 @@ class Experiment:
         made["conditions"] = take_conditions(settings)
         made["network"] = take_network(settings)
         made["adapters"] = parse(settings.pop("adapters", NONE))
+        made["students"] = students.parse(settings.pop("students", NONE))
         model = ModelConfig(pyramid=Pyramid.parse(c.pyramid), **made, **settings)
         if task := task_of(config.data.task):
             model = _told(model, task, config.data.space)
@@ -104,6 +107,7 @@ class Experiment:
         notes_of(config.flow.objective, sampler)
         _check(config)
         _check_trainable(model, tuple(config.train.trainable))
+        check_trained(objective, model, tuple(config.train.trainable))
         optim = OptimConfig(**config.optim)
         _check_muon(optim, model, tuple(config.train.trainable))
         values = json.loads(config.to_json_best_effort())
@@ -113,6 +117,7 @@ class Experiment:
         values["model"]["conditions"] = list(map(str, model.conditions))
         values["data"]["task"] = str(task or "none")
         values["model"]["adapters"] = text(model.adapters)
+        values["model"]["students"] = students.text(model.students)
         card = Card(model, flow, config.data.space, values)
         return cls(card, objective, phases, optim, sampler, config, task)
 

@@ -19,7 +19,10 @@ from ppflow_jax.errors import InputError
 from ppflow_jax.files.place import place
 from ppflow_jax.files.store import find_checkpoint
 from ppflow_jax.models.adapters import NONE, adapter_paths, plain, text
+from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Params, abstract_params, init_params
+from ppflow_jax.models.student_blocks import fresh
+from ppflow_jax.models.students import STUDENTS
 from ppflow_jax.models.trees import join, parted
 from ppflow_jax.systems.registry import KINDS, canonical, take_conditions
 from ppflow_jax.train.experiment import Experiment
@@ -83,9 +86,10 @@ def open_start(
     """The weights in `path`, and a function of them and a key: parameters of the model of `card`.
 
     They are the same but for parts of the blocks that the weights do not have, which start from
-    what they replace (see `models.parts.Part.start`), conditions, which start fresh, and
-    adapters, which change nothing yet. Where a part of the parameters is trained, classes may be
-    others: all start as the null class.
+    what they replace (see `models.parts.Part.start`), conditions, which start fresh, adapters,
+    which change nothing yet, and students, each the middle one of the blocks that it replaces.
+    Where a part of the parameters is trained, classes may be others: all start as the null
+    class.
 
     Args:
       setting: that has the path, for what is said of it.
@@ -96,8 +100,7 @@ def open_start(
     folder = find_checkpoint(path)
     found, model = read_card(folder), card.model
     source = found.model
-    moved = source.adapters and source.block != model.block
-    if moved or source.adapters not in ((), model.adapters):
+    if source.adapters and (source.block, source.adapters) != (model.block, model.adapters):
         raise InputError(
             f"{setting}={folder} has adapters {text(source.adapters)}: keep them in "
             f"config.model.adapters, or merge them: ppflow convert --merge --source={path} "
@@ -105,7 +108,8 @@ def open_start(
         )
     grown = set(source.conditions) <= set(model.conditions)
     conditions = model.conditions if grown else source.conditions
-    other = replace(found, model=plain(replace(source, block=model.block, conditions=conditions)))
+    both = dict(conditions=conditions, students=source.students or model.students)
+    other = replace(found, model=plain(replace(source, block=model.block, **both)))
     if card.trainable != ALL:
         other = replace(other, model=replace(other.model, num_classes=model.num_classes))
     if difference := other.differences(replace(card, model=plain(model))):
@@ -117,12 +121,12 @@ def open_start(
     def start(params: Params, key: Array) -> Params:
         made = {"blocks": model.block.start(model, source, params["blocks"], key)}
         if model.conditions != source.conditions:
-            fresh = init_params(model, key)["conditions"]
-            made["conditions"] = fresh | params.get("conditions", {})
+            new = init_params(model, key)["conditions"]
+            made["conditions"] = new | params.get("conditions", {})
+        if model.students != source.students:
+            made[STUDENTS] = fresh(model.students, params["blocks"])
         if model.num_classes != source.num_classes:
-            null = params["label"]["embedding"][-1:]
-            table = jnp.broadcast_to(null, (model.num_classes + 1, model.width))
-            made["label"] = {"embedding": table}
+            made["label"] = _all_null(model, params["label"])
         params = params | made
         new = adapter_paths(model) - adapter_paths(source)
         return join(params, parted(init_params(model, key), new.__contains__)[0]) if new else params
@@ -136,3 +140,9 @@ def open_start(
     ):
         raise AssertionError(f"{model.block} starts from {source.block} with other leaves than its")
     return load_weights(folder, found, mesh), start
+
+
+def _all_null(model: ModelConfig, label: Params) -> Params:
+    """A table of the model's classes, each of which is the null class of another."""
+    null = label["embedding"][-1:]
+    return {"embedding": jnp.broadcast_to(null, (model.num_classes + 1, model.width))}

@@ -36,6 +36,7 @@ BEFORE = {
     "model.conditions": [],
     "data.task": "none",
     "model.adapters": "none",
+    "model.students": "none",
     "train.trainable": [".*"],
     "flow.balance": 0.01,
     "flow.prior": 1.0,

@@ -53,6 +53,10 @@ def tune(model: Model, asked: Asked) -> str:
     """
     check_unconditional(model.config, "tune")
     check_tunable(model.config)
+    if asked.forecast is not None and model.config.students:
+        raise InputError(
+            "the model has students in the place of blocks: tune its steps without --forecast"
+        )
     if asked.forecast == ROUTER:
         check_routable(model.config)
         return tune_router(model, asked)

@@ -23,6 +23,7 @@ from ppflow_jax.models.conditions import GUIDANCE, INTERVAL, Channels, Scalar
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import make_apply
 from ppflow_jax.models.parts import DIT, BlockSpec
+from ppflow_jax.models.students import parse
 from ppflow_jax.pyramid import PPFLOW2, SIT
 from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
 from ppflow_jax.systems.composition import ENGINES, METHODS, REFUSED, STAGES, WORKS, pairs
@@ -82,6 +83,7 @@ MODELS = {
     "switch": replace(MODEL, block=BlockSpec(wrap=Switch(experts=2, top_k=1))),
     "tdln": replace(MODEL, block=BlockSpec(norm=TdLn())),
     "selfcond": replace(MODEL, depth=2, conditions=(SelfCondition("middle"),)),
+    "students": replace(MODEL, depth=3, students=parse("0:1-2")),
     "mixer": replace(MODEL, block=BlockSpec(mixer=LinFusion())),
     "ddt": replace(MODEL, block=BlockSpec(SwiGlu(), mixer=RopeAttention()), network=DDT(16, 1, 2)),
     "dydit": replace(MODEL, block=ROUTERS),
