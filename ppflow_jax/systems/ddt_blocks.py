@@ -122,9 +122,12 @@ class RopeAttention(Mixer):
 
     @classmethod
     def read(cls, state: Any) -> RopeAttention | None:
-        if "blocks.0.attn.q_norm.weight" in state:
-            return cls("layer" if "blocks.0.attn.q_norm.bias" in state else "rms")
-        return cls() if "s_embedder.proj.weight" in state else None
+        """That of a DiT^DH: no other names tell that positions are rotary."""
+        if "s_embedder.proj.weight" not in state:
+            return None
+        if "blocks.0.attn.q_norm.weight" not in state:
+            return cls()
+        return cls("layer" if "blocks.0.attn.q_norm.bias" in state else "rms")
 
 
 _AFFINE = {"scale": "weight", "shift": "bias"}
