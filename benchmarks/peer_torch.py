@@ -30,7 +30,7 @@ from absl import app, flags
 from benchmarks.peer_calls import Work, serve_ours
 from ppflow_jax.console import table
 from ppflow_jax.models.config import SIZES, ModelConfig
-from ppflow_jax.models.network import REMAT_POLICIES
+from ppflow_jax.models.stack import REMAT_POLICIES
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT, Pyramid
 
 _FORWARD = flags.DEFINE_string("forward", "B", "Size of the forward passes; empty: none.")

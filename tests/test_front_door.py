@@ -77,7 +77,7 @@ def test_choices_of_other_commands_are_those_of_the_package():
     from ppflow_jax.data.sources import SOURCES
     from ppflow_jax.metrics.evaluator import METRICS
     from ppflow_jax.metrics.resize import CONVENTIONS
-    from ppflow_jax.models.network import REMAT_POLICIES
+    from ppflow_jax.models.stack import REMAT_POLICIES
 
     def choices(name, flag):
         commands._load(name)

@@ -29,6 +29,7 @@ from ppflow_jax.flow.path import Flow
 from ppflow_jax.models.config import SIZES, ModelConfig
 from ppflow_jax.models.flops import forward_flops
 from ppflow_jax.models.network import abstract_params, make_apply
+from ppflow_jax.models.student_blocks import fresh
 from ppflow_jax.models.students import parse
 from ppflow_jax.pyramid import PPFLOW2, SIT
 from ppflow_jax.systems.expand import expanded_config
@@ -199,3 +200,9 @@ def test_a_killed_run_goes_on_with_the_same_bits_and_samples(tmp_path):
     assert one.config.students == parse(BLOCKS)
     again = one.sample(2, plan=one.plan(steps=2))
     np.testing.assert_array_equal(again.latents, sampled.latents)
+
+
+def test_a_student_starts_as_the_block_in_the_middle():
+    blocks = {"fc1": {"kernel": jnp.arange(6.0)}}
+    found = fresh(parse("0:0-1,0:2-4,1:2-5"), blocks)["blocks"]["fc1"]["kernel"]
+    assert found.tolist() == [0, 3, 3]

@@ -9,7 +9,7 @@ import pytest
 from jax.ad_checkpoint import print_saved_residuals
 
 from ppflow_jax.devices.sharding import layout, make_mesh
-from ppflow_jax.models.network import REMAT_POLICIES
+from ppflow_jax.models.stack import REMAT_POLICIES
 
 
 @jax.custom_vjp
