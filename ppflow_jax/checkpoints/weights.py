@@ -76,9 +76,7 @@ def load_weights(path: Path, card: Card, mesh: Mesh, which: str = "ema") -> Para
     Raises:
       InputError: damaged, unreadable, or not there; a base that is not what it was.
     """
-    return _gathered(
-        path, card, which, abstract_params(card.model), _onto(mesh, card.model.block.rules)
-    )
+    return _gathered(path, card, which, abstract_params(card.model), _onto(mesh, card.model.rules))
 
 
 def load_frozen(workdir: Path, card: Card, mesh: Mesh) -> Params:
@@ -92,7 +90,7 @@ def load_frozen(workdir: Path, card: Card, mesh: Mesh) -> Params:
     frozen = split(abstract_params(card.model), card.trainable)[1]
     if not frozen:
         return {}
-    return {"base": _of_base(workdir, card, frozen, _onto(mesh, card.model.block.rules))}
+    return {"base": _of_base(workdir, card, frozen, _onto(mesh, card.model.rules))}
 
 
 def stored_weights(path: Path, card: Card, weights: str | None) -> Params:

@@ -27,7 +27,7 @@ _TO = flags.DEFINE_enum("to", "orbax", ["orbax", "torch", "safetensors"], "What 
 _KIND = flags.DEFINE_enum(
     "kind",
     None,
-    ["sit", "ppflow", "vae", "taesd", "inception"],
+    ["sit", "ppflow", "dico", "vae", "taesd", "inception"],
     "Of the file; default: found from its names.",
 )
 _WEIGHTS = flags.DEFINE_enum(

@@ -68,7 +68,7 @@ def convert() -> None:
     sources = [open_source(path, _wanted()) for path in paths]
     try:
         kinds = {FLAGS.kind or find_kind(source.state) for source in sources}
-        if kinds <= {"sit", "ppflow"} and len(sources) == 1:
+        if kinds <= {"sit", "ppflow", "dico"} and len(sources) == 1:
             import_model(sources[0], *kinds, target)
         elif kinds == {"inception"} and len(sources) == 1:
             import_inception(sources[0], target)
@@ -90,13 +90,13 @@ def _weights_path(source: str) -> str | None:
 
 
 def _wanted() -> Wanted:
-    kind = "sit" if FLAGS.kind == "ppflow" else FLAGS.kind
+    kind = "sit" if FLAGS.kind in ("ppflow", "dico") else FLAGS.kind
     weights = "model" if FLAGS.weights == "params" else FLAGS.weights
     return Wanted(kind, weights, FLAGS.entry, FLAGS.prefix)
 
 
 def import_model(source: Source, kind: str, target: Path) -> None:
-    """SiT or PPFlow file -> checkpoint.
+    """SiT, PPFlow or DiCo file -> checkpoint.
 
     Raises:
       InputError: see `find_config`, `load_state`, `expand`.
@@ -139,6 +139,8 @@ def import_model(source: Source, kind: str, target: Path) -> None:
         f"classes, width {config.width}, depth {config.depth}, heads {config.heads}; "
         f"{flow.path} path, {flow.prediction}"
     )
+    if config.backbone is not None:
+        print(f"network {config.backbone}")
     if config.block != DIT:
         print(f"blocks with {config.block}: what names do not say is as --ffn and --mixer say")
 

@@ -14,7 +14,7 @@ from ppflow_jax.models.config import SIZES, ModelConfig
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, Pyramid, Stage
 from ppflow_jax.systems.registry import read_block, read_conditions
 
-KINDS = ("sit", "ppflow", "vae", "taesd", "inception")
+KINDS = ("sit", "ppflow", "dico", "vae", "taesd", "inception")
 _DIMS = {
     "x_embedder.proj.weight": 4,
     "final_layer.linear.weight": 2,
@@ -29,6 +29,8 @@ def find_kind(state: Mapping[str, Any]) -> str:
     Raises:
       InputError: none of them.
     """
+    if any(name.startswith("encoder_level_") for name in state):
+        return "dico"
     if any(name.startswith(("x_embedder.", "final_layer.", "blocks.0.")) for name in state):
         several = ("level_embedder.", "pos_embed.", "x_embedder.proj1.", "final_layer.linear1.")
         return "ppflow" if any(name.startswith(several) for name in state) else "sit"
@@ -38,7 +40,7 @@ def find_kind(state: Mapping[str, Any]) -> str:
         return autoencoder_kind(state)
     except InputError as error:
         raise InputError(
-            "is none of SiT, PPFlow, AutoencoderKL, TAESD, Inception; its first names: "
+            "is none of SiT, PPFlow, DiCo, AutoencoderKL, TAESD, Inception; its first names: "
             f"{', '.join(list(state)[:4])}"
         ) from error
 

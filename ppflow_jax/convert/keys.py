@@ -27,9 +27,12 @@ def key_table(config: ModelConfig) -> tuple[Key, ...]:
     """Every trainable tensor of the PyTorch state dict of this architecture.
 
     Raises:
-      InputError: a patch is no multiple of the last stage's, which that layout needs.
+      InputError: a patch is no multiple of the last stage's, which that layout needs; see
+        `Backbone.keys`.
     """
     table: list[Key] = []
+    if config.backbone is not None:
+        return tuple(config.backbone.keys(config))
     if len(config.pyramid) > 1 and not config.has_levels:
         raise InputError(
             "several stages without level embedding have no PyTorch layout: it always has the table"
@@ -150,6 +153,8 @@ def _patch(stage: int, suffix: str, into: dict[str, int], out: dict[str, int]) -
 
 def position_names(config: ModelConfig) -> tuple[str, ...]:
     """Name of every stage's fixed positions in the state dict of SiT or PPFlow."""
+    if config.backbone is not None:
+        return ()
     if len(config.pyramid) == 1:
         return ("pos_embed",)
     return tuple(f"pos_embed.{stage}" for stage in range(len(config.pyramid)))

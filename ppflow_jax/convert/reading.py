@@ -16,7 +16,10 @@ from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Params
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, Pyramid
 from ppflow_jax.systems.expand import expand, expanded_config
+from ppflow_jax.systems.registry import read_backbone
 
+# Path and prediction of public weights that are not of a linear path and a velocity
+UNSAID = {"dico": ("vp", "noise")}
 PYRAMIDS = {"ppflow2": PPFLOW2, "ppflow3": PPFLOW3}
 
 
@@ -31,7 +34,8 @@ class Reading:
       latent_size: where the file has no positions.
       ffn: where the defaults of a mixture of experts are not its settings.
       mixer: where it is not full attention.
-      path, prediction: None takes them from the file's arguments, or linear and velocity.
+      path, prediction: None takes them from the file's arguments, or linear and velocity, of DiCo
+        vp and noise.
       space: `latents` or `pixels`.
       dtype: of the parameters; None keeps that of each tensor.
     """
@@ -56,10 +60,11 @@ class Reading:
         text = self.pyramid
         return (PYRAMIDS.get(text) or Pyramid.parse(text)) if text else None
 
-    def flow(self, source: Source) -> Flow:
+    def flow(self, source: Source, kind: str) -> Flow:
         path = self.path or source.argument("path_type")
         prediction = self.prediction or source.argument("prediction")
-        return Flow(path or "linear", prediction or "velocity")
+        path_before, prediction_before = UNSAID.get(kind, ("linear", "velocity"))
+        return Flow(path or path_before, prediction or prediction_before)
 
     def config(self, source: Source, kind: str) -> ModelConfig:
         """Architecture of the file, before it is expanded.
@@ -67,6 +72,12 @@ class Reading:
         Raises:
           InputError: see `find_config`, `expanded_config`.
         """
+        if kind == "dico":
+            path = self.flow(source, kind).path
+            config = read_backbone(source.state, self.latent_size, path)
+            if self.expands(config):
+                expanded_config(config, self.stages)
+            return config
         config = find_config(
             source.state,
             kind,
@@ -97,7 +108,7 @@ class FileModel:
 def read_model(
     source: Source, kind: str, reading: Reading, on_tensor: Callable[[], object] = lambda: None
 ) -> FileModel:
-    """The model of a `sit` or `ppflow` file, NumPy arrays in the dtypes of the file.
+    """The model of a `sit`, `ppflow` or `dico` file, NumPy arrays in the dtypes of the file.
 
     Raises:
       InputError: see `find_config`, `load_state`, `expand`.
@@ -109,5 +120,5 @@ def read_model(
     if reading.expands(config):
         config, params = expand(config, params, reading.stages, reading.seed)
         positions = {}
-    card = Card(config, reading.flow(source), reading.space)
+    card = Card(config, reading.flow(source, kind), reading.space)
     return FileModel(card, params, positions, loaded.drift)

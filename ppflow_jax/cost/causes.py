@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ppflow_jax.cost.collectives import Collective
-from ppflow_jax.devices.sharding import leaf_path
+from ppflow_jax.devices.sharding import leaf_path, stacked
 from ppflow_jax.train.optimizer import MUON
 from ppflow_jax.train.program import Program
 from ppflow_jax.train.state import whole
@@ -37,7 +37,7 @@ def cause(c: Collective, mesh: Mesh, weights: frozenset[int]) -> str:
     return f"unexplained: {c.op_name}"
 
 
-def gathered_sizes(program: Program, mesh: Mesh, depth: int) -> frozenset[int]:
+def gathered_sizes(program: Program, mesh: Mesh) -> frozenset[int]:
     """Elements of every weight that is split over `fsdp`, when gathered: one block, or all."""
     sizes, leaves = set(), jax.tree_util.tree_leaves_with_path(program.parameters)
     places = whole(program.shardings["params"], program.frozen_shardings)
@@ -45,6 +45,6 @@ def gathered_sizes(program: Program, mesh: Mesh, depth: int) -> frozenset[int]:
         if any("fsdp" in (axis or ()) for axis in sharding.spec):
             here = math.prod(sharding.shard_shape(leaf.shape)) * mesh.shape["fsdp"]
             sizes.add(here)
-            if leaf_path(path).startswith("blocks/"):
-                sizes.add(here // depth)
+            if stacked(leaf_path(path)):
+                sizes.add(here // leaf.shape[0])
     return frozenset(sizes)

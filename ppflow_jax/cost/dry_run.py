@@ -155,7 +155,7 @@ def dry_run(config: ConfigDict, target: Target, *, sampler: bool = True) -> Repo
     if sampler:
         ema = whole(state["ema"], frozen)
         steps.append(_sampler(experiment, program, target, mesh, ema))
-    gathered = gathered_sizes(program, mesh, model.depth)
+    gathered = gathered_sizes(program, mesh)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.parameters))
     return Report(target, experiment, mesh, count, parts, sizes, steps, gathered, chosen)
 

@@ -112,6 +112,11 @@ def leaf_path(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def stacked(path: str) -> bool:
+    """Whether a leaf with this path is of a stack of blocks, whose leading axis is depth."""
+    return "/blocks/" in f"/{path}"
+
+
 def _parts(axis: str | tuple[str, ...] | None, mesh: Mesh) -> int:
     names = (axis,) if isinstance(axis, str) else axis or ()
     return math.prod(mesh.shape[name] for name in names)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from ppflow_jax.devices.sharding import Rules, leaf_path, tree_shardings, without_fsdp
+from ppflow_jax.devices.sharding import Rules, leaf_path, stacked, tree_shardings, without_fsdp
 from ppflow_jax.errors import InputError
 
 STAGES = (2, 3)
@@ -72,7 +72,7 @@ class Whole:
         def one(path, leaf, stored, here):
             if stored.spec == here.spec:
                 return leaf
-            if leaf_path(path).startswith("blocks/"):
+            if stacked(leaf_path(path)):
                 leaf = leaf.astype(jnp.dtype(self.dtype))
             # Said twice, so that the cast comes before the gather.
             leaf = jax.lax.with_sharding_constraint(leaf, stored)

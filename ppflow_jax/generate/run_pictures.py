@@ -44,9 +44,7 @@ class RunPictures:
         self.count, self.seed, self.told = len(jax.tree.leaves(told)[0]), seed, told
         mesh, self._gather = _gathered(card.model, mesh)
         cut = mesh.size > mesh.shape["data"]
-        apply = make_apply(
-            card.model, layout=layout(mesh, card.model.block.rules) if cut else Layout()
-        )
+        apply = make_apply(card.model, layout=layout(mesh, card.model.rules) if cut else Layout())
         sampler = make_plan(card, config).sampler(apply)
         microbatch = min(MICROBATCH, self.count)
         self._generator = Generator(sampler, decoder, microbatch=microbatch, mesh=mesh)
@@ -71,7 +69,7 @@ class RunPictures:
 
 def _gathered(model: ModelConfig, mesh: Mesh) -> tuple[Mesh, Callable[[Params], Params]]:
     """The mesh to sample on, and what brings parameters from `mesh` to it."""
-    whole = Whole(mesh, model.block.rules, jnp.float32)
+    whole = Whole(mesh, model.rules, jnp.float32)
     alone = mesh.shape["fsdp"] == 1 or mesh.shape["tensor"] > 1
     if alone or not whole.fits_beside(abstract_params(model), device_memory()):
         return mesh, lambda params: params

@@ -7,7 +7,9 @@ from typing import Any
 
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.adapters import NONE, Adapter, beside, parse, text
+from ppflow_jax.models.backbone import Backbone
 from ppflow_jax.models.conditions import Condition, supplied
+from ppflow_jax.models.leaves import Matrix, Rule
 from ppflow_jax.models.parts import DIT, BlockSpec
 from ppflow_jax.pyramid import Pyramid
 
@@ -37,6 +39,7 @@ class ModelConfig:
       block: what the blocks are made of.
       conditions: what it is told besides time and label.
       adapters: what stands beside the kernels, see `models.adapters`.
+      backbone: the network, if it is not the transformer; the sizes are then as it says.
 
     Raises:
       InputError: a patch does not divide the latent, heads do not divide the width, the mixer
@@ -56,6 +59,7 @@ class ModelConfig:
     block: BlockSpec = DIT
     conditions: tuple[Condition, ...] = ()
     adapters: tuple[Adapter, ...] = ()
+    backbone: Backbone | None = None
 
     def __post_init__(self):
         sizes = (self.latent_size, self.channels, self.width, self.depth, self.heads)
@@ -73,6 +77,8 @@ class ModelConfig:
         if twice := [name for i, name in enumerate(names) if name in names[:i]]:
             raise InputError(f"two conditions are called {twice[0]}: give each its own name")
         beside(self)
+        if self.backbone is not None:
+            self.backbone.check(self)
 
     @property
     def has_levels(self) -> bool:
@@ -82,6 +88,16 @@ class ModelConfig:
     @property
     def null_label(self) -> int:
         return self.num_classes
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """Shardings of leaves, besides those of `devices.sharding`."""
+        return self.block.rules if self.backbone is None else self.backbone.rules
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """Leaves that are linear maps between features, besides those of DiT, for Muon."""
+        return self.block.matrices if self.backbone is None else self.backbone.matrices
 
     @property
     def asked(self) -> tuple[Condition, ...]:
@@ -98,14 +114,16 @@ class ModelConfig:
         return self.width // self.heads
 
     def to_json(self) -> dict[str, Any]:
-        """By field; conditions, adapters and every part that is not DiT's, as text."""
-        special = ("block", "conditions", "adapters")
+        """By field; conditions, adapters and what is not DiT's, as text."""
+        special = ("block", "conditions", "adapters", "backbone")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in special}
         texts: dict[str, Any] = {"pyramid": str(self.pyramid)} | self.block.to_json()
         if self.conditions:
             texts["conditions"] = list(map(str, self.conditions))
         if self.adapters:
             texts["adapters"] = text(self.adapters)
+        if self.backbone is not None:
+            texts["backbone"] = str(self.backbone)
         return values | texts
 
     @classmethod
@@ -114,15 +132,16 @@ class ModelConfig:
         values: dict[str, Any],
         block: BlockSpec = DIT,
         conditions: tuple[Condition, ...] = (),
+        backbone: Backbone | None = None,
     ) -> ModelConfig:
-        """The model of `to_json`, whose parts and conditions have been made already.
+        """The model of `to_json`, whose parts, conditions and backbone have been made already.
 
         Raises:
           InputError: keys that there are not.
         """
-        known = {f.name for f in fields(cls)} - {"block", "conditions"}
+        known = {f.name for f in fields(cls)} - {"block", "conditions", "backbone"}
         if unknown := set(values) - known:
             raise InputError(f"model config has unknown keys {sorted(unknown)}: update ppflow_jax")
         pyramid = Pyramid.parse(values["pyramid"])
-        made = {"pyramid": pyramid, "block": block, "conditions": conditions}
+        made = dict(pyramid=pyramid, block=block, conditions=conditions, backbone=backbone)
         return cls(**(values | made | {"adapters": parse(values.get("adapters", NONE))}))

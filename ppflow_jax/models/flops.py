@@ -40,7 +40,17 @@ def ends_flops(model: ModelConfig, stage: int) -> int:
 
 def forward_flops(model: ModelConfig, stage: int) -> int:
     """FLOPs of one plain evaluation of one image."""
+    if model.backbone is not None:
+        return model.backbone.flops(model, stage)
     return model.depth * block_flops(model, stage) + ends_flops(model, stage)
+
+
+def volume(model: ModelConfig, stage: int) -> int:
+    """Tokens times width, summed over all blocks."""
+    if model.backbone is not None:
+        return model.backbone.volume(model, stage)
+    rows, cols = model.pyramid.grid(stage, model.latent_size)
+    return model.depth * rows * cols * model.width
 
 
 def block_traffic(model: ModelConfig, stage: int) -> int:
@@ -50,6 +60,8 @@ def block_traffic(model: ModelConfig, stage: int) -> int:
     a head's softmax, N^2 in full attention; an estimate of what crosses HBM if each product is
     one kernel. Weights are not counted.
     """
+    if model.backbone is not None:
+        return int((12 + 2 * model.mlp_ratio) * volume(model, stage))
     rows, cols = model.pyramid.grid(stage, model.latent_size)
     n, d = rows * cols, model.width
     hidden = model.block.ffn.hidden(model)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,32 +22,19 @@ from ppflow_jax.devices.layout import Layout
 from ppflow_jax.devices.programs import Programs, for_passes
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.adapters import attach
+from ppflow_jax.models.backbone import whole
 from ppflow_jax.models.conditions import Cond, Told, split
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.layers import Block, TimestepEmbedder, _normal, _zeros, linear, modulate
 from ppflow_jax.models.parts import Aux, Execution, FullAttention
 from ppflow_jax.models.patch import patchify, positions, unpatchify
-from ppflow_jax.models.stack import REMAT_POLICIES, Params, Stack, Taps, unstacked
+from ppflow_jax.models.stack import REMAT_POLICIES, Output, Params, Stack, Taps, unstacked
 
 # (params, x, t, y, stage) -> prediction with the shape of x, or Outputs of stages: see make_apply
 Apply = Callable[..., Any]
 # Replaces the plain scan over the blocks: (stacked blocks, tokens, SiLU(c)) -> (tokens, anything).
 # The blocks are one Block whose leaves have a leading axis of depth, to be scanned over.
 Trunk = Callable[[Block, Float[Array, "b n d"], Float[Array, "b d"]], tuple[Array, Any]]
-
-
-class Output(NamedTuple):
-    """What the network gives.
-
-    Attributes:
-      prediction: velocity, score or noise, whatever it was trained for.
-      aux: what training may add to the loss, by name; empty for the blocks of DiT.
-      taps: what was asked for of its inside, see `models.stack.Taps`.
-    """
-
-    prediction: Float[Array, "b h w c"]
-    aux: Aux
-    taps: Mapping[str, Array] = {}
 
 
 class PPFlow(nnx.Module):
@@ -209,8 +196,12 @@ def _module(
     dtype: DTypeLike = jnp.float32,
     remat: str = "none",
     **options: Any,
-) -> PPFlow:
-    return PPFlow(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(key), **options)
+) -> nnx.Module:
+    rngs = nnx.Rngs(key)
+    if config.backbone is None:
+        return PPFlow(config, dtype=dtype, remat=remat, rngs=rngs, **options)
+    options.pop("one_time", None)
+    return config.backbone.module(config, Execution(dtype, **options), remat, rngs)
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
@@ -259,6 +250,8 @@ def make_apply(
     graphdef, _ = nnx.split(
         nnx.eval_shape(lambda: _module(config, jax.random.key(0), dtype, remat, **options))
     )
+    if config.backbone is not None:
+        return whole(config.backbone, graphdef, layout)
 
     def apply(params, x, t, y, stage, trunk=None, taps=Taps(), mixer=None):
         taps.check(config.depth)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,20 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+class Output(NamedTuple):
+    """What the network gives.
+
+    Attributes:
+      prediction: velocity, score or noise, whatever it was trained for.
+      aux: what training may add to the loss, by name; empty for the blocks of DiT.
+      taps: what was asked for of its inside, see `Taps`.
+    """
+
+    prediction: Float[Array, "b h w c"]
+    aux: Aux
+    taps: Mapping[str, Array] = {}
 
 
 @dataclass(frozen=True)

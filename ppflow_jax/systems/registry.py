@@ -1,4 +1,4 @@
-"""The parts, conditions and tasks that configurations and checkpoints name."""
+"""The parts, networks, conditions and tasks that configurations and checkpoints name."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ppflow_jax.flow.loss import FlowObjective
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.terms import Objective, Term
 from ppflow_jax.flow.times import LogitNormal
+from ppflow_jax.models.backbone import Backbone
 from ppflow_jax.models.conditions import Channels, Condition, Scalar
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.parts import BlockSpec, Ffn, FullAttention, Mixer, Mlp, Part, Wrap
@@ -18,6 +19,7 @@ from ppflow_jax.pyramid import Pyramid
 from ppflow_jax.systems.cascade import Upsampling
 from ppflow_jax.systems.clear import Clear
 from ppflow_jax.systems.dico import DiCo
+from ppflow_jax.systems.dico_network import DiCoNetwork
 from ppflow_jax.systems.guided_distillation import Guided, Halved
 from ppflow_jax.systems.haste import AttentionAlign
 from ppflow_jax.systems.linfusion import LinFusion
@@ -37,6 +39,7 @@ MIXERS: dict[str, type[Mixer]] = {
 }
 # By the field of `BlockSpec`
 KINDS: dict[str, dict[str, Any]] = {"ffn": FFNS, "wrap": WRAPS, "mixer": MIXERS}
+BACKBONES: dict[str, type[Backbone]] = {part.kind: part for part in (DiCoNetwork,)}
 TERMS: dict[str, Any] = {term.name: term for term in (Repa, AttentionAlign)}  # of the loss
 OBJECTIVES = {kind.kind: kind for kind in (MeanFlow, Guided, Halved, Distil, Mmd)}
 UNIFORM = "uniform"  # raw times of training, where they are nothing else
@@ -102,6 +105,11 @@ def objective(text: str, base: FlowObjective, model: ModelConfig) -> Objective:
     if text == FLOW:
         return base
     settings = _made(text, "objective", OBJECTIVES)
+    if model.backbone is not None:
+        raise InputError(
+            f"objective {settings.kind} is for the transformer, not for {model.backbone.kind}: "
+            "leave config.flow.objective=flow"
+        )
     if not base.law.plain and not isinstance(settings, Distil):
         raise InputError(
             f"objective {settings.kind} has times of its own: leave config.flow.shift=1 and "
@@ -152,8 +160,9 @@ def _made(text: str, field: str, kinds: Mapping[str, Any]) -> Any:
 
 
 def canonical(text: str, field: str) -> str:
-    """The text of a part with all its settings."""
-    return text if text == NONE else str(part(text, field))
+    """The text of a part or of a backbone with all its settings."""
+    kinds = BACKBONES if field == "backbone" else KINDS[field]
+    return text if text == NONE else str(_made(text, field, kinds))
 
 
 def take_conditions(values: dict[str, Any]) -> tuple[Condition, ...]:
@@ -179,6 +188,28 @@ def take_block(values: dict[str, Any]) -> BlockSpec:
     """
     texts = {field: values.pop(field) for field in KINDS if field in values}
     return BlockSpec(**{f: part(text, f) for f, text in texts.items() if text != NONE})
+
+
+def take_backbone(values: dict[str, Any]) -> Backbone | None:
+    """The network among the settings of a model, which is taken out of `values`.
+
+    Raises:
+      InputError: see `part`.
+    """
+    text = values.pop("backbone", NONE)
+    return None if text == NONE else _made(text, "backbone", BACKBONES)
+
+
+def read_backbone(state: Mapping[str, Any], latent_size: int | None, path: str) -> ModelConfig:
+    """The model of a PyTorch state dict that is none of the transformer, see `Backbone.read`.
+
+    Raises:
+      InputError: see there; no network that is known.
+    """
+    found = (kind.read(state, latent_size, path) for kind in BACKBONES.values())
+    if (model := next(filter(None, found), None)) is None:
+        raise InputError(f"the file has none of the networks {', '.join(BACKBONES)}")
+    return model
 
 
 def read_conditions(state: Mapping[str, Any], pyramid: Pyramid) -> tuple[Condition, ...]:

@@ -17,7 +17,7 @@ from ppflow_jax.errors import InputError
 from ppflow_jax.flow.loss import FlowObjective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
-from ppflow_jax.flow.terms import Objective, Phase, parse_phases
+from ppflow_jax.flow.terms import Objective, Phase, Term, parse_phases
 from ppflow_jax.flow.times import shift_of
 from ppflow_jax.models.adapters import NONE, parse, text
 from ppflow_jax.models.conditions import Channels
@@ -25,7 +25,7 @@ from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import abstract_params
 from ppflow_jax.models.trees import leaves, split
 from ppflow_jax.pyramid import Pyramid
-from ppflow_jax.systems.registry import notes_of, take_block, take_conditions, term
+from ppflow_jax.systems.registry import notes_of, take_backbone, take_block, take_conditions, term
 from ppflow_jax.systems.registry import objective as objective_of
 from ppflow_jax.systems.registry import task as task_of
 from ppflow_jax.systems.registry import times as times_of
@@ -69,6 +69,7 @@ class Experiment:
         c = config.model
         settings = {k: c[k] for k in c if k not in ("pyramid", "dtype", "remat", "attention")}
         made = dict(block=(block := take_block(settings)), conditions=take_conditions(settings))
+        made["backbone"] = take_backbone(settings)
         made["adapters"] = parse(settings.pop("adapters", NONE))
         model = ModelConfig(pyramid=Pyramid.parse(c.pyramid), **made, **settings)
         if task := task_of(config.data.task):
@@ -76,6 +77,7 @@ class Experiment:
         shift = config.flow.shift or shift_of(math.prod(model.shape))
         flow = Flow(config.flow.path, config.flow.prediction, shift)
         terms = tuple(map(term, config.flow.terms))
+        _check_backbone(model, flow, terms)
         base = FlowObjective(
             pyramid=model.pyramid,
             flow=flow,
@@ -108,6 +110,7 @@ class Experiment:
         values.pop("resume_changed", None)
         values["model"] |= block.to_json()  # as checkpoints have it
         values["model"]["conditions"] = list(map(str, model.conditions))
+        values["model"]["backbone"] = str(model.backbone or NONE)
         values["data"]["task"] = str(task or "none")
         values["model"]["adapters"] = text(model.adapters)
         card = Card(model, flow, config.data.space, values)
@@ -130,6 +133,23 @@ def _told(model: ModelConfig, task: Task, space: str) -> ModelConfig:
             "that out"
         )
     return model
+
+
+def _check_backbone(model: ModelConfig, flow: Flow, terms: tuple[Term, ...]) -> None:
+    """
+    Raises:
+      InputError: a path that the network does not predict along, or a term that reads its blocks.
+    """
+    network = model.backbone
+    if network is not None and flow.path not in (network.paths or (flow.path,)):
+        raise InputError(
+            f"{network} is for config.flow.path={' or '.join(network.paths)}, not {flow.path}"
+        )
+    if network is not None and terms:
+        raise InputError(
+            f"config.flow.terms: {terms[0].name} reads blocks of the transformer, which "
+            f"{network.kind} does not have: leave it out"
+        )
 
 
 def _check_given(objective: FlowObjective, task: Task | None, fields: tuple[str, ...]) -> None:
@@ -170,7 +190,7 @@ def _check_trainable(model: ModelConfig, patterns: tuple[str, ...]) -> None:
 def _check_muon(optim: OptimConfig, model: ModelConfig, patterns: tuple[str, ...]) -> None:
     if optim.name != "muon":
         return
-    axes = muon_axes(split(abstract_params(model), patterns)[0], model.block.matrices)
+    axes = muon_axes(split(abstract_params(model), patterns)[0], model.matrices)
     if not jax.tree.leaves(axes):
         raise InputError(
             "config.optim.name=muon: it is for the matrices of the blocks, and config.train."

@@ -44,7 +44,8 @@ def take_architecture(config: ConfigDict, workdir: str | None, told: Collection[
         before = config.model.get(name)
         if name == "adapters" and before not in (None, NONE):
             continue  # those of this run, which must fit the weights too
-        before = canonical(before, name) if name in KINDS and before else before
+        texts = name in KINDS or name == "backbone"
+        before = canonical(before, name) if texts and before else before
         if name == "conditions":
             before, value = _together(before, value)
         if name == "pyramid" or f"config.model.{name}" in told or before in (None, value):
@@ -106,7 +107,7 @@ def open_start(
     grown = set(source.conditions) <= set(model.conditions)
     conditions = model.conditions if grown else source.conditions
     other = replace(found, model=plain(replace(source, block=model.block, conditions=conditions)))
-    if card.trainable != ALL:
+    if card.trainable != ALL and model.backbone is None:
         other = replace(other, model=replace(other.model, num_classes=model.num_classes))
     if difference := other.differences(replace(card, model=plain(model))):
         raise InputError(
@@ -115,6 +116,8 @@ def open_start(
         )
 
     def start(params: Params, key: Array) -> Params:
+        if model.backbone is not None:
+            return params
         made = {"blocks": model.block.start(model, source, params["blocks"], key)}
         if model.conditions != source.conditions:
             shapes = abstract_params(model)["conditions"]

@@ -14,6 +14,7 @@ from ppflow_jax.devices.slices import near
 from ppflow_jax.devices.zero import Whole, bytes_on_device
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.flops import volume
 from ppflow_jax.train.experiment import Experiment
 from ppflow_jax.train.program import Program, make_program
 
@@ -125,7 +126,7 @@ def _chosen(
 def need(experiment: Experiment, program: Program, mesh: Mesh, stage: int) -> Need:
     """What a training step of `experiment` needs on `mesh`; `program` may be that of another."""
     model, config = experiment.card.model, experiment.config
-    rules, dtype = model.block.rules, jnp.dtype(config.model.dtype)
+    rules, dtype = model.rules, jnp.dtype(config.model.dtype)
     kept = {"state": program.abstract, "frozen": program.frozen}
     state = bytes_on_device(kept, tree_shardings(kept, mesh, rules))
     params = program.abstract["params"]
@@ -155,9 +156,9 @@ def _saved(model: ModelConfig, stage: int, remat: str, itemsize: int, tensor: in
     `dots` keeps the results of products with weights: 3 D of queries, keys and values, D of each
     output, and the hidden units; `none` all that they are made from too, about thrice that.
     """
-    rows, cols = model.pyramid.grid(stage, model.latent_size)
     d, hidden = model.width, model.block.ffn.hidden(model)
     products = 2 * d + (3 * d + hidden) / tensor
     inside = {"full": 0, "dots": products, "none": 3 * products}[remat]
     once = (2 * d + (3 * d + 2 * hidden) / tensor) * 3  # of the block that is computed
-    return rows * cols * (model.depth * (4 * d + itemsize * inside) + itemsize * once)
+    tokens = volume(model, stage) / (model.depth * d)  # of a block, where all have the same width
+    return tokens * (model.depth * (4 * d + itemsize * inside) + itemsize * once)

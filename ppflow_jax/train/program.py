@@ -95,10 +95,10 @@ def make_program(experiment: Experiment, mesh: Mesh, memory: float | None = None
     programs = for_training(
         attention, dtype, remat=remat, head=head, mesh=mesh, forward_mode=objective.forward_mode
     )
-    rules = model.block.rules
+    rules = model.rules
     place = layout(mesh, rules)
     apply = make_apply(model, dtype=dtype, remat=remat, programs=programs, layout=place)
-    optimizer = make_optimizer(experiment.optim, config.train.steps, model.block.matrices)
+    optimizer = make_optimizer(experiment.optim, config.train.steps, model.matrices)
     trainable = experiment.trainable
 
     def init(key: jax.Array) -> TrainState:
