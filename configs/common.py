@@ -40,7 +40,7 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.model.ffn = "mlp"  # or moe:experts=8,top_k=2,...: see docs/moe.md
     # or clear:radius=8, linfusion, dico: see docs/mixers.md
     c.model.mixer = "attention"
-    c.model.backbone = "none"  # the transformer, or dico:depths=5/4/4/4/4: see docs/dico.md
+    c.model.network = "none"  # the transformer, or dico:depths=5/4/4/4/4: see docs/dico.md
     c.model.wrap = "none"  # or switch:experts=3,top_k=2: see docs/switch.md
     # beside that of data.task, e.g. ("channels:name=low,channels=4",): see docs/conditions.md
     c.model.conditions = ()

@@ -27,8 +27,8 @@ def get_config(name: str = "s"):
     sizes = dict(SIZES[size.upper()])
     depths = sizes.pop("depths")
     c.model.update(sizes | dict(depth=sum(depths), heads=1))
-    c.model.backbone = f"dico:depths={'/'.join(map(str, depths))}"
+    c.model.network = f"dico:depths={'/'.join(map(str, depths))}"
     if variant == "ddpm":
-        c.model.backbone += ",time=ddpm"
+        c.model.network += ",time=ddpm"
         c.flow.path, c.flow.prediction = "vp", "noise"
     return c

@@ -8,7 +8,7 @@
 from configs import digits
 
 PYRAMIDS = {"": "1x1@1", "levels2": "2x2@0.5,1x1@1"}
-MODEL = dict(width=48, depth=9, heads=1, mlp_ratio=2.0, backbone="dico:depths=2/2/2/2/1")
+MODEL = dict(width=48, depth=9, heads=1, mlp_ratio=2.0, network="dico:depths=2/2/2/2/1")
 
 
 def get_config(variant: str = ""):

@@ -23,7 +23,7 @@ from ppflow_jax.errors import InputError
 from ppflow_jax.files.store import read_json, readable
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.models.config import ModelConfig
-from ppflow_jax.systems.registry import take_backbone, take_block, take_conditions
+from ppflow_jax.systems.registry import take_block, take_conditions, take_network
 
 ALL = (".*",)
 LATENT_SCALE = 0.18215  # of the Stable Diffusion autoencoders, as in SiT and PPFlow
@@ -74,9 +74,9 @@ class Card:
     def from_json(cls, values: dict[str, Any]) -> Card:
         model = dict(values["model"])
         block, conditions = take_block(model), take_conditions(model)
-        backbone = take_backbone(model)
+        network = take_network(model)
         return cls(
-            ModelConfig.from_json(model, block, conditions, backbone),
+            ModelConfig.from_json(model, block, conditions, network),
             Flow(**values["flow"]),
             values["data"]["space"],
             values.get("experiment"),

@@ -139,8 +139,8 @@ def import_model(source: Source, kind: str, target: Path) -> None:
         f"classes, width {config.width}, depth {config.depth}, heads {config.heads}; "
         f"{flow.path} path, {flow.prediction}"
     )
-    if config.backbone is not None:
-        print(f"network {config.backbone}")
+    if config.network is not None:
+        print(f"network {config.network}")
     if config.block != DIT:
         print(f"blocks with {config.block}: what names do not say is as --ffn and --mixer say")
 

@@ -31,8 +31,8 @@ def key_table(config: ModelConfig) -> tuple[Key, ...]:
         `Backbone.keys`.
     """
     table: list[Key] = []
-    if config.backbone is not None:
-        return tuple(config.backbone.keys(config))
+    if config.network is not None:
+        return tuple(config.network.keys(config))
     if len(config.pyramid) > 1 and not config.has_levels:
         raise InputError(
             "several stages without level embedding have no PyTorch layout: it always has the table"
@@ -153,7 +153,7 @@ def _patch(stage: int, suffix: str, into: dict[str, int], out: dict[str, int]) -
 
 def position_names(config: ModelConfig) -> tuple[str, ...]:
     """Name of every stage's fixed positions in the state dict of SiT or PPFlow."""
-    if config.backbone is not None:
+    if config.network is not None:
         return ()
     if len(config.pyramid) == 1:
         return ("pos_embed",)

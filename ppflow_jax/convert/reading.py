@@ -16,7 +16,7 @@ from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Params
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, Pyramid
 from ppflow_jax.systems.expand import expand, expanded_config
-from ppflow_jax.systems.registry import read_backbone
+from ppflow_jax.systems.registry import read_whole
 
 # Path and prediction of public weights that are not of a linear path and a velocity
 UNSAID = {"dico": ("vp", "noise")}
@@ -74,7 +74,7 @@ class Reading:
         """
         if kind == "dico":
             path = self.flow(source, kind).path
-            config = read_backbone(source.state, self.latent_size, path)
+            config = read_whole(source.state, self.latent_size, path)
             if self.expands(config):
                 expanded_config(config, self.stages)
             return config

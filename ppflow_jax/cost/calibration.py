@@ -66,7 +66,7 @@ def _evaluation(model: ModelConfig, stage: int) -> Float[np.ndarray, " 3"]:
     """Dense FLOPs, those of attention, and elements of activations of one image."""
     rows, cols = model.pyramid.grid(stage, model.latent_size)
     attention = 4 * (rows * cols) ** 2 * model.width * model.depth
-    if model.backbone is not None:  # those that there are have none
+    if model.network is not None:  # those that there are have none
         attention = 0
     dense = forward_flops(model, stage) - attention
     return np.array([dense, attention, block_traffic(model, stage)], float)

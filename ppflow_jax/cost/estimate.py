@@ -17,7 +17,7 @@ from ppflow_jax.files.place import place
 from ppflow_jax.flow.cost import sampling_flops, training_flops
 from ppflow_jax.flow.plan import Segment
 from ppflow_jax.models.config import ModelConfig
-from ppflow_jax.models.flops import block_traffic, volume
+from ppflow_jax.models.flops import block_traffic
 
 SAMPLES = 50_000  # of an FID
 IMAGENET = 1_281_167  # examples of its training set
@@ -118,9 +118,11 @@ def training_bytes(
     cases one block is at work besides.
     """
     kept = {"none": 20, "dots": 11, "full": 1}[config.model.remat]
-    blocks = model.depth * kept + (20 if kept < 20 else 0)
-    inside = sum(volume(model, stage) / model.depth * count for stage, count in images.items())
-    elements = inside / config.train.accumulate * blocks
+    again, elements = 20 if kept < 20 else 0, 0.0
+    for stack in model.stacks:
+        tokens = sum(_tokens(stack, stage) * count for stage, count in images.items())
+        blocks = stack.depth * kept + again
+        elements += tokens / config.train.accumulate * stack.width * blocks
     return round(weights + _itemsize(config) * (elements + 2 * weights / 4))
 
 

@@ -68,8 +68,12 @@ class Backbone(Described):
         if has := next((name for name, there in lacks.items() if there), None):
             raise InputError(
                 f"config.model.{has}: these are of the transformer, not of {self.kind}: leave "
-                "them out, and config.data.task too, or leave config.model.backbone=none"
+                "them out, and config.data.task too, or leave config.model.network=none"
             )
+
+    def stacks(self, model: ModelConfig) -> tuple[ModelConfig, ...]:
+        """Its stacks of blocks, as models of the transformer with the same stages."""
+        raise NotImplementedError
 
     def module(self, model: ModelConfig, run: Execution, remat: str, rngs: nnx.Rngs) -> nnx.Module:
         """Its module, a `Predictor`."""
@@ -85,10 +89,6 @@ class Backbone(Described):
 
     def flops(self, model: ModelConfig, stage: int) -> int:
         """FLOPs of its matrix products and convolutions for one image, 2 per multiply-add."""
-        raise NotImplementedError
-
-    def volume(self, model: ModelConfig, stage: int) -> int:
-        """Tokens times width, summed over its blocks, for estimates of memory."""
         raise NotImplementedError
 
     @classmethod

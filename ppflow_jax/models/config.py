@@ -39,7 +39,7 @@ class ModelConfig:
       block: what the blocks are made of.
       conditions: what it is told besides time and label.
       adapters: what stands beside the kernels, see `models.adapters`.
-      backbone: the network, if it is not the transformer; the sizes are then as it says.
+      network: the network, if it is not the transformer; the sizes are then as it says.
 
     Raises:
       InputError: a patch does not divide the latent, heads do not divide the width, the mixer
@@ -59,7 +59,7 @@ class ModelConfig:
     block: BlockSpec = DIT
     conditions: tuple[Condition, ...] = ()
     adapters: tuple[Adapter, ...] = ()
-    backbone: Backbone | None = None
+    network: Backbone | None = None
 
     def __post_init__(self):
         sizes = (self.latent_size, self.channels, self.width, self.depth, self.heads)
@@ -77,8 +77,8 @@ class ModelConfig:
         if twice := [name for i, name in enumerate(names) if name in names[:i]]:
             raise InputError(f"two conditions are called {twice[0]}: give each its own name")
         beside(self)
-        if self.backbone is not None:
-            self.backbone.check(self)
+        if self.network is not None:
+            self.network.check(self)
 
     @property
     def has_levels(self) -> bool:
@@ -92,12 +92,17 @@ class ModelConfig:
     @property
     def rules(self) -> tuple[Rule, ...]:
         """Shardings of leaves, besides those of `devices.sharding`."""
-        return self.block.rules if self.backbone is None else self.backbone.rules
+        return self.block.rules if self.network is None else self.network.rules
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
         """Leaves that are linear maps between features, besides those of DiT, for Muon."""
-        return self.block.matrices if self.backbone is None else self.backbone.matrices
+        return self.block.matrices if self.network is None else self.network.matrices
+
+    @property
+    def stacks(self) -> tuple[ModelConfig, ...]:
+        """Its stacks of blocks, each as a model of the transformer."""
+        return (self,) if self.network is None else self.network.stacks(self)
 
     @property
     def asked(self) -> tuple[Condition, ...]:
@@ -115,15 +120,15 @@ class ModelConfig:
 
     def to_json(self) -> dict[str, Any]:
         """By field; conditions, adapters and what is not DiT's, as text."""
-        special = ("block", "conditions", "adapters", "backbone")
+        special = ("block", "conditions", "adapters", "network")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in special}
         texts: dict[str, Any] = {"pyramid": str(self.pyramid)} | self.block.to_json()
         if self.conditions:
             texts["conditions"] = list(map(str, self.conditions))
         if self.adapters:
             texts["adapters"] = text(self.adapters)
-        if self.backbone is not None:
-            texts["backbone"] = str(self.backbone)
+        if self.network is not None:
+            texts["network"] = str(self.network)
         return values | texts
 
     @classmethod
@@ -132,16 +137,16 @@ class ModelConfig:
         values: dict[str, Any],
         block: BlockSpec = DIT,
         conditions: tuple[Condition, ...] = (),
-        backbone: Backbone | None = None,
+        network: Backbone | None = None,
     ) -> ModelConfig:
-        """The model of `to_json`, whose parts, conditions and backbone have been made already.
+        """The model of `to_json`, whose parts, conditions and network have been made already.
 
         Raises:
           InputError: keys that there are not.
         """
-        known = {f.name for f in fields(cls)} - {"block", "conditions", "backbone"}
+        known = {f.name for f in fields(cls)} - {"block", "conditions", "network"}
         if unknown := set(values) - known:
             raise InputError(f"model config has unknown keys {sorted(unknown)}: update ppflow_jax")
         pyramid = Pyramid.parse(values["pyramid"])
-        made = dict(pyramid=pyramid, block=block, conditions=conditions, backbone=backbone)
+        made = dict(pyramid=pyramid, block=block, conditions=conditions, network=network)
         return cls(**(values | made | {"adapters": parse(values.get("adapters", NONE))}))

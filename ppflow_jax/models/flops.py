@@ -40,17 +40,9 @@ def ends_flops(model: ModelConfig, stage: int) -> int:
 
 def forward_flops(model: ModelConfig, stage: int) -> int:
     """FLOPs of one plain evaluation of one image."""
-    if model.backbone is not None:
-        return model.backbone.flops(model, stage)
+    if model.network is not None:
+        return model.network.flops(model, stage)
     return model.depth * block_flops(model, stage) + ends_flops(model, stage)
-
-
-def volume(model: ModelConfig, stage: int) -> int:
-    """Tokens times width, summed over all blocks."""
-    if model.backbone is not None:
-        return model.backbone.volume(model, stage)
-    rows, cols = model.pyramid.grid(stage, model.latent_size)
-    return model.depth * rows * cols * model.width
 
 
 def block_traffic(model: ModelConfig, stage: int) -> int:
@@ -60,10 +52,11 @@ def block_traffic(model: ModelConfig, stage: int) -> int:
     a head's softmax, N^2 in full attention; an estimate of what crosses HBM if each product is
     one kernel. Weights are not counted.
     """
-    if model.backbone is not None:
-        return int((12 + 2 * model.mlp_ratio) * volume(model, stage))
-    rows, cols = model.pyramid.grid(stage, model.latent_size)
-    n, d = rows * cols, model.width
-    hidden = model.block.ffn.hidden(model)
-    scores = model.block.mixer.scores(model, stage)
-    return model.depth * (int((12 * d + 2 * hidden) * n) + 4 * model.heads * scores)
+    elements = 0
+    for stack in model.stacks:
+        rows, cols = stack.pyramid.grid(stage, stack.latent_size)
+        n, d = rows * cols, stack.width
+        hidden = stack.block.ffn.hidden(stack)
+        scores = stack.block.mixer.scores(stack, stage)
+        elements += stack.depth * (int((12 * d + 2 * hidden) * n) + 4 * stack.heads * scores)
+    return elements

@@ -198,10 +198,10 @@ def _module(
     **options: Any,
 ) -> nnx.Module:
     rngs = nnx.Rngs(key)
-    if config.backbone is None:
+    if config.network is None:
         return PPFlow(config, dtype=dtype, remat=remat, rngs=rngs, **options)
     options.pop("one_time", None)
-    return config.backbone.module(config, Execution(dtype, **options), remat, rngs)
+    return config.network.module(config, Execution(dtype, **options), remat, rngs)
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
@@ -250,8 +250,8 @@ def make_apply(
     graphdef, _ = nnx.split(
         nnx.eval_shape(lambda: _module(config, jax.random.key(0), dtype, remat, **options))
     )
-    if config.backbone is not None:
-        return whole(config.backbone, graphdef, layout)
+    if config.network is not None:
+        return whole(config.network, graphdef, layout)
 
     def apply(params, x, t, y, stage, trunk=None, taps=Taps(), mixer=None):
         taps.check(config.depth)

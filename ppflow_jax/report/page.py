@@ -92,7 +92,7 @@ def _runs(runs: Sequence[Run]) -> str:
         config = SamplerConfig("euler", 100)
         flops = sampling_flops(model, plan(config, model.pyramid, run.card.flow))
         # of the transformer with 2x2 patches; another network has no such relative
-        base = None if model.backbone else replace(model, pyramid=SIT)
+        base = None if model.network else replace(model, pyramid=SIT)
         sit = base and sampling_flops(base, plan(config, SIT, run.card.flow))
         grids = [model.pyramid.grid(i, model.latent_size) for i in range(len(model.pyramid))]
         parameters = parameter_overview.count_parameters(abstract_params(model))

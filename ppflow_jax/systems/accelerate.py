@@ -203,9 +203,9 @@ def accelerated(
             f"{config.solver} evaluates another average at every step, and {late[0]} takes values "
             f"of earlier steps: leave {late[0]} out of --accelerate"
         )
-    if model.backbone is not None:
+    if model.network is not None:
         raise InputError(
-            f"{parts[0]} works on the transformer's blocks, which {model.backbone.kind} does not "
+            f"{parts[0]} works on the transformer's blocks, which {model.network.kind} does not "
             f"have: leave {parts[0]} out of --accelerate"
         )
     inside = [name for name in parts if name != "forecast"]  # of blocks

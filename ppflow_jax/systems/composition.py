@@ -60,7 +60,7 @@ METHODS = {
     "moe": "blocks with experts (DiT-MoE)",
     "switch": "blocks of Switch-DiT",
     "mixer": "blocks without full attention (CLEAR, LinFusion, DiCo)",
-    "backbone": "the network of DiCo",
+    "network": "the network of DiCo",
 }
 ENGINES = ("forecast", "merge", "ras", "rettention")  # change the evaluations
 _NOISE = "adds noise at every step"
@@ -77,7 +77,7 @@ _EXCEPTIONS = (
     *(Pair(engine, "meanflow", REFUSED, _JUMPS) for engine in ("forecast", "ras", "rettention")),
     Pair("merge", "switch", REFUSED, _APART),
     *(Pair(engine, "mixer", REFUSED, _FULL) for engine in ("merge", "ras", "rettention")),
-    *(Pair(engine, "backbone", REFUSED, _OTHER) for engine in ENGINES),
+    *(Pair(engine, "network", REFUSED, _OTHER) for engine in ENGINES),
     *(Pair(engine, "plan", REFUSED, _FILE) for engine in ENGINES),
     *(Pair(engine, "sde", REFUSED, _NOISE) for engine in ENGINES),
     *(Pair(engine, "dopri5", REFUSED, _GRID) for engine in ENGINES),

@@ -36,7 +36,7 @@ from ppflow_jax.models.leaves import Key, linear_keys
 from ppflow_jax.models.parts import BlockSpec
 from ppflow_jax.pyramid import Pyramid, Stage
 from ppflow_jax.systems.dico import DiCo, ExactMlp, point_keys
-from ppflow_jax.systems.dico_unet import JOINS, LEVELS, MOVES, WIDTHS, UNet
+from ppflow_jax.systems.dico_unet import JOINS, LEVELS, MOVES, WIDTHS, UNet, moved
 
 # DiCo, Table 2: width h and blocks of the levels; H has an MLP of 4 times the width, the others 2.
 SIZES = {
@@ -52,7 +52,7 @@ TIMES = {"flow": ("linear", "gvp"), "ddpm": ("vp",)}  # with the paths along whi
 
 @dataclass(frozen=True)
 class DiCoNetwork(Backbone):
-    """`config.model.backbone=dico:depths=5/4/4/4/4`: width is h, depth all blocks, heads 1.
+    """`config.model.network=dico:depths=5/4/4/4/4`: width is h, depth all blocks, heads 1.
 
     Attributes:
       depths: blocks of the five levels.
@@ -108,7 +108,12 @@ class DiCoNetwork(Backbone):
         """The blocks of one level as those of a model."""
         depth = dict(zip(LEVELS, self.depths))[name]
         width = LEVELS[name].widths * model.width
-        return replace(model, width=width, depth=depth, block=BLOCK, backbone=None)
+        size = model.latent_size // LEVELS[name].shrink
+        sizes = dict(latent_size=size, width=width, depth=depth)
+        return replace(model, **sizes, block=BLOCK, network=None)
+
+    def stacks(self, model: ModelConfig) -> tuple[ModelConfig, ...]:
+        return tuple(self.level(model, name) for name in LEVELS)
 
     def flops(self, model: ModelConfig, stage: int) -> int:
         rows, cols = model.pyramid.grid(stage, model.latent_size)
@@ -116,19 +121,9 @@ class DiCoNetwork(Backbone):
         pixels = patch[0] * patch[1] * model.channels
         total = 18 * n * h * pixels + 36 * n * h * pixels * (1 + model.learn_sigma)
         total += sum(2 * w * h * (2 * FREQUENCIES + w * h) for w in WIDTHS) + 16 * h * h
-        total += sum(int(18 * n * a * b) * h * h // s**2 for *_, a, b, s in MOVES)
+        total += sum(18 * n * a * h * moved(name, a * h) // s**2 for name, _, a, s in MOVES)
         total += sum(2 * n * a * b * h * h // s**2 for *_, a, b, s in JOINS)
-        for name, level in LEVELS.items():
-            own, tokens = self.level(model, name), n // level.shrink**2
-            total += own.depth * block_flops(own, stage, tokens, tokens)
-        return total
-
-    def volume(self, model: ModelConfig, stage: int) -> int:
-        rows, cols = model.pyramid.grid(stage, model.latent_size)
-        levels = zip(LEVELS.values(), self.depths)
-        return sum(
-            d * rows * cols * level.widths * model.width // level.shrink**2 for level, d in levels
-        )
+        return total + sum(own.depth * block_flops(own, stage) for own in self.stacks(model))
 
     def keys(self, model: ModelConfig) -> Iterator[Key]:
         if str(model.pyramid) != "1x1@1":
@@ -182,7 +177,7 @@ class DiCoNetwork(Backbone):
             num_classes=state[table].shape[0] - 1,
             mlp_ratio=state[hidden].shape[0] / width,
             learn_sigma=state[last].shape[0] == 2 * channels,
-            backbone=cls(depths, time),
+            network=cls(depths, time),
         )
 
 

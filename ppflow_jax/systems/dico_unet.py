@@ -30,6 +30,11 @@ from ppflow_jax.models.patch import patchify, unpatchify
 from ppflow_jax.models.stack import Stack, unstacked
 
 
+def moved(name: str, channels: int) -> int:
+    """Channels that the convolution of a move makes of so many."""
+    return channels // 2 if name.startswith("down") else 2 * channels
+
+
 @dataclass(frozen=True)
 class Level:
     """One of the five.
@@ -55,13 +60,14 @@ LEVELS = {
     "decoder1": Level("decoder_level_1", 2, 1, 1),
 }
 WIDTHS = (1, 2, 4)  # of the embeddings, over h
-# Between levels: name here, name there, channels of input and output over h, rows shrunk by
+# Between levels: name here, name there, channels of the input over h, its rows shrunk by
 MOVES = (
-    ("down1", "down1_2.body.0", 1, 0.5, 1),
-    ("down2", "down2_3.body.0", 2, 1, 2),
-    ("up2", "up3_2.body.0", 4, 8, 4),
-    ("up1", "up2_1.body.0", 2, 4, 2),
+    ("down1", "down1_2.body.0", 1, 1),
+    ("down2", "down2_3.body.0", 2, 2),
+    ("up2", "up3_2.body.0", 4, 4),
+    ("up1", "up2_1.body.0", 2, 2),
 )
+# Name here, name there, channels of input and output over h, rows shrunk by
 JOINS = (("join2", "reduce_chan_level2", 4, 2, 2), ("join1", "reduce_chan_level1", 2, 2, 1))
 
 
@@ -85,11 +91,11 @@ class UNet(nnx.Module):
         h, pyramid = model.width, model.pyramid
         pixels = [s.patch[0] * s.patch[1] * model.channels for s in pyramid.stages]
 
-        def conv(inputs: float, outputs: float, dtype: DTypeLike = run.dtype, **options: Any):
+        def conv(inputs: int, outputs: int, dtype: DTypeLike = run.dtype, **options: Any):
             made = dict(kernel_size=(3, 3), padding="SAME", kernel_init=_xavier) | options
-            return nnx.Conv(int(inputs), int(outputs), dtype=dtype, rngs=rngs, **made)
+            return nnx.Conv(inputs, outputs, dtype=dtype, rngs=rngs, **made)
 
-        def table(rows: int) -> nnx.List:
+        def table(rows: int):
             embeds = (nnx.Embed(rows, w * h, embedding_init=_normal, rngs=rngs) for w in WIDTHS)
             return nnx.List(list(embeds))
 
@@ -100,10 +106,10 @@ class UNet(nnx.Module):
             self.level = table(len(pyramid))
         for name in LEVELS:
             setattr(
-                self, name, nnx.Dict(blocks=_stacked(model.backbone.level(model, name), run, rngs))
+                self, name, nnx.Dict(blocks=_stacked(model.network.level(model, name), run, rngs))
             )
-        for name, _, inputs, outputs, _ in MOVES:
-            setattr(self, name, conv(inputs * h, outputs * h, use_bias=False))
+        for name, _, inputs, _ in MOVES:
+            setattr(self, name, conv(inputs * h, moved(name, inputs * h), use_bias=False))
         for name, _, inputs, outputs, _ in JOINS:
             setattr(self, name, linear(inputs * h, outputs * h, rngs, dtype=run.dtype))
         self.final_adaln = linear(2 * h, 4 * h, rngs, dtype=run.dtype, init=_zeros)
@@ -119,7 +125,7 @@ class UNet(nnx.Module):
         ys: tuple[Cond, ...],
         stages: tuple[int, ...],
     ) -> tuple[Float[Array, "_ h w c"], ...]:
-        told = self.config.backbone.time == "ddpm"
+        told = self.config.network.time == "ddpm"
         seen = tuple(map(ddpm_step, ts)) if told else ts
         return tuple(
             out[..., : self.config.channels] for out in self.outputs(xs, seen, ys, stages)[0]

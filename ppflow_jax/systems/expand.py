@@ -32,9 +32,9 @@ def expanded_config(config: ModelConfig, pyramid: Pyramid) -> ModelConfig:
             f"only a model of one stage can be expanded, this one has {config.pyramid}: leave out "
             "--pyramid, or state its own"
         )
-    if config.backbone is not None:
+    if config.network is not None:
         raise InputError(
-            f"only the transformer can be expanded, this is {config.backbone}: leave out --pyramid"
+            f"only the transformer can be expanded, this is {config.network}: leave out --pyramid"
         )
     if config.adapters:
         raise InputError("a model with adapters is not expanded: merge them first")

@@ -39,7 +39,7 @@ MIXERS: dict[str, type[Mixer]] = {
 }
 # By the field of `BlockSpec`
 KINDS: dict[str, dict[str, Any]] = {"ffn": FFNS, "wrap": WRAPS, "mixer": MIXERS}
-BACKBONES: dict[str, type[Backbone]] = {part.kind: part for part in (DiCoNetwork,)}
+NETWORKS: dict[str, type[Backbone]] = {part.kind: part for part in (DiCoNetwork,)}
 TERMS: dict[str, Any] = {term.name: term for term in (Repa, AttentionAlign)}  # of the loss
 OBJECTIVES = {kind.kind: kind for kind in (MeanFlow, Guided, Halved, Distil, Mmd)}
 UNIFORM = "uniform"  # raw times of training, where they are nothing else
@@ -105,9 +105,9 @@ def objective(text: str, base: FlowObjective, model: ModelConfig) -> Objective:
     if text == FLOW:
         return base
     settings = _made(text, "objective", OBJECTIVES)
-    if model.backbone is not None:
+    if model.network is not None:
         raise InputError(
-            f"objective {settings.kind} is for the transformer, not for {model.backbone.kind}: "
+            f"objective {settings.kind} is for the transformer, not for {model.network.kind}: "
             "leave config.flow.objective=flow"
         )
     if not base.law.plain and not isinstance(settings, Distil):
@@ -160,8 +160,8 @@ def _made(text: str, field: str, kinds: Mapping[str, Any]) -> Any:
 
 
 def canonical(text: str, field: str) -> str:
-    """The text of a part or of a backbone with all its settings."""
-    kinds = BACKBONES if field == "backbone" else KINDS[field]
+    """The text of a part or of a network with all its settings."""
+    kinds = NETWORKS if field == "network" else KINDS[field]
     return text if text == NONE else str(_made(text, field, kinds))
 
 
@@ -190,25 +190,25 @@ def take_block(values: dict[str, Any]) -> BlockSpec:
     return BlockSpec(**{f: part(text, f) for f, text in texts.items() if text != NONE})
 
 
-def take_backbone(values: dict[str, Any]) -> Backbone | None:
+def take_network(values: dict[str, Any]) -> Backbone | None:
     """The network among the settings of a model, which is taken out of `values`.
 
     Raises:
       InputError: see `part`.
     """
-    text = values.pop("backbone", NONE)
-    return None if text == NONE else _made(text, "backbone", BACKBONES)
+    text = values.pop("network", NONE)
+    return None if text == NONE else _made(text, "network", NETWORKS)
 
 
-def read_backbone(state: Mapping[str, Any], latent_size: int | None, path: str) -> ModelConfig:
+def read_whole(state: Mapping[str, Any], latent_size: int | None, path: str) -> ModelConfig:
     """The model of a PyTorch state dict that is none of the transformer, see `Backbone.read`.
 
     Raises:
       InputError: see there; no network that is known.
     """
-    found = (kind.read(state, latent_size, path) for kind in BACKBONES.values())
+    found = (kind.read(state, latent_size, path) for kind in NETWORKS.values())
     if (model := next(filter(None, found), None)) is None:
-        raise InputError(f"the file has none of the networks {', '.join(BACKBONES)}")
+        raise InputError(f"the file has none of the networks {', '.join(NETWORKS)}")
     return model
 
 

@@ -25,7 +25,7 @@ from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import abstract_params
 from ppflow_jax.models.trees import leaves, split
 from ppflow_jax.pyramid import Pyramid
-from ppflow_jax.systems.registry import notes_of, take_backbone, take_block, take_conditions, term
+from ppflow_jax.systems.registry import notes_of, take_block, take_conditions, take_network, term
 from ppflow_jax.systems.registry import objective as objective_of
 from ppflow_jax.systems.registry import task as task_of
 from ppflow_jax.systems.registry import times as times_of
@@ -69,7 +69,7 @@ class Experiment:
         c = config.model
         settings = {k: c[k] for k in c if k not in ("pyramid", "dtype", "remat", "attention")}
         made = dict(block=(block := take_block(settings)), conditions=take_conditions(settings))
-        made["backbone"] = take_backbone(settings)
+        made["network"] = take_network(settings)
         made["adapters"] = parse(settings.pop("adapters", NONE))
         model = ModelConfig(pyramid=Pyramid.parse(c.pyramid), **made, **settings)
         if task := task_of(config.data.task):
@@ -77,7 +77,7 @@ class Experiment:
         shift = config.flow.shift or shift_of(math.prod(model.shape))
         flow = Flow(config.flow.path, config.flow.prediction, shift)
         terms = tuple(map(term, config.flow.terms))
-        _check_backbone(model, flow, terms)
+        _check_network(model, flow, terms)
         base = FlowObjective(
             pyramid=model.pyramid,
             flow=flow,
@@ -110,7 +110,7 @@ class Experiment:
         values.pop("resume_changed", None)
         values["model"] |= block.to_json()  # as checkpoints have it
         values["model"]["conditions"] = list(map(str, model.conditions))
-        values["model"]["backbone"] = str(model.backbone or NONE)
+        values["model"]["network"] = str(model.network or NONE)
         values["data"]["task"] = str(task or "none")
         values["model"]["adapters"] = text(model.adapters)
         card = Card(model, flow, config.data.space, values)
@@ -135,12 +135,12 @@ def _told(model: ModelConfig, task: Task, space: str) -> ModelConfig:
     return model
 
 
-def _check_backbone(model: ModelConfig, flow: Flow, terms: tuple[Term, ...]) -> None:
+def _check_network(model: ModelConfig, flow: Flow, terms: tuple[Term, ...]) -> None:
     """
     Raises:
       InputError: a path that the network does not predict along, or a term that reads its blocks.
     """
-    network = model.backbone
+    network = model.network
     if network is not None and flow.path not in (network.paths or (flow.path,)):
         raise InputError(
             f"{network} is for config.flow.path={' or '.join(network.paths)}, not {flow.path}"

@@ -44,7 +44,7 @@ def take_architecture(config: ConfigDict, workdir: str | None, told: Collection[
         before = config.model.get(name)
         if name == "adapters" and before not in (None, NONE):
             continue  # those of this run, which must fit the weights too
-        texts = name in KINDS or name == "backbone"
+        texts = name in KINDS or name == "network"
         before = canonical(before, name) if texts and before else before
         if name == "conditions":
             before, value = _together(before, value)
@@ -107,7 +107,7 @@ def open_start(
     grown = set(source.conditions) <= set(model.conditions)
     conditions = model.conditions if grown else source.conditions
     other = replace(found, model=plain(replace(source, block=model.block, conditions=conditions)))
-    if card.trainable != ALL and model.backbone is None:
+    if card.trainable != ALL and model.network is None:
         other = replace(other, model=replace(other.model, num_classes=model.num_classes))
     if difference := other.differences(replace(card, model=plain(model))):
         raise InputError(
@@ -116,7 +116,7 @@ def open_start(
         )
 
     def start(params: Params, key: Array) -> Params:
-        if model.backbone is not None:
+        if model.network is not None:
             return params
         made = {"blocks": model.block.start(model, source, params["blocks"], key)}
         if model.conditions != source.conditions:

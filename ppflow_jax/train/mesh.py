@@ -14,7 +14,6 @@ from ppflow_jax.devices.slices import near
 from ppflow_jax.devices.zero import Whole, bytes_on_device
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.config import ModelConfig
-from ppflow_jax.models.flops import volume
 from ppflow_jax.train.experiment import Experiment
 from ppflow_jax.train.program import Program, make_program
 
@@ -146,19 +145,23 @@ def _activations(experiment: Experiment, mesh: Mesh) -> int:
     itemsize, tensor = jnp.dtype(config.model.dtype).itemsize, mesh.shape["tensor"]
     return int(
         images
-        * sum(_saved(model, stage, config.model.remat, itemsize, tensor) for stage in pattern)
+        * sum(
+            _saved(stack, stage, config.model.remat, itemsize, tensor)
+            for stage in pattern
+            for stack in model.stacks
+        )
     )
 
 
 def _saved(model: ModelConfig, stage: int, remat: str, itemsize: int, tensor: int) -> float:
-    """Of one image: its tokens before every block, and what the policy of remat keeps inside.
+    """Of one image, by a stack: its tokens before every block, and what the policy of remat keeps.
 
     `dots` keeps the results of products with weights: 3 D of queries, keys and values, D of each
     output, and the hidden units; `none` all that they are made from too, about thrice that.
     """
+    rows, cols = model.pyramid.grid(stage, model.latent_size)
     d, hidden = model.width, model.block.ffn.hidden(model)
     products = 2 * d + (3 * d + hidden) / tensor
     inside = {"full": 0, "dots": products, "none": 3 * products}[remat]
     once = (2 * d + (3 * d + 2 * hidden) / tensor) * 3  # of the block that is computed
-    tokens = volume(model, stage) / (model.depth * d)  # of a block, where all have the same width
-    return tokens * (model.depth * (4 * d + itemsize * inside) + itemsize * once)
+    return rows * cols * (model.depth * (4 * d + itemsize * inside) + itemsize * once)

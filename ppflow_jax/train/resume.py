@@ -32,7 +32,7 @@ BEFORE = {
     "model.wrap": "none",
     "model.mixer": "attention",
     "model.conditions": [],
-    "model.backbone": "none",
+    "model.network": "none",
     "data.task": "none",
     "model.adapters": "none",
     "train.trainable": [".*"],

@@ -52,7 +52,7 @@ def block(ref: Reference) -> Iterator[Row]:
     """One block of a level, told a vector."""
     x, c = picture(ref["run/block_x"]), jnp.asarray(ref["run/block_c"])
     model = model_of(ref)
-    level = model.backbone.level(model, BLOCK_OF)
+    level = model.network.level(model, BLOCK_OF)
     graph, _ = nnx.split(nnx.eval_shape(lambda: Block(level, Execution(), rngs=nnx.Rngs(0))))
     leaves: dict = {}
     for key in (*BLOCK.keys(0), *ADALN):
@@ -97,7 +97,7 @@ def model_of(ref: Reference) -> ModelConfig:
         num_classes=c["nc"],
         mlp_ratio=float(c["r"]),
         learn_sigma=c["ls"],
-        backbone=DiCoNetwork(depths, "ddpm"),
+        network=DiCoNetwork(depths, "ddpm"),
     )
 
 
