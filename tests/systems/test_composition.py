@@ -20,9 +20,10 @@ from ppflow_jax.models.conditions import GUIDANCE, INTERVAL, Channels, Scalar
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import make_apply
 from ppflow_jax.models.parts import BlockSpec
-from ppflow_jax.pyramid import PPFLOW2, SIT
+from ppflow_jax.pyramid import PPFLOW2, SIT, Pyramid
 from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
 from ppflow_jax.systems.composition import ENGINES, METHODS, REFUSED, STAGES, WORKS, pairs
+from ppflow_jax.systems.dico_network import DiCoNetwork
 from ppflow_jax.systems.linfusion import LinFusion
 from ppflow_jax.systems.moe import MoE
 from ppflow_jax.systems.switch import Switch
@@ -59,6 +60,9 @@ MODELS = {
     "moe": replace(MODEL, block=BlockSpec(ffn=MoE(experts=2, top_k=1))),
     "switch": replace(MODEL, block=BlockSpec(wrap=Switch(experts=2, top_k=1))),
     "mixer": replace(MODEL, block=BlockSpec(mixer=LinFusion())),
+    "network": replace(
+        MODEL, pyramid=Pyramid.parse("1x1@1"), depth=5, heads=1, network=DiCoNetwork((1,) * 5)
+    ),
     "keep": replace(MODEL, conditions=(Channels("known", channels=3, drop=0.0),)),
     "stages": STAGED,
 }
