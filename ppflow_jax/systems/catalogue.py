@@ -309,7 +309,7 @@ SYSTEMS = (
         "dico.md",
         "parameters of the five sizes; every level, the output, guidance on 3 channels and all "
         "gradients, against arrays of the original; the names of public weights",
-        "trained on velocity unless told `ddpm`; variance is not trained; stages of coarser patches",
+        "trained on velocity unless told `ddpm`, never on the variance; stages of coarser patches",
         "tests/systems/test_dico_network.py",
         NOT_MEASURED,
     ),

@@ -97,8 +97,7 @@ def open_start(
     folder = find_checkpoint(path)
     found, model = read_card(folder), card.model
     source = found.model
-    moved = source.adapters and source.block != model.block
-    if moved or source.adapters not in ((), model.adapters):
+    if source.adapters and (source.block, source.adapters) != (model.block, model.adapters):
         raise InputError(
             f"{setting}={folder} has adapters {text(source.adapters)}: keep them in "
             f"config.model.adapters, or merge them: ppflow convert --merge --source={path} "
@@ -116,8 +115,6 @@ def open_start(
         )
 
     def start(params: Params, key: Array) -> Params:
-        if model.network is not None:
-            return params
         made = {"blocks": model.block.start(model, source, params["blocks"], key)}
         if model.conditions != source.conditions:
             shapes = abstract_params(model)["conditions"]
@@ -125,12 +122,13 @@ def open_start(
             made["conditions"] = zeros | params.get("conditions", {})
         if model.num_classes != source.num_classes:
             null = params["label"]["embedding"][-1:]
-            table = jnp.broadcast_to(null, (model.num_classes + 1, model.width))
-            made["label"] = {"embedding": table}
+            made["label"] = {"embedding": jnp.repeat(null, model.num_classes + 1, axis=0)}
         params = params | made
         new = adapter_paths(model) - adapter_paths(source)
         return join(params, parted(init_params(model, key), new.__contains__)[0]) if new else params
 
+    if model.network is not None:  # which has no parts to start
+        return load_weights(folder, found, mesh), lambda params, key: params
     try:
         made = jax.eval_shape(start, abstract_params(source), jax.random.key(0))
     except InputError as e:

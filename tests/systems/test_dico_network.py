@@ -131,7 +131,8 @@ def test_a_stage_is_the_original_on_its_own_grid():
 
 
 def test_flops_are_those_of_the_compiler():
-    model = of_size("S", width=64, latent_size=16, num_classes=10)
+    model = of_size("S", latent_size=16, num_classes=10)
+    model = replace(model, depth=5, network=DiCoNetwork((1,) * 5))
     apply = make_apply(model, programs=Programs(unrolled=True))
     x, t, y = (
         jax.ShapeDtypeStruct((1, *model.shape), jnp.float32),
