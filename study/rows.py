@@ -22,6 +22,15 @@ DYDIT = {
     "flow.objective": "dydit:share=0.6,warmup=300",
     "optim.clip": 50.0,
 }
+DISTIL = {"flow.objective": "distil:kd=0.5,features=0.5,every=2"}
+# At the FLOPs of the digits' SiT
+DICO = {
+    "model.network": "dico:depths=2/2/2/2/1",
+    "model.width": 48,
+    "model.depth": 9,
+    "model.heads": 1,
+    "model.mlp_ratio": 2.0,
+}
 MOE = "moe:experts=4,shared=0,expert=gelu"
 DDT = {f"model.{name}": value for name, value in digits_ddt.MODEL.items()}
 
@@ -36,6 +45,7 @@ class Row:
       changes: further settings, as `model.level_embedding`.
       starts_from: the row of the same seed with whose weights training starts; they are expanded
         where the pyramid is another.
+      teacher: the row of the same seed that it is distilled from, and starts from.
       steps: as a share of the budget.
       costs_as: the row whose training costs as many FLOPs, where that sets the number of steps.
       phases: weights of terms, each until a share of the steps.
@@ -46,6 +56,7 @@ class Row:
     pyramid: str
     changes: dict[str, Any] = field(default_factory=dict)
     starts_from: str = ""
+    teacher: str = ""
     steps: float = 1.0
     costs_as: str = ""
     phases: tuple[tuple[float, dict[str, float]], ...] = ()
@@ -106,6 +117,17 @@ ROWS = {
         "2 levels, DyDiT to 60% of the blocks' FLOPs, 100% more steps", TWO, DYDIT,
         starts_from="levels2", accelerate="width=1",
     ),
+    "clear": Row(
+        "2 levels, taught local attention (CLEAR), 50% more steps", TWO,
+        DISTIL | {"model.mixer": "clear:radius=2"}, teacher="levels2", steps=0.5,
+    ),
+    "linfusion": Row(
+        "2 levels, taught linear attention (LinFusion), 50% more steps", TWO,
+        DISTIL | {"model.mixer": "linfusion"}, teacher="levels2", steps=0.5,
+    ),
+    "dico_mixer": Row("2 levels, DiCo's convolutions", TWO, {"model.mixer": "dico"}),
+    "dico": Row("DiCo's network, an image costs as SiT's", "1x1@1", DICO),
+    "dico2": Row("DiCo's network, 2 levels", "2x2@0.5,1x1@1", DICO),
 }  # fmt: skip
 
 
@@ -127,7 +149,7 @@ def configured(base: ConfigDict, row: Row, seed: int) -> ConfigDict:
     if row.costs_as:
         wanted = training_cost(configured(base, ROWS[row.costs_as], seed))
         config.train.steps = round(wanted / _step_flops(config))
-    if row.starts_from:
+    if row.starts_from or row.teacher:
         share = config.train.steps / base.train.steps
         config.train.ema = 1 - min(1.0, (1 - config.train.ema) / share)
         config.optim.warmup_steps = round(config.optim.warmup_steps * share)

@@ -112,6 +112,8 @@ def _trained(out: Path, name: str, seed: int) -> Path:
         print(f"seed {seed}, {row.title}: {config.train.steps} steps", flush=True)
         if row.starts_from:
             config.init_from = str(_start(_trained(out, row.starts_from, seed), row.pyramid, seed))
+        if row.teacher:
+            config.train.teacher = str(_trained(out, row.teacher, seed))
         start = time.monotonic()
         train(config, str(folder))
         seconds = time.monotonic() - start

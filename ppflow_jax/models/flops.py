@@ -27,7 +27,7 @@ def block_flops(
 
 
 def ends_flops(model: ModelConfig, stage: int) -> int:
-    """FLOPs of what is not in the blocks, of one image.
+    """FLOPs of what is not in the trunk's blocks, of one image.
 
     These are the patch, final and time projections, what conditions count, and adapters of these;
     of another network what it says.
@@ -46,7 +46,9 @@ def ends_flops(model: ModelConfig, stage: int) -> int:
 
 def forward_flops(model: ModelConfig, stage: int) -> int:
     """FLOPs of one plain evaluation of one image."""
-    return model.depth * block_flops(model, stage) + ends_flops(model, stage)
+    stacks = (model,) if model.has_trunk else model.stacks
+    blocks = sum(stack.depth * block_flops(stack, stage) for stack in stacks)
+    return blocks + ends_flops(model, stage)
 
 
 def block_traffic(model: ModelConfig, stage: int) -> int:
@@ -56,9 +58,10 @@ def block_traffic(model: ModelConfig, stage: int) -> int:
     a head's softmax, N^2 in full attention; an estimate of what crosses HBM if each product is
     one kernel. Weights are not counted.
     """
-    rows, cols = model.pyramid.grid(stage, model.latent_size)
-    n, elements = rows * cols, 0
+    elements = 0
     for stack in model.stacks:
+        rows, cols = stack.pyramid.grid(stage, stack.latent_size)
+        n = rows * cols
         hidden = stack.block.ffn.hidden(stack)
         scores = stack.block.mixer.scores(stack, stage)
         inside = int((12 * stack.width + 2 * hidden) * n) + 4 * stack.heads * scores

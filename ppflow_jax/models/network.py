@@ -23,6 +23,7 @@ from ppflow_jax.devices.programs import Programs, for_passes
 from ppflow_jax.devices.sharding import is_stacked
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.adapters import attach
+from ppflow_jax.models.backbone import whole
 from ppflow_jax.models.conditions import Cond, Told, split
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.feedback import refuse, turn
@@ -217,7 +218,7 @@ def _module(
     dtype: DTypeLike = jnp.float32,
     remat: str = "none",
     **options: Any,
-) -> PPFlow:
+) -> nnx.Module:
     make = PPFlow if config.network is None else config.network.module
     return make(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(key), **options)
 
@@ -246,19 +247,17 @@ def make_apply(
 
     x float32 [b, h, w, c] latent; t float32 [b] in [0, 1]; y int32 [b], null label allowed, of a
     model with conditions {"label": y, name: values} (see `models.conditions`); stage a Python int.
-    Returns float32 [b, h, w, c]: the velocity, score or noise it was trained to predict. With a
-    tuple for each of x, t, y and stage: an `Output` of each, in one pass over the blocks; with
-    `taps` an `Output` of one stage too. With `mixer` tokens see each other as that part has it, on
-    the same leaves (see `models.parts.Mixer`). What is drawn for the wrap of the blocks is given by
-    its kind, one for each of several stages. `params` may be `unstacked`. `dtype` is that of the
-    matrix products, `programs` how it is computed (None: as suits passes on the default device),
-    `layout` that of the mesh. With `one_time` all images of a call have one time, as in sampling.
-    `trunk` (see `Trunk`) replaces the scan over the blocks, whose weights are then all gathered at
-    once; the result is (prediction, what the trunk returned besides).
+    Returns float32 [b, h, w, c]: the velocity, score or noise it learned. With a tuple for each of
+    x, t, y and stage: an `Output` of each, in one pass over the blocks; with `taps` an `Output` of
+    one stage too. With `mixer` tokens see each other as that part has it, on the same leaves. What
+    is drawn for the wrap of the blocks is given by its kind, one for each of several stages.
+    `params` may be `unstacked`. `dtype` is that of the matrix products, `programs` how it is
+    computed (None: as suits passes here), `layout` that of the mesh. With `one_time` all images of
+    a call have one time, as in sampling. `trunk` (see `Trunk`) replaces the scan over the blocks,
+    whose weights are then all gathered at once; it gives (prediction, what the trunk returned).
 
     Raises:
-      InputError: unknown remat policy, or a policy for unrolled blocks; in `apply`, taps of blocks
-        or logits that there are not.
+      InputError: unknown remat policy, or one for unrolled blocks; in `apply`, taps there are not.
     """
     programs = programs or for_passes(dtype=dtype, head=config.head_width)
     if remat not in REMAT_POLICIES:
@@ -269,6 +268,8 @@ def make_apply(
     graphdef, _ = nnx.split(
         nnx.eval_shape(lambda: _module(config, jax.random.key(0), dtype, remat, **options))
     )
+    if config.network is not None and not config.has_trunk:
+        return whole(config.network, graphdef, layout)
 
     def apply(params, x, t, y, stage, trunk=None, taps=Taps(), mixer=None, **drawn):
         taps.check(config.depth)

@@ -65,6 +65,7 @@ METHODS = {
     "mixer": "blocks without full attention (CLEAR, LinFusion, DiCo)",
     "dydit": "blocks with routers (DyDiT)",
     "ddt": "the wide head of RAE, `--config.model.network=ddt`",
+    "dico": "the network of DiCo, `--config.model.network=dico`",
 }
 ENGINES = ("forecast", "merge", "ras", "rettention", "width")  # change the evaluations
 SMOOTH = ("forecast", "merge", "ras", "rettention")  # by what is alike from step to step
@@ -74,6 +75,7 @@ _JUMPS = "evaluates another average at every step"
 _APART = "takes blocks apart"
 _FULL = "is for full attention"
 _ONE = "cannot have both"
+_OTHER = "works on the transformer's blocks"
 _FILE = "a plan file decides"
 _ROUTERS = "is for models trained with"
 
@@ -91,6 +93,7 @@ _EXCEPTIONS = (
         for engine in ("merge", "ras", "rettention")
         for other in ("mixer", "ddt")
     ),
+    *(Pair(engine, "dico", REFUSED, _OTHER) for engine in ENGINES),
     *(Pair(engine, "plan", REFUSED, _FILE) for engine in ENGINES),
     *(Pair(engine, "sde", REFUSED, _NOISE) for engine in SMOOTH),
     *(Pair(engine, "dopri5", REFUSED, _GRID) for engine in ENGINES),

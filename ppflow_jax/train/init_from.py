@@ -44,7 +44,8 @@ def take_architecture(config: ConfigDict, workdir: str | None, told: Collection[
         before = config.model.get(name)
         if name == "adapters" and before not in (None, NONE):
             continue  # those of this run, which must fit the weights too
-        before = canonical(before, name) if name in KINDS and before else before
+        texts = name in KINDS or name == "network"
+        before = canonical(before, name) if texts and before else before
         if name == "conditions":
             before, value = _together(before, value)
         if name == "pyramid" or f"config.model.{name}" in told or before in (None, value):
@@ -106,7 +107,7 @@ def open_start(
     grown = set(source.conditions) <= set(model.conditions)
     conditions = model.conditions if grown else source.conditions
     other = replace(found, model=plain(replace(source, block=model.block, conditions=conditions)))
-    if card.trainable != ALL:
+    if card.trainable != ALL and model.has_trunk:
         other = replace(other, model=replace(other.model, num_classes=model.num_classes))
     if difference := other.differences(replace(card, model=plain(model))):
         raise InputError(
@@ -127,12 +128,13 @@ def open_start(
         new = adapter_paths(model) - adapter_paths(source)
         return join(params, parted(init_params(model, key), new.__contains__)[0]) if new else params
 
+    if not model.has_trunk:  # nor parts to start
+        return load_weights(folder, found, mesh), lambda params, key: params
     try:
         made = jax.eval_shape(start, abstract_params(source), jax.random.key(0))
     except InputError as e:
         raise InputError(f"{setting}={folder}: {e}") from e
-    if jax.tree.map(lambda leaf: leaf.shape, made) != jax.tree.map(
-        lambda leaf: leaf.shape, abstract_params(model)
-    ):
+    shapes = lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)
+    if shapes(made) != shapes(abstract_params(model)):
         raise AssertionError(f"{model.block} starts from {source.block} with other leaves than its")
     return load_weights(folder, found, mesh), start

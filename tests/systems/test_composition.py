@@ -23,11 +23,12 @@ from ppflow_jax.models.conditions import GUIDANCE, INTERVAL, Channels, Scalar
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import make_apply
 from ppflow_jax.models.parts import DIT, BlockSpec
-from ppflow_jax.pyramid import PPFLOW2, SIT
+from ppflow_jax.pyramid import PPFLOW2, SIT, Pyramid
 from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
 from ppflow_jax.systems.composition import ENGINES, METHODS, REFUSED, STAGES, WORKS, pairs
 from ppflow_jax.systems.ddt import DDT
 from ppflow_jax.systems.ddt_blocks import RopeAttention, SwiGlu
+from ppflow_jax.systems.dico_network import DiCoNetwork
 from ppflow_jax.systems.dimr import TdLn
 from ppflow_jax.systems.dydit import DyDiT
 from ppflow_jax.systems.linfusion import LinFusion
@@ -72,6 +73,9 @@ MODELS = {
     "selfcond": replace(MODEL, depth=2, conditions=(SelfCondition("middle"),)),
     "mixer": replace(MODEL, block=BlockSpec(mixer=LinFusion())),
     "ddt": replace(MODEL, block=BlockSpec(SwiGlu(), mixer=RopeAttention()), network=DDT(16, 1, 2)),
+    "dico": replace(
+        MODEL, pyramid=Pyramid.parse("1x1@1"), depth=5, heads=1, network=DiCoNetwork((1,) * 5)
+    ),
     "dydit": replace(MODEL, block=ROUTERS),
     "width": replace(MODEL, block=ROUTERS),
     "keep": replace(MODEL, conditions=(Channels("known", channels=3, drop=0.0),)),
