@@ -88,7 +88,7 @@ TABLE = {(pair.first, pair.second): pair for pair in pairs()}
 def model_of(other, routers):
     """The model of a method, with routers where the other method is for these."""
     model = MODELS.get(other, MODEL)
-    return replace(model, block=ROUTERS) if routers and model.block == DIT else model
+    return replace(model, block=ROUTERS) if routers and model.block == DIT and model.has_trunk else model
 
 
 def sampler(text, other, routers=False):
