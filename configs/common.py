@@ -43,7 +43,9 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     # or switch:..., dydit, mob:...: see docs/switch.md, docs/dydit.md, docs/dense2moe.md
     c.model.wrap = "none"
     c.model.norm = "none"  # adaLN-Zero, or tdln: see docs/dimr.md
-    c.model.network = "none"  # or ddt:width=2048,depth=2,heads=16, a wide head: see docs/rae.md
+    # or ddt:width=2048,depth=2,heads=16, a wide head (docs/rae.md), or dico:depths=5/4/4/4/4, a U
+    # of convolutions (docs/dico.md)
+    c.model.network = "none"
     # beside that of data.task, e.g. ("channels:name=low,channels=4",): see docs/conditions.md
     c.model.conditions = ()
     c.model.adapters = "none"  # or lora:rank=8,on=blocks/.*;scale:on=...: see docs/adapters.md

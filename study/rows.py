@@ -24,6 +24,15 @@ DYDIT = {
     "optim.clip": 50.0,
 }
 PPCL = {"flow.objective": "ppcl", "train.trainable": TRAINABLE}
+DISTIL = {"flow.objective": "distil:kd=0.5,features=0.5,every=2"}
+# At the FLOPs of the digits' SiT
+DICO = {
+    "model.network": "dico:depths=2/2/2/2/1",
+    "model.width": 48,
+    "model.depth": 9,
+    "model.heads": 1,
+    "model.mlp_ratio": 2.0,
+}
 MOE = "moe:experts=4,shared=0,expert=gelu"
 DDT = {f"model.{name}": value for name, value in digits_ddt.MODEL.items()}
 SLICES = "dense2moe:experts=12,top_k=2,shared=1.0"
@@ -39,25 +48,25 @@ class Row:
       changes: further settings, as `model.level_embedding`.
       starts_from: the row of the same seed with whose weights training starts; they are expanded
         where the pyramid is another.
+      teacher: the row of the same seed that it is distilled from, and starts from.
       steps: as a share of the budget.
       costs_as: the row whose training costs as many FLOPs, where that sets the number of steps.
       phases: weights of terms, each until a share of the steps.
       accelerate: how it is sampled, as `--accelerate`.
       ranked: the hidden units of what training starts from are put in the order of their importance
         first.
-      taught: the row of the same seed that is the teacher.
     """
 
     title: str
     pyramid: str
     changes: dict[str, Any] = field(default_factory=dict)
     starts_from: str = ""
+    teacher: str = ""
     steps: float = 1.0
     costs_as: str = ""
     phases: tuple[tuple[float, dict[str, float]], ...] = ()
     accelerate: str = ""
     ranked: bool = False
-    taught: str = ""
 
 
 ROWS = {
@@ -117,12 +126,13 @@ ROWS = {
     "slices": Row(
         "2 levels, 37.5% of the MLPs active, distilled for 50% more steps", TWO,
         {"model.ffn": SLICES, "flow.objective": "dense2moe"}, starts_from="levels2", steps=0.5,
-        phases=((1 / 3, {"shared": 1.0, "experts": 0.0}), (1.0, {})), ranked=True, taught="levels2",
+        phases=((1 / 3, {"shared": 1.0, "experts": 0.0}), (1.0, {})), ranked=True,
+        teacher="levels2",
     ),
     "slices_mob": Row(
         "the same, and 2 of 3 blocks, 50% more steps", TWO,
         {"model.ffn": SLICES, "model.wrap": "mob:group=3,kept=2",
-         "flow.objective": "dense2moe:every=3"}, starts_from="slices", steps=0.5, taught="levels2",
+         "flow.objective": "dense2moe:every=3"}, starts_from="slices", steps=0.5, teacher="levels2",
     ),
     "slices_flow": Row(
         "2 levels, 37.5% of the MLPs active, 50% more steps without a teacher", TWO,
@@ -136,6 +146,17 @@ ROWS = {
         "2 levels, the fine stage passes 4 of 6 blocks, distilled", TWO,
         PPCL | {"model.students": "1:0-1,1:3-4"}, starts_from="levels2", steps=0.5,
     ),
+    "clear": Row(
+        "2 levels, taught local attention (CLEAR), 50% more steps", TWO,
+        DISTIL | {"model.mixer": "clear:radius=2"}, teacher="levels2", steps=0.5,
+    ),
+    "linfusion": Row(
+        "2 levels, taught linear attention (LinFusion), 50% more steps", TWO,
+        DISTIL | {"model.mixer": "linfusion"}, teacher="levels2", steps=0.5,
+    ),
+    "dico_mixer": Row("2 levels, DiCo's convolutions", TWO, {"model.mixer": "dico"}),
+    "dico": Row("DiCo's network, an image costs as SiT's", "1x1@1", DICO),
+    "dico2": Row("DiCo's network, 2 levels", "2x2@0.5,1x1@1", DICO),
 }  # fmt: skip
 
 
@@ -157,7 +178,7 @@ def configured(base: ConfigDict, row: Row, seed: int) -> ConfigDict:
     if row.costs_as:
         wanted = training_cost(configured(base, ROWS[row.costs_as], seed))
         config.train.steps = round(wanted / _step_flops(config))
-    if row.starts_from:
+    if row.starts_from or row.teacher:
         share = config.train.steps / base.train.steps
         config.train.ema = 1 - min(1.0, (1 - config.train.ema) / share)
         config.optim.warmup_steps = round(config.optim.warmup_steps * share)

@@ -115,8 +115,8 @@ def _trained(out: Path, name: str, seed: int) -> Path:
         if row.starts_from:
             origin = _start(_trained(out, row.starts_from, seed), row.pyramid, seed)
             config.init_from = str(_ranked(origin, seed) if row.ranked else origin)
-            if row.taught:
-                config.train.teacher = str(_trained(out, row.taught, seed))
+        if row.teacher:
+            config.train.teacher = str(_trained(out, row.teacher, seed))
         start = time.monotonic()
         train(config, str(folder))
         seconds = time.monotonic() - start

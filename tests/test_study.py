@@ -60,8 +60,10 @@ def test_budgets():
     for row in ROWS.values():
         config = configured(base, row, 3)
         assert config.seed == 3 and config.model.pyramid == row.pyramid
-        if not row.costs_as and not row.starts_from:
+        if not row.costs_as and not row.starts_from and not row.teacher:
             assert config.train.steps == base.train.steps  # equal in samples seen
+    assert cost["dico"] == pytest.approx(cost["sit"], rel=0.04)
+    assert configured(base, ROWS["clear"], 0).train.ema == pytest.approx(0.98)
     assert configured(base, ROWS["expand3"], 0).train.ema == pytest.approx(0.9)
     assert base.model.pyramid == "4x4@0.5,2x2@1"
 

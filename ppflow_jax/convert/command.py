@@ -96,7 +96,7 @@ def _wanted() -> Wanted:
 
 
 def import_model(source: Source, kind: str, target: Path) -> None:
-    """SiT or PPFlow file -> checkpoint.
+    """SiT, PPFlow or DiCo file -> checkpoint.
 
     Raises:
       InputError: see `find_config`, `load_state`, `expand`.

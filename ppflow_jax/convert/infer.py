@@ -11,9 +11,11 @@ from ppflow_jax.convert.autoencoder_keys import autoencoder_kind
 from ppflow_jax.convert.inception_keys import is_inception
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.config import SIZES, ModelConfig
+from ppflow_jax.models.parts import BlockSpec
 from ppflow_jax.models.students import read_students
+from ppflow_jax.models.torch_keys import lacking
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, Pyramid, Stage
-from ppflow_jax.systems.registry import read_block, read_conditions, read_network
+from ppflow_jax.systems.registry import read_block, read_conditions, read_network, take_block
 
 KINDS = ("sit", "ppflow", "vae", "taesd", "inception")
 _DIMS = {
@@ -39,7 +41,7 @@ def find_kind(state: Mapping[str, Any]) -> str:
         return autoencoder_kind(state)
     except InputError as error:
         raise InputError(
-            "is none of SiT, PPFlow, AutoencoderKL, TAESD, Inception; its first names: "
+            "is none of SiT, PPFlow, DiCo, AutoencoderKL, TAESD, Inception; its first names: "
             f"{', '.join(list(state)[:4])}"
         ) from error
 
@@ -55,7 +57,7 @@ def find_config(
     mixer: str | None = None,
     network: str | None = None,
 ) -> ModelConfig:
-    """Architecture of a SiT or PPFlow state dict, from names and shapes.
+    """Architecture of a SiT or PPFlow state dict, or of another network, from names and shapes.
 
     Args:
       state: by PyTorch name.
@@ -68,26 +70,18 @@ def find_config(
     Raises:
       InputError: what cannot be found, or does not agree.
     """
-    shapes = {k: state[k].shape if k in state else () for k in _DIMS}
-    missing = [k for k, n in _DIMS.items() if len(shapes[k]) != n or not all(shapes[k])]
-    if missing:
-        raise InputError(
-            f"the architecture of a {kind} model cannot be read from this file: it needs "
-            f"{', '.join(f'{k} with {_DIMS[k]} axes' for k in missing)}"
-        )
-    width, channels, *base = state["x_embedder.proj.weight"].shape
+    own: dict[str, Any] = {}
+    backbone = read_network(state, own, network)
+    if backbone is not None and not backbone.trunk:
+        own |= {"latent_size": latent_size or _latent_size(state, "pos_embed", 1)}
+        own |= {"heads": heads} if heads else {}
+        return ModelConfig(**own, block=_said(ffn, mixer), network=backbone)
+    (width, channels, *base), rows = _ends(state, kind)
     area = math.prod(base)
-    rows = state["final_layer.linear.weight"].shape[0]
-    if rows not in (area * channels, 2 * area * channels):
-        raise InputError(
-            f"final_layer.linear.weight has {rows} rows; {base[1]}x{base[0]} patches of {channels} "
-            f"channels need {area * channels}, or twice as many with learn_sigma"
-        )
     several = kind == "ppflow" and _pyramid(state, channels, tuple(base), pyramid)
     found = several or Pyramid((Stage(1.0, tuple(base)),))
     last = "pos_embed" if kind == "sit" else f"pos_embed.{len(found) - 1}"
-    own: dict[str, Any] = {"width": width, "depth": _blocks(state), "heads": heads}
-    backbone = read_network(state, own, network)
+    own = {"width": width, "depth": _blocks(state), "heads": heads} | own
     block, hidden = read_block(state, own["width"], ffn, mixer)
     return ModelConfig(
         pyramid=found,
@@ -104,6 +98,30 @@ def find_config(
         network=backbone,
         students=read_students(state),
     )
+
+
+def _ends(state: Mapping[str, Any], kind: str) -> tuple[tuple[int, ...], int]:
+    """Shape of the last stage's patch projection, and rows of its final one."""
+    if missing := lacking(state, _DIMS):
+        raise InputError(
+            f"the architecture of a {kind} model cannot be read from this file: it needs "
+            f"{', '.join(missing)}"
+        )
+    shape = state["x_embedder.proj.weight"].shape
+    _, channels, *base = shape
+    area = math.prod(base)
+    rows = state["final_layer.linear.weight"].shape[0]
+    if rows not in (area * channels, 2 * area * channels):
+        raise InputError(
+            f"final_layer.linear.weight has {rows} rows; {base[1]}x{base[0]} patches of {channels} "
+            f"channels need {area * channels}, or twice as many with learn_sigma"
+        )
+    return shape, rows
+
+
+def _said(ffn: str | None, mixer: str | None) -> BlockSpec:
+    """The parts that a person names."""
+    return take_block({"ffn": ffn or "mlp", "mixer": mixer or "attention"})
 
 
 def _blocks(state: Mapping[str, Any]) -> int:

@@ -11,7 +11,7 @@ class Known:
     """A family of models.
 
     Attributes:
-      family: sit (and PPFlow), vae, taesd or inception.
+      family: sit (and PPFlow, DiCo), vae, taesd or inception.
       names: matches what its names look like, from where the model begins.
       needed: patterns, each of which some name of a complete model begins with.
       root: what its names begin with, where that is removed like a wrapper.
@@ -32,10 +32,13 @@ KNOWN = (
         "sit",
         r"([xyts]_embedder|s_projector|(enc|dec)_feat_rope|level_embedder|final_layer|conditions"
         r"|(blocks|routers)\.\d+)\..+"
-        r"|pos_embed(\.\d+)?",
+        r"|pos_embed(\.\d+)?"
+        # DiCo
+        r"|(t_embedder_\d|((en|de)coder_level_\d|latent)\.\d+|(down|up)\d_\d\.body)\..+"
+        r"|reduce_chan_level\d\.(weight|bias)",
         r"x_embedder\.proj\.weight$",
-        r"final_layer\.linear\.weight$",
-        r"blocks\.0\.",
+        r"final_layer\.(linear|out_proj)\.weight$",
+        r"(blocks|encoder_level_1)\.0\.",
     ),
     _known(
         "vae",

@@ -170,9 +170,9 @@ def _listed(problems: list[tuple[str, str]]) -> str:
     """One line; what is the same in several blocks is said once."""
     found: dict[tuple[str, str], list[int]] = {}
     for name, text in problems:
-        block = re.match(r"blocks\.(\d+)\.", name)
-        common = f"blocks.*.{name[block.end() :]}" if block else name
-        found.setdefault((common, text), []).extend([int(block[1])] if block else [])
+        block = re.match(r"(\w+)\.(\d+)\.", name)
+        common = f"{block[1]}.*.{name[block.end() :]}" if block else name
+        found.setdefault((common, text), []).extend([int(block[2])] if block else [])
     parts = []
     for (name, text), blocks in found.items():
         if blocks:

@@ -165,7 +165,7 @@ def _best(groups: list[_Group], wanted: Wanted, names: list[str]) -> _Group:
     fitting = [g for g in groups if wanted.family in (None, g.known.family)]
     if not groups:
         raise NoModel(
-            "is none of SiT, PPFlow, AutoencoderKL, TAESD, Inception; its first names: "
+            "is none of SiT, PPFlow, DiCo, AutoencoderKL, TAESD, Inception; its first names: "
             f"{', '.join(map(shown, names[:4]))}"
         )
     if not fitting:

@@ -32,7 +32,7 @@ class Reading:
       ffn: where the defaults of a mixture of experts are not its settings.
       mixer: where it is not full attention.
       network: where names and shapes do not tell all of a network that is not PPFlow's.
-      path, prediction: None takes them from the file's arguments, or linear and velocity.
+      path, prediction: None takes them from the file's arguments, or those of public weights.
       space: `latents` or `pixels`.
       dtype: of the parameters; None keeps that of each tensor.
     """
@@ -58,10 +58,17 @@ class Reading:
         text = self.pyramid
         return (PYRAMIDS.get(text) or Pyramid.parse(text)) if text else None
 
-    def flow(self, source: Source) -> Flow:
-        path = self.path or source.argument("path_type")
-        prediction = self.prediction or source.argument("prediction")
-        return Flow(path or "linear", prediction or "velocity")
+    def flow(self, source: Source, config: ModelConfig) -> Flow:
+        """
+        Raises:
+          InputError: a path along which the network does not predict.
+        """
+        flow = Flow() if config.network is None else Flow(**config.network.flow(config))
+        path = self.path or source.argument("path_type") or flow.path
+        prediction = self.prediction or source.argument("prediction") or flow.prediction
+        if config.network is not None:
+            config.network.check_path(path)
+        return replace(flow, path=path, prediction=prediction)
 
     def config(self, source: Source, kind: str) -> ModelConfig:
         """Architecture of the file, before it is expanded.
@@ -106,14 +113,12 @@ def read_model(
       InputError: see `find_config`, `load_state`, `expand`.
     """
     config = reading.config(source, kind)
+    flow = reading.flow(source, config)
     dtype = np.dtype(reading.dtype) if reading.dtype else None
     loaded = load_state(config, source.state, dtype=dtype, on_tensor=on_tensor)
     params, positions = loaded.params, loaded.positions
     if reading.expands(config):
         config, params = expand(config, params, reading.stages, reading.seed)
         positions = {}
-    flow = reading.flow(source)
-    if config.network is not None:
-        flow = replace(flow, shift=config.network.shift(config))
     card = Card(config, flow, reading.space)
     return FileModel(card, params, positions, loaded.drift)

@@ -66,6 +66,8 @@ def _evaluation(model: ModelConfig, stage: int) -> Float[np.ndarray, " 3"]:
     """Dense FLOPs, those of attention, and elements of activations of one image."""
     rows, cols = model.pyramid.grid(stage, model.latent_size)
     attention = 4 * (rows * cols) ** 2 * model.width * model.depth
+    if not model.has_trunk:  # those that there are have none
+        attention = 0
     dense = forward_flops(model, stage) - attention
     return np.array([dense, attention, block_traffic(model, stage)], float)
 

@@ -119,9 +119,11 @@ def training_bytes(
     """
     kept = {"none": 20, "dots": 11, "full": 1}[config.model.remat]
     again = 20 if kept < 20 else 0
-    inside = sum(stack.width * (stack.depth * kept + again) for stack in model.stacks)
-    tokens = sum(_tokens(model, stage) * count for stage, count in images.items())
-    elements = tokens / config.train.accumulate * inside
+    elements = 0.0
+    for stack in model.stacks:
+        tokens = sum(_tokens(stack, stage) * count for stage, count in images.items())
+        inside = stack.width * (stack.depth * kept + again)
+        elements += tokens / config.train.accumulate * inside
     return round(weights + _itemsize(config) * (elements + 2 * weights / 4))
 
 

@@ -129,8 +129,13 @@ class ModelConfig:
 
     @property
     def stacks(self) -> tuple[ModelConfig, ...]:
-        """Its stacks of blocks, as models of DiT; `width`, `depth` and `heads` are the first's."""
+        """Its stacks of blocks, as models of DiT; `width`, `depth` and `heads` are the trunk's."""
         return (self,) if self.network is None else self.network.stacks(self)
+
+    @property
+    def has_trunk(self) -> bool:
+        """Whether its blocks are one stack, `params["blocks"]`, which others may reach into."""
+        return self.network is None or self.network.trunk
 
     @property
     def head_width(self) -> int:

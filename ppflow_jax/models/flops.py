@@ -29,7 +29,7 @@ def block_flops(
 
 
 def ends_flops(model: ModelConfig, stage: int) -> int:
-    """FLOPs of what is not in the blocks, of one image.
+    """FLOPs of what is not in the trunk's blocks, of one image.
 
     These are the patch, final and time projections, what conditions count, and adapters of these;
     of another network what it says.
@@ -49,9 +49,11 @@ def ends_flops(model: ModelConfig, stage: int) -> int:
 def forward_flops(model: ModelConfig, stage: int) -> int:
     """FLOPs of one plain evaluation of one image."""
     rows, cols = model.pyramid.grid(stage, model.latent_size)
+    stacks = (model,) if model.has_trunk else model.stacks
+    blocks = sum(stack.blocks_at(stage) * block_flops(stack, stage) for stack in stacks)
     ffns = sum(step.residual is not None for step in steps(model, stage))
     less = model.block.ffn.flops(model, rows * cols) - Residual().flops(model, rows * cols)
-    blocks = model.blocks_at(stage) * block_flops(model, stage) - ffns * less
+    blocks -= ffns * less
     return blocks + ends_flops(model, stage)
 
 
@@ -62,9 +64,10 @@ def block_traffic(model: ModelConfig, stage: int) -> int:
     a head's softmax, N^2 in full attention; an estimate of what crosses HBM if each product is
     one kernel. Weights are not counted.
     """
-    rows, cols = model.pyramid.grid(stage, model.latent_size)
-    n, elements = rows * cols, 0
+    elements = 0
     for stack in model.stacks:
+        rows, cols = stack.pyramid.grid(stage, stack.latent_size)
+        n = rows * cols
         hidden = stack.block.ffn.hidden(stack)
         scores = stack.block.mixer.scores(stack, stage)
         inside = int((12 * stack.width + 2 * hidden) * n) + 4 * stack.heads * scores

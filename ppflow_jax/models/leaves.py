@@ -68,6 +68,10 @@ def linear_keys(torch: str, *path: str | int, index: tuple[int, ...] = ()) -> It
     yield Key(f"{torch}.bias", (*path, "bias"), index)
 
 
+def _text(value: Any) -> str:
+    return "/".join(map(_text, value)) if isinstance(value, tuple) else str(value).lower()
+
+
 @dataclass(frozen=True)
 class Described:
     """What configurations and checkpoints have as text: `kind:field=value,...`.
@@ -79,5 +83,5 @@ class Described:
     kind: ClassVar[str]
 
     def __str__(self) -> str:
-        pairs = (f"{f.name}={str(getattr(self, f.name)).lower()}" for f in fields(self))
+        pairs = (f"{f.name}={_text(getattr(self, f.name))}" for f in fields(self))
         return ":".join(filter(None, (self.kind, ",".join(pairs))))

@@ -21,6 +21,7 @@ from ppflow_jax.devices.programs import Programs, for_passes
 from ppflow_jax.devices.sharding import is_stacked
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.adapters import attach
+from ppflow_jax.models.backbone import whole
 from ppflow_jax.models.conditions import Cond, Told, split
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.feedback import refuse, turn
@@ -223,7 +224,7 @@ def _module(
     dtype: DTypeLike = jnp.float32,
     remat: str = "none",
     **options: Any,
-) -> PPFlow:
+) -> nnx.Module:
     make = PPFlow if config.network is None else config.network.module
     return make(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(key), **options)
 
@@ -250,23 +251,20 @@ def make_apply(
 ) -> Apply:
     """The network as a pure function `apply(params, x, t, y, stage, trunk, taps, parts, on)`.
 
-    x float32 [b, h, w, c] latent; t float32 [b] in [0, 1]; y int32 [b], null label allowed, of
-    a model with conditions {"label": y, name: values} (see `models.conditions`); stage a Python
-    int. Returns float32 [b, h, w, c]: the velocity, score or noise it was trained to predict.
-    With a tuple for each of x, t, y and stage: an `Output` of each, in one pass over the
-    blocks; with `taps` an `Output` of one stage too. With `parts`, a function of the
-    `BlockSpec`, blocks compute with the parts that it gives, on the same leaves; of the
-    students those that are `on` stand in the place of blocks (see `models.students`; None:
-    all); what is drawn for the wrap of the blocks is given by its kind, one for each stage.
-    `params` may be `unstacked`. `dtype` is that of the matrix products, `programs` how it is
-    computed (None: as suits passes on the default device), `layout` that of the mesh. With
-    `one_time` all images of a call have one time. `trunk` (see `Trunk`) replaces the scan over
-    the blocks, whose weights are then all gathered at once; the result is then (prediction,
-    what it returned besides).
+    x float32 [b, h, w, c] latent; t float32 [b] in [0, 1]; y int32 [b], null label allowed, of a
+    model with conditions {"label": y, name: values} (see `models.conditions`); stage a Python int.
+    Returns float32 [b, h, w, c]: the velocity, score or noise it learned. With a tuple for each of
+    x, t, y and stage: an `Output` of each, in one pass over the blocks; with `taps` an `Output` of
+    one stage too. With `parts`, a function of the `BlockSpec`, blocks compute with the parts that
+    it gives, on the same leaves; of the students those that are `on` stand in the place of blocks
+    (see `models.students`; None: all); what is drawn for the wrap of the blocks is given by its
+    kind, one for each stage. `params` may be `unstacked`. `dtype` is that of the matrix products,
+    `programs` how it is computed (None: as suits passes here), `layout` that of the mesh. With
+    `one_time` all images of a call have one time. `trunk` (see `Trunk`) replaces the scan over the
+    blocks, whose weights are then all gathered at once; it gives (prediction, what it returned).
 
     Raises:
-      InputError: unknown remat policy, or a policy for unrolled blocks; in `apply`, taps of blocks
-        or logits that there are not,
+      InputError: unknown remat policy, or one for unrolled blocks; in `apply`, taps there are not,
         or a trunk for blocks some of whose FFNs are students.
     """
     programs = programs or for_passes(dtype=dtype, head=config.head_width)
@@ -275,6 +273,8 @@ def make_apply(
     graphdef, _ = nnx.split(
         nnx.eval_shape(lambda: _module(config, jax.random.key(0), dtype, remat, **options))
     )
+    if config.network is not None and not config.has_trunk:
+        return whole(config.network, graphdef, layout)
 
     def apply(params, x, t, y, stage, trunk=None, taps=Taps(), **choice):
         taps.check(config.depth)

@@ -7,7 +7,8 @@ its pixels, so rows and columns are reordered. Every entry is a bijection of the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import einops
 import numpy as np
@@ -36,6 +37,16 @@ def factors(pyramid: Pyramid) -> Iterator[tuple[str, Factor]]:
             )
         suffix = "" if number == len(pyramid) else str(number)
         yield suffix, dict(p=base[0], q=base[1], i=patch[0] // base[0], j=patch[1] // base[1])
+
+
+def lacking(state: Mapping[str, Any], axes: dict[str, int]) -> list[str]:
+    """Those of these names that a state dict does not have as arrays of so many axes."""
+
+    def there(name: str, count: int) -> bool:
+        shape = state[name].shape if name in state else ()
+        return len(shape) == count and all(shape)
+
+    return [f"{name} with {count} axes" for name, count in axes.items() if not there(name, count)]
 
 
 def patch_keys(name: str, path: tuple[str | int, ...], sizes: Factor) -> Iterator[Key]:

@@ -91,7 +91,9 @@ def _runs(runs: Sequence[Run]) -> str:
         model = run.card.model
         config = SamplerConfig("euler", 100)
         flops = sampling_flops(model, plan(config, model.pyramid, run.card.flow))
-        sit = sampling_flops(replace(model, pyramid=SIT), plan(config, SIT, run.card.flow))
+        # of the same with 2x2 patches, which grids of other networks do not allow
+        base = replace(model, pyramid=SIT) if model.has_trunk else None
+        sit = base and sampling_flops(base, plan(config, SIT, run.card.flow))
         grids = [model.pyramid.grid(i, model.latent_size) for i in range(len(model.pyramid))]
         parameters = parameter_overview.count_parameters(abstract_params(model))
         losses = [row["loss"] for row in run.metrics if "loss" in row]
@@ -100,7 +102,7 @@ def _runs(runs: Sequence[Run]) -> str:
             str(model.pyramid),
             " ".join(str(rows * columns) for rows, columns in grids),
             f"{parameters / 1e6:.1f} M",
-            f"{flops / sit:.1%}",
+            f"{flops / sit:.1%}" if sit else "",
             run.checkpoint.name,
             f"{np.mean(losses[-max(1, len(losses) // 10):]):.4f}" if losses else "",
         ])  # fmt: skip

@@ -256,12 +256,25 @@ def _check_together(
             f"{config.solver} evaluates another average at every step, and {late[0]} takes values "
             f"of earlier steps: leave {late[0]} out of --accelerate"
         )
+    _check_trunk(parts[0], model)
     inside = [name for name in before if name != "forecast"]  # of blocks
     if inside:
         _check_blocks(inside[0], model)
     forecast = accelerate.forecast
     if set(parts) - {"forecast", "experts"} or (forecast and forecast.place != "velocity"):
         refuse(model)
+
+
+def _check_trunk(name: str, model: ModelConfig) -> None:
+    """
+    Raises:
+      InputError: a network that is no transformer.
+    """
+    if model.network is not None and not model.has_trunk:
+        raise InputError(
+            f"{name} works on the transformer's blocks, which {model.network.kind} does not "
+            f"have: leave {name} out of --accelerate"
+        )
 
 
 def _check_blocks(name: str, model: ModelConfig) -> None:

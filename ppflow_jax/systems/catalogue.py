@@ -416,8 +416,21 @@ SYSTEMS = (
         "--config.model.mixer=dico",
         "mixers.md",
         "a block's convolution, gate and gradients, against arrays of the original",
-        "a mixer in a transformer's blocks, with DiT's MLP; not the U-shaped network",
+        "a mixer in a transformer's blocks, with DiT's MLP",
         "tests/systems/test_mixers.py",
+        NOT_MEASURED,
+    ),
+    System(
+        "DiCo network",
+        ("2505.11196",),
+        "shallowdream204/DiCo b596b05, Apache-2",
+        "systems/dico_network.py",
+        "--config=dico:b",
+        "dico.md",
+        "parameters of the five sizes; every level, the output, guidance on 3 channels and all "
+        "gradients, against arrays of the original; the names of public weights",
+        "trained on velocity unless told `ddpm`, never on the variance; stages of coarser patches",
+        "tests/systems/test_dico_network.py",
         NOT_MEASURED,
     ),
     System(

@@ -68,6 +68,7 @@ METHODS = {
     "mixer": "blocks without full attention (CLEAR, LinFusion, DiCo)",
     "dydit": "blocks with routers (DyDiT)",
     "ddt": "the wide head of RAE, `--config.model.network=ddt`",
+    "dico": "the network of DiCo, `--config.model.network=dico`",
 }
 SMOOTH = ("forecast", "merge", "ras", "rettention")  # by what is alike from step to step
 ENGINES = (*SMOOTH, "width", "experts", "mob")  # change the evaluations
@@ -79,6 +80,7 @@ _FULL = "is for full attention"
 _ROUTER = "is for blocks with a router"
 _EXPERTS = "is for blocks with experts"
 _ONE = "cannot have both"
+_OTHER = "works on the transformer's blocks"
 _FILE = "a plan file decides"
 _ROUTERS = "is for models trained with"
 
@@ -102,6 +104,7 @@ _EXCEPTIONS = (
         for engine in ("merge", "ras", "rettention")
         for other in ("mixer", "ddt")
     ),
+    *(Pair(engine, "dico", REFUSED, _OTHER) for engine in ENGINES),
     *(Pair(engine, "plan", REFUSED, _FILE) for engine in ENGINES),
     *(Pair(engine, "sde", REFUSED, _NOISE) for engine in SMOOTH),
     *(Pair(engine, "dopri5", REFUSED, _GRID) for engine in ENGINES),

@@ -32,7 +32,7 @@ from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.leaves import Key, linear_keys
 from ppflow_jax.models.parts import Mlp
 from ppflow_jax.models.patch import positions
-from ppflow_jax.models.torch_keys import attention_keys, factors, final_keys, patch_keys
+from ppflow_jax.models.torch_keys import attention_keys, factors, final_keys, lacking, patch_keys
 from ppflow_jax.systems.ddt_blocks import RopeAttention, SwiGlu, angles
 from ppflow_jax.systems.ddt_network import FOURIER, WideHead
 
@@ -167,9 +167,9 @@ class DDT(Backbone):
                     found[f"{name}_feat_rope{at}.freqs_{text}"] = np.float32(f(w))
         return found
 
-    def shift(self, model: ModelConfig) -> float:
+    def flow(self, model: ModelConfig) -> dict[str, Any]:
         numbers = math.prod(model.shape)
-        return shift_of(numbers) if numbers >= BASE_NUMBERS else 1.0
+        return {"shift": shift_of(numbers)} if numbers >= BASE_NUMBERS else {}
 
     @classmethod
     def read(
@@ -177,7 +177,7 @@ class DDT(Backbone):
     ) -> DDT | None:
         """Widths and heads; the depth of the head where it is wider, else that of public models."""
         names = ("s_embedder.proj.weight", "x_embedder.proj.weight")
-        if names[0] not in state:
+        if lacking(state, dict.fromkeys(names, 4)):
             return None
         encoder, head = (state[name].shape[0] for name in names)
         widths: list[int] = []

@@ -138,8 +138,9 @@ class WideHead(PPFlow):
         stages: tuple[int, ...],
         layers: tuple[Params, ...] = (),
         taps: Taps = Taps(),
+        drawn: tuple[()] = (),
     ) -> tuple[Output, ...]:
-        """As of PPFlow; taps are of the encoder."""
+        """As of PPFlow; taps are of the encoder, whose blocks have no wrap to draw for."""
         told = tuple(split(self.config.conditions, y) for y in ys)
         times, cs = self.embedded(ts, told, stages)
         hs = tuple(self.tokens(*each) for each in zip(xs, stages, told))

@@ -7,7 +7,7 @@ has zeros around it; the gate is what tokens far away know of each other. Weight
 the grid, so that all stages of a pyramid share them. Cost grows with the number of tokens; a block
 has 3 D^2 + 9 D weights where attention has 4 D^2.
 
-Here it is the mixer of a transformer's blocks; the U-shaped network of the paper is not.
+Here it is the mixer of a transformer's blocks; the network of the paper is `dico_network.py`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,17 @@ from jaxtyping import Array, Float
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.layers import Block, Execution, linear
 from ppflow_jax.models.leaves import Key, Site
-from ppflow_jax.models.parts import Mixer
+from ppflow_jax.models.parts import Aux, Mixer, Mlp
 
 SIDE = 3  # of the convolution
 _TORCH = {"first": "conv1", "gate": "ca.1", "last": "conv3"}  # names of the original
+
+
+def point_keys(torch: str, *path: str | int, index: tuple[int, ...] = ()) -> Iterator[Key]:
+    """Weight and bias of a 1x1 convolution, which is a linear layer."""
+    ours, theirs = (lambda x: x[:, :, 0, 0].T), (lambda x: x.T[:, :, None, None])
+    yield Key(f"{torch}.weight", (*path, "kernel"), index, ours, theirs)
+    yield Key(f"{torch}.bias", (*path, "bias"), index)
 
 
 @dataclass(frozen=True)
@@ -67,14 +74,7 @@ class DiCo(Mixer):
     def keys(self, layer: int) -> Iterator[Key]:
         name, path, index = f"blocks.{layer}", ("blocks", self.kind), (layer,)
         for leaf, torch in _TORCH.items():
-            yield Key(
-                f"{name}.{torch}.weight",
-                (*path, leaf, "kernel"),
-                index,
-                lambda x: x[:, :, 0, 0].T,
-                lambda x: x.T[:, :, None, None],
-            )
-            yield Key(f"{name}.{torch}.bias", (*path, leaf, "bias"), index)
+            yield from point_keys(f"{name}.{torch}", *path, leaf, index=index)
         yield Key(
             f"{name}.conv2.weight",
             (*path, "kernel"),
@@ -92,6 +92,23 @@ class DiCo(Mixer):
     @classmethod
     def read(cls, state: Any) -> DiCo | None:
         return cls() if "blocks.0.conv2.weight" in state else None
+
+
+@dataclass(frozen=True)
+class ExactMlp(Mlp):
+    """The MLP of the paper's own blocks: gelu in its exact form."""
+
+    kind = "exact"
+
+    def __call__(self, block: Block, x: Float[Array, "b n d"]) -> tuple[Float[Array, "b n d"], Aux]:
+        def mlp(x):
+            return block.fc2(jax.nn.gelu(block.fc1(x), approximate=False))
+
+        return block.per_token(mlp, x), {}
+
+    def keys(self, layer: int) -> Iterator[Key]:
+        for torch, name in (("conv4", "fc1"), ("conv5", "fc2")):
+            yield from point_keys(f"blocks.{layer}.{torch}", "blocks", name, index=(layer,))
 
 
 class Convolution(nnx.Module):

@@ -24,13 +24,17 @@ def expanded_config(config: ModelConfig, pyramid: Pyramid) -> ModelConfig:
     """The model that `expand` makes; needs no parameters.
 
     Raises:
-      InputError: the source has several stages or adapters, or a patch is no multiple of its
-        patch.
+      InputError: the source has several stages, adapters or a network without a trunk, or a patch
+        is no multiple of its patch.
     """
     if len(config.pyramid) != 1:
         raise InputError(
             f"only a model of one stage can be expanded, this one has {config.pyramid}: leave out "
             "--pyramid, or state its own"
+        )
+    if not config.has_trunk:
+        raise InputError(
+            f"only a transformer can be expanded, this is {config.network}: leave out --pyramid"
         )
     if config.adapters:
         raise InputError("a model with adapters is not expanded: merge them first")

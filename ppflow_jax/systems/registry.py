@@ -1,4 +1,4 @@
-"""The parts, conditions and tasks that configurations and checkpoints name."""
+"""The parts, networks, conditions and tasks that configurations and checkpoints name."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from ppflow_jax.systems.ddt_blocks import RopeAttention, SwiGlu
 from ppflow_jax.systems.dense2moe import Dense2MoE
 from ppflow_jax.systems.dense2moe_distillation import SlicesDistil
 from ppflow_jax.systems.dico import DiCo
+from ppflow_jax.systems.dico_network import DiCoNetwork
 from ppflow_jax.systems.dimr import MultiResolution, TdLn
 from ppflow_jax.systems.dydit import DyDiT
 from ppflow_jax.systems.dydit_training import FlopsTarget
@@ -51,7 +52,7 @@ MIXERS: dict[str, type[Mixer]] = {
 }
 # By the field of `BlockSpec`
 KINDS: dict[str, dict[str, Any]] = {"ffn": FFNS, "wrap": WRAPS, "mixer": MIXERS, "norm": NORMS}
-NETWORKS: dict[str, type[Backbone]] = {network.kind: network for network in (DDT,)}
+NETWORKS: dict[str, type[Backbone]] = {network.kind: network for network in (DDT, DiCoNetwork)}
 TERMS: dict[str, Any] = {
     term.name: term for term in (Repa, AttentionAlign, MultiResolution)
 }  # of the loss
@@ -127,6 +128,11 @@ def objective(text: str, base: FlowObjective, model: ModelConfig) -> Objective:
         )
     if settings is None:
         return base
+    if model.network is not None and not model.has_trunk:
+        raise InputError(
+            f"objective {settings.kind} is for the transformer, not for {model.network.kind}: "
+            "leave config.flow.objective=flow"
+        )
     plain = Distil | SlicesDistil | FlopsTarget | Ppcl  # of any path
     if not base.law.plain and not isinstance(settings, plain):
         raise InputError(
@@ -178,8 +184,9 @@ def _made(text: str, field: str, kinds: Mapping[str, Any]) -> Any:
 
 
 def canonical(text: str, field: str) -> str:
-    """The text of a part with all its settings."""
-    return text if text == NONE else str(part(text, field))
+    """The text of a part or of a network with all its settings."""
+    kinds = NETWORKS if field == "network" else KINDS[field]
+    return text if text == NONE else str(_made(text, field, kinds))
 
 
 def take_conditions(values: dict[str, Any]) -> tuple[Condition, ...]:

@@ -17,7 +17,7 @@ from ppflow_jax.errors import InputError
 from ppflow_jax.flow.loss import FlowObjective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.plan import SamplerConfig
-from ppflow_jax.flow.terms import Objective, Phase, parse_phases, phased
+from ppflow_jax.flow.terms import Objective, Phase, Term, parse_phases, phased
 from ppflow_jax.flow.times import shift_of
 from ppflow_jax.models import students
 from ppflow_jax.models.adapters import NONE, parse, text
@@ -81,6 +81,7 @@ class Experiment:
         shift = config.flow.shift or shift_of(math.prod(model.shape))
         flow = Flow(config.flow.path, config.flow.prediction, shift)
         terms = tuple(map(term, config.flow.terms))
+        _check_network(model, flow, terms)
         base = FlowObjective(
             pyramid=model.pyramid,
             flow=flow,
@@ -113,8 +114,8 @@ class Experiment:
         values = json.loads(config.to_json_best_effort())
         values.pop("resume_changed", None)
         values["model"] |= block.to_json()  # as checkpoints have it
-        values["model"]["network"] = str(model.network or "none")
         values["model"]["conditions"] = list(map(str, model.conditions))
+        values["model"]["network"] = str(model.network or NONE)
         values["data"]["task"] = str(task or "none")
         values["model"]["adapters"] = text(model.adapters)
         values["model"]["students"] = students.text(model.students)
@@ -138,6 +139,21 @@ def _told(model: ModelConfig, task: Task, space: str) -> ModelConfig:
             "that out"
         )
     return model
+
+
+def _check_network(model: ModelConfig, flow: Flow, terms: tuple[Term, ...]) -> None:
+    """
+    Raises:
+      InputError: a path that the network does not predict along, or a term that reads its blocks.
+    """
+    if model.network is None:
+        return
+    model.network.check_path(flow.path)
+    if not model.has_trunk and (inside := [term for term in terms if term.taps]):
+        raise InputError(
+            f"config.flow.terms: {inside[0].name} reads blocks of the transformer, which "
+            f"{model.network.kind} does not have: leave it out"
+        )
 
 
 def _check_given(objective: FlowObjective, task: Task | None, fields: tuple[str, ...]) -> None:

@@ -47,7 +47,8 @@ def take_architecture(config: ConfigDict, workdir: str | None, told: Collection[
         before = config.model.get(name)
         if name == "adapters" and before not in (None, NONE):
             continue  # those of this run, which must fit the weights too
-        before = canonical(before, name) if name in KINDS and before else before
+        texts = name in KINDS or name == "network"
+        before = canonical(before, name) if texts and before else before
         if name == "conditions":
             before, value = _together(before, value)
         if name == "pyramid" or f"config.model.{name}" in told or before in (None, value):
@@ -88,8 +89,7 @@ def open_start(
     They are the same but for parts of the blocks that the weights do not have, which start from
     what they replace (see `models.parts.Part.start`), conditions, which start fresh, adapters,
     which change nothing yet, and students, each the middle one of the blocks that it replaces.
-    Where a part of the parameters is trained, classes may be others: all start as the null
-    class.
+    Where a part of the parameters is trained, classes may be others, which start as the null class.
 
     Args:
       setting: that has the path, for what is said of it.
@@ -110,7 +110,7 @@ def open_start(
     conditions = model.conditions if grown else source.conditions
     both = dict(conditions=conditions, students=source.students or model.students)
     other = replace(found, model=plain(replace(source, block=model.block, **both)))
-    if card.trainable != ALL:
+    if card.trainable != ALL and model.has_trunk:
         other = replace(other, model=replace(other.model, num_classes=model.num_classes))
     if difference := other.differences(replace(card, model=plain(model))):
         raise InputError(
@@ -131,13 +131,14 @@ def open_start(
         new = adapter_paths(model) - adapter_paths(source)
         return join(params, parted(init_params(model, key), new.__contains__)[0]) if new else params
 
+    if not model.has_trunk:  # nor parts to start
+        return load_weights(folder, found, mesh), lambda params, key: params
     try:
         made = jax.eval_shape(start, abstract_params(source), jax.random.key(0))
     except InputError as e:
         raise InputError(f"{setting}={folder}: {e}") from e
-    if jax.tree.map(lambda leaf: leaf.shape, made) != jax.tree.map(
-        lambda leaf: leaf.shape, abstract_params(model)
-    ):
+    shapes = lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)
+    if shapes(made) != shapes(abstract_params(model)):
         raise AssertionError(f"{model.block} starts from {source.block} with other leaves than its")
     return load_weights(folder, found, mesh), start
 

@@ -186,7 +186,7 @@ def test_bare_weights_beside_an_ema():
         (prefixed("model"), {"prefix": "net"}, "the file has model"),
         (prefixed("model"), {"prefix": ""}, "is none of SiT"),
         (prefixed("model"), {"family": "vae"}, "has no vae, it has a sit in model"),
-        (["bert.q.w", "fc.x"], {}, "none of SiT, PPFlow, AutoencoderKL, TAESD, Inception"),
+        (["bert.q.w", "fc.x"], {}, "none of SiT, PPFlow, DiCo, AutoencoderKL, TAESD, Inception"),
     ],
 )
 def test_what_cannot_be_chosen(names, wanted, words):

@@ -24,12 +24,13 @@ from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import make_apply
 from ppflow_jax.models.parts import DIT, BlockSpec
 from ppflow_jax.models.students import parse
-from ppflow_jax.pyramid import PPFLOW2, SIT
+from ppflow_jax.pyramid import PPFLOW2, SIT, Pyramid
 from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
 from ppflow_jax.systems.composition import ENGINES, METHODS, REFUSED, STAGES, WORKS, pairs
 from ppflow_jax.systems.ddt import DDT
 from ppflow_jax.systems.ddt_blocks import RopeAttention, SwiGlu
 from ppflow_jax.systems.dense2moe import Dense2MoE
+from ppflow_jax.systems.dico_network import DiCoNetwork
 from ppflow_jax.systems.dimr import TdLn
 from ppflow_jax.systems.dydit import DyDiT
 from ppflow_jax.systems.linfusion import LinFusion
@@ -86,6 +87,9 @@ MODELS = {
     "students": replace(MODEL, depth=3, students=parse("0:1-2")),
     "mixer": replace(MODEL, block=BlockSpec(mixer=LinFusion())),
     "ddt": replace(MODEL, block=BlockSpec(SwiGlu(), mixer=RopeAttention()), network=DDT(16, 1, 2)),
+    "dico": replace(
+        MODEL, pyramid=Pyramid.parse("1x1@1"), depth=5, heads=1, network=DiCoNetwork((1,) * 5)
+    ),
     "dydit": replace(MODEL, block=ROUTERS),
     "width": replace(MODEL, block=ROUTERS),
     "keep": replace(MODEL, conditions=(Channels("known", channels=3, drop=0.0),)),
@@ -100,11 +104,11 @@ def model_of(other, engines=()):
     """With what engines are for, where the other method leaves room for it."""
     model = MODELS.get(other, MODEL)
     taken = model.block.wrap is not None or model.network is not None
-    if "experts" in engines and other not in ("dydit", "ddt"):
+    if "experts" in engines and other not in ("dydit", "ddt", "dico"):
         model = replace(model, block=replace(model.block, ffn=SLICES))
     if "mob" in engines and not taken:
         model = replace(model, depth=2, block=replace(model.block, wrap=MixtureOfBlocks()))
-    if "width" in engines and model.block == DIT:
+    if "width" in engines and model.block == DIT and model.has_trunk:
         model = replace(model, block=ROUTERS)
     return model
 

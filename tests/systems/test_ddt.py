@@ -81,7 +81,7 @@ def test_numbers_of_parameters_are_the_public_ones(size, count):
     model = ModelConfig(Pyramid.parse("1x1@1"), 16, 768, **sizes, block=BLOCK, network=DDT())
     leaves = jax.tree.leaves(abstract_params(model))
     assert sum(leaf.size for leaf in leaves) + 256 * model.width == count
-    assert model.network.shift(model) == pytest.approx(6.928203)
+    assert model.network.flow(model) == {"shift": pytest.approx(6.928203)}
 
 
 def test_a_fresh_one_gives_exactly_nothing():

@@ -284,14 +284,12 @@ def test_flops_grow_with_tokens_and_not_with_their_square():
 
 
 @pytest.mark.long
-def test_a_killed_student_goes_on_with_the_same_bits(tmp_path, small_run):
-    """The command of docs/mixers.md."""
-    flags = [
-        "--config.model.mixer=clear:radius=2,pool=2",
-        "--config.flow.objective=distil:every=1",
-        f"--config.train.teacher={small_run}",
-        "--config.train.steps=4",
-    ]
+@pytest.mark.parametrize("mixer", [Clear(2, 2), LinFusion(), DiCo()], ids=lambda m: m.kind)
+def test_a_killed_student_goes_on_with_the_same_bits(tmp_path, small_run, mixer):
+    """The commands of docs/mixers.md; DiCo has no teacher."""
+    flags = [f"--config.model.mixer={mixer}", "--config.train.steps=4"]
+    if mixer != DiCo():
+        flags += ["--config.flow.objective=distil:every=1", f"--config.train.teacher={small_run}"]
     code, out, err = commands.train(tmp_path / "whole", *flags)
     assert code == 0, err
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
@@ -302,5 +300,5 @@ def test_a_killed_student_goes_on_with_the_same_bits(tmp_path, small_run):
     for path, leaf in whole.items():
         assert leaf.tobytes() == killed[path].tobytes(), path
     model = pf.load(tmp_path / "whole")
-    assert model.config.block.mixer == Clear(2, 2)
+    assert model.config.block.mixer == mixer
     assert model.sample(2, plan=model.plan(steps=2)).latents.shape == (2, 8, 8, 1)
