@@ -9,6 +9,7 @@ counted. Where a device has as many slots as tokens, none is.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -57,15 +58,14 @@ def travelling(
     filled = picked(jnp.tile(x, (top_k, 1)), source).reshape(count, room, -1)
     here = way.there(filled)
 
-    def product(rows: Array) -> Array:
+    def product(rows: Array) -> Callable[[Array], Array]:
         return lambda w: jnp.einsum("erd,edf->erf", rows, w)
 
     bias = weights["up_bias"][:, None] if "up_bias" in weights else None
     y = product(hidden(weights, product(here), bias))(weights["down"])
-    y = picked(way.back(y).reshape(count * room, -1), place)
-    y = y.reshape(top_k, tokens, -1).swapaxes(0, 1)
-    kept = kept.reshape(top_k, tokens).T.astype(jnp.float32)
-    return summed(y, gate), kept
+    by_token = lambda pairs: pairs.reshape(top_k, tokens).T
+    y = picked(way.back(y).reshape(count * room, -1), by_token(place).reshape(-1))
+    return summed(y, gate), by_token(kept).astype(jnp.float32)
 
 
 def check_mesh(mesh: Mesh, block: BlockSpec, capacity: float) -> None:
