@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ppflow_jax.cost.causes import cause
 from ppflow_jax.cost.collectives import collectives
 from ppflow_jax.devices.exchange import Way
+from ppflow_jax.devices.layout import Layout
+from ppflow_jax.devices.programs import Programs
 from ppflow_jax.devices.sharding import AXES, batch_sharding, layout, make_mesh, tree_shardings
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.strata import with_block_terms
+from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.network import Output
-from ppflow_jax.models.parts import DIT, BlockSpec
+from ppflow_jax.models.parts import DIT, BlockSpec, Execution
 from ppflow_jax.pyramid import PPFLOW2
 from ppflow_jax.systems.capacity import check_mesh, slots, travelling
 from ppflow_jax.systems.experts import mixture
-from ppflow_jax.systems.moe import MoE
+from ppflow_jax.systems.moe import Experts, MoE
 from ppflow_jax.train.resume import changes
 
 EXPERTS, TOP_K, WIDTH, HIDDEN = 8, 2, 8, 12
@@ -95,6 +101,50 @@ def test_what_finds_no_slot_is_dropped_and_said(capacity):
     loss = lambda x: jnp.sum(here(weights, x, gate, expert, capacity)[0] ** 2)
     lost = expected.sum(axis=1) == 0
     assert np.isfinite(jax.grad(loss)(x)).all() and not np.any(jax.grad(loss)(x)[lost])
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "gelu"])
+def test_the_layer_leaves_out_all_of_what_is_dropped_and_no_more(kind):
+    """The bias of an expert too; the share of pairs is what training is told."""
+    model = ModelConfig(PPFLOW2, 8, 4, width=WIDTH, depth=1, heads=2, num_classes=5)
+    part = MoE(EXPERTS, TOP_K, 0, expert=kind)
+
+    def layer(capacity):
+        far = lambda f, rows, weights, _: f(rows, weights, Way(capacity))
+        run = Execution(programs=Programs(experts="dense"))
+        run = replace(run, layout=Layout(exchanged=far)) if capacity else run
+        made = Experts(part, model, run, nnx.Rngs(0))
+        for name in ("up_bias", "down_bias"):
+            if hasattr(made, name):
+                leaf = getattr(made, name)
+                leaf[...] = draw(7, *leaf.shape)
+        return made
+
+    _, *rows = inputs(tokens=48)
+    x, gate, expert = (a.reshape(4, 12, -1) for a in rows)
+    y, kept = layer(0.5)(x, gate, expert)
+    assert 0.3 < float(kept.mean()) < 0.7
+    expected, all_kept = layer(None)(x, gate * kept, expert)
+    assert all_kept is None
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    block = SimpleNamespace(moe=layer(0.5))
+    _, aux = part(block, x)
+    _, _, chosen = part.route(block.moe.router[...], x)
+    _, kept = block.moe(x, gate, chosen)
+    assert float(part.terms(aux)["experts/dropped"]) == pytest.approx(1 - kept.mean())
+    _, aux = part(SimpleNamespace(moe=layer(None)), x)
+    assert part.terms(aux).keys() == {"balance"}
+
+
+@pytest.mark.parametrize("capacity", [1.0, 2.0])
+def test_all_slots_are_computed(capacity):
+    """What `padding_flops` counts is what the compiler does."""
+    given, way = inputs(tokens=64), Way(capacity)
+    f = jax.jit(functools.partial(travelling, count=EXPERTS, way=way))
+    found = f.lower(*given).compile().cost_analysis()["flops"]
+    room = slots(64, EXPERTS, TOP_K, capacity)
+    products = 2 * 3 * EXPERTS * room * WIDTH * HIDDEN
+    assert products < found < 1.3 * products  # and what is done element by element
 
 
 def test_slots():
