@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +22,13 @@ from ppflow_jax.devices.sharding import AXES, batch_sharding, layout, make_mesh,
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.strata import with_block_terms
 from ppflow_jax.models.config import ModelConfig
+from ppflow_jax.models.layers import Block
 from ppflow_jax.models.network import Output
 from ppflow_jax.models.parts import DIT, BlockSpec, Execution
 from ppflow_jax.pyramid import PPFLOW2
 from ppflow_jax.systems.capacity import check_mesh, slots, travelling
 from ppflow_jax.systems.experts import mixture
-from ppflow_jax.systems.moe import Experts, MoE
+from ppflow_jax.systems.moe import MoE
 from ppflow_jax.train.resume import changes
 
 EXPERTS, TOP_K, WIDTH, HIDDEN = 8, 2, 8, 12
@@ -106,34 +106,34 @@ def test_what_finds_no_slot_is_dropped_and_said(capacity):
 @pytest.mark.parametrize("kind", ["swiglu", "gelu"])
 def test_the_layer_leaves_out_all_of_what_is_dropped_and_no_more(kind):
     """The bias of an expert too; the share of pairs is what training is told."""
-    model = ModelConfig(PPFLOW2, 8, 4, width=WIDTH, depth=1, heads=2, num_classes=5)
     part = MoE(EXPERTS, TOP_K, 0, expert=kind)
+    model = ModelConfig(
+        PPFLOW2, 8, 4, width=WIDTH, depth=1, heads=2, num_classes=5, block=BlockSpec(part)
+    )
 
-    def layer(capacity):
+    def block(capacity):
         far = lambda f, rows, weights, _: f(rows, weights, Way(capacity))
         run = Execution(programs=Programs(experts="dense"))
         run = replace(run, layout=Layout(exchanged=far)) if capacity else run
-        made = Experts(part, model, run, nnx.Rngs(0))
+        made = Block(model, run, rngs=nnx.Rngs(0))
         for name in ("up_bias", "down_bias"):
-            if hasattr(made, name):
-                leaf = getattr(made, name)
+            if (leaf := getattr(made.moe, name, None)) is not None:
                 leaf[...] = draw(7, *leaf.shape)
         return made
 
     _, *rows = inputs(tokens=48)
     x, gate, expert = (a.reshape(4, 12, -1) for a in rows)
-    y, kept = layer(0.5)(x, gate, expert)
+    full, plain = block(0.5), block(None)
+    y, kept = full.moe(x, gate, expert)
     assert 0.3 < float(kept.mean()) < 0.7
-    expected, all_kept = layer(None)(x, gate * kept, expert)
-    assert all_kept is None
+    expected, nothing = plain.moe(x, gate * kept, expert)
+    assert nothing is None
     np.testing.assert_allclose(y, expected, atol=1e-5)
-    block = SimpleNamespace(moe=layer(0.5))
-    _, aux = part(block, x)
-    _, _, chosen = part.route(block.moe.router[...], x)
-    _, kept = block.moe(x, gate, chosen)
-    assert float(part.terms(aux)["experts/dropped"]) == pytest.approx(1 - kept.mean())
-    _, aux = part(SimpleNamespace(moe=layer(None)), x)
-    assert part.terms(aux).keys() == {"balance"}
+    _, gate, expert = part.route(full.moe.router[...], x)
+    share = 1 - float(full.moe(x, gate, expert)[1].mean())
+    aux = {name: value[None] for name, value in part(full, x)[1].items()}  # one layer
+    assert 0 < share == pytest.approx(float(part.terms(aux)["experts/dropped"]))
+    assert part(plain, x)[1].keys() == {"balance"}
 
 
 @pytest.mark.parametrize("capacity", [1.0, 2.0])
