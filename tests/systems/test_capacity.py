@@ -123,16 +123,16 @@ def test_the_layer_leaves_out_all_of_what_is_dropped_and_no_more(kind):
 
     _, *rows = inputs(tokens=48)
     x, gate, expert = (a.reshape(4, 12, -1) for a in rows)
-    full, plain = block(0.5), block(None)
+    full, plain = block(0.3), block(None)
     y, kept = full.moe(x, gate, expert)
-    assert 0.3 < float(kept.mean()) < 0.7
+    assert 0.2 < float(kept.mean()) < 0.4
     expected, nothing = plain.moe(x, gate * kept, expert)
     assert nothing is None
     np.testing.assert_allclose(y, expected, atol=1e-5)
     _, gate, expert = part.route(full.moe.router[...], x)
     share = 1 - float(full.moe(x, gate, expert)[1].mean())
     aux = {name: value[None] for name, value in part(full, x)[1].items()}  # one layer
-    assert 0 < share == pytest.approx(float(part.terms(aux)["experts/dropped"]))
+    assert 0.6 < share == pytest.approx(float(part.terms(aux)["experts/dropped"]))
     assert part(plain, x)[1].keys() == {"balance"}
 
 
