@@ -142,6 +142,9 @@ def get_config(size: str, pyramid: str) -> ConfigDict:
     c.mesh.data = -1  # -1: all remaining devices
     c.mesh.fsdp = 1
     c.mesh.tensor = 1
+    # Of a mixture: devices that hold different experts, to which tokens go. See docs/moe.md
+    c.mesh.expert = 1
+    c.mesh.capacity = 2.0  # with expert > 1: tokens that an expert takes, over the mean
     # What fsdp splits: 3, all, and weights are gathered block by block, twice a step; 2, all but
     # the weights during a step, gathered once: less is sent, more is held. See docs/pods.md
     c.mesh.zero = 3

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ppflow_jax.cost.collectives import Collective
+from ppflow_jax.devices.exchange import EXPERT
 from ppflow_jax.devices.sharding import is_stacked, leaf_path
 from ppflow_jax.train.optimizer import MUON
 from ppflow_jax.train.program import Program
@@ -24,6 +25,8 @@ def cause(c: Collective, mesh: Mesh, weights: frozenset[int]) -> str:
         return "tensor parallelism"
     if f"/{MUON}/" in c.op_name:
         return "matrices of Muon"
+    if EXPERT in axes and c.kind == "all-to-all":
+        return "tokens to their experts"
     if c.kind == "all-gather" and weights.issuperset(c.elements):
         return "weights gathered" + where
     if c.size <= 4096:
@@ -38,13 +41,18 @@ def cause(c: Collective, mesh: Mesh, weights: frozenset[int]) -> str:
 
 
 def gathered_sizes(program: Program, mesh: Mesh) -> frozenset[int]:
-    """Elements of every weight that is split over `fsdp`, when gathered: one block, or all."""
+    """Elements of every weight that is split, when gathered: one block, or all.
+
+    Over `fsdp`, and over `expert` too where tokens do not go to their experts.
+    """
     sizes, leaves = set(), jax.tree_util.tree_leaves_with_path(program.parameters)
     places = whole(program.shardings["params"], program.frozen_shardings)
     for (path, leaf), sharding in zip(leaves, jax.tree.leaves(places)):
-        if any("fsdp" in (axis or ()) for axis in sharding.spec):
-            here = math.prod(sharding.shard_shape(leaf.shape)) * mesh.shape["fsdp"]
-            sizes.add(here)
-            if is_stacked(leaf_path(path)):
-                sizes.add(here // leaf.shape[0])
+        here = math.prod(sharding.shard_shape(leaf.shape))
+        for axis in ("fsdp", EXPERT):
+            if any(axis in (axes or ()) for axes in sharding.spec):
+                here *= mesh.shape[axis]
+                sizes.add(here)
+                if is_stacked(leaf_path(path)):
+                    sizes.add(here // leaf.shape[0])
     return frozenset(sizes)

@@ -36,7 +36,7 @@ class Collective:
     Attributes:
       kind: one of `KINDS`.
       size: bytes of the whole array: gathered, reduced or moved (an all-gather's result, a
-        reduce-scatter's operand).
+        reduce-scatter's operand), of an all-to-all that of one device.
       elements: numbers in each of its arrays.
       times: executions in one run of the program.
       group: devices that take part together, one group as an example.
@@ -56,7 +56,7 @@ class Collective:
         n = len(self.group)
         if self.kind == "collective-permute":
             return float(self.times * self.size)
-        share = {"all-reduce": 2.0, "all-to-all": 1 / max(n, 1)}.get(self.kind, 1.0)
+        share = 2.0 if self.kind == "all-reduce" else 1.0
         return self.times * self.size * share * (n - 1) / n
 
 

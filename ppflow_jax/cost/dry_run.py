@@ -25,6 +25,7 @@ from ppflow_jax.generate.plan import make_plan
 from ppflow_jax.models.conditions import LABEL
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.flops import block_traffic
+from ppflow_jax.systems.capacity import padding_flops
 from ppflow_jax.train.experiment import Experiment
 from ppflow_jax.train.inputs import field_shapes
 from ppflow_jax.train.mesh import settled
@@ -196,7 +197,8 @@ def _train_step(experiment, program: Program, target: Target, mesh, inputs, froz
         "training step",
         size,
         [program.steps[0].run.lower(state, batch, key, frozen)] if target.compiles else [],
-        training_flops(model, pattern, size, experiment.objective.evaluated),
+        training_flops(model, pattern, size, experiment.objective.evaluated)
+        + padding_flops(model, mesh, config, pattern),
         traffic,
     )
     if target.rough:

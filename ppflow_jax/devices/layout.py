@@ -15,6 +15,8 @@ Attend = Callable[[Array, Array, Array], Array]
 PerDevice = Callable[[Attend, Attend], Attend]
 # (f, arrays of the batch, weights, prefix of their paths) -> f(arrays, weights)
 PerRows = Callable[[Callable[[Any, Any], Array], Any, Any, str], Array]
+# The same with an `exchange.Way`: f(arrays, weights, way)
+Exchanged = Callable[[Callable[..., Any], Any, Any, str], Any]
 
 
 def _as_it_is(tree: Any, prefix: str = "") -> Any:
@@ -56,9 +58,12 @@ class Layout:
         where that cannot be cut so.
       experts: computes each device's rows of the batch on that device, with its part of the
         weights along `tensor`, over which the results are then summed.
+      exchanged: the same where devices have different experts, and f gives them its rows; None:
+        every device is given all experts.
     """
 
     batch: Callable[[Array], Array] = _as_it_is
     weights: Callable[[Any, str], Any] = _as_it_is
     heads: PerDevice = _in_one_piece
     experts: PerRows = _at_once
+    exchanged: Exchanged | None = None

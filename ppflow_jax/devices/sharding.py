@@ -15,11 +15,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 
+from ppflow_jax.devices.exchange import EXPERT, batch_axes, expert_programs, known
 from ppflow_jax.devices.layout import Attend, Layout
 from ppflow_jax.devices.slices import by_slice, may_cross
 from ppflow_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
+WITH_EXPERTS = ("data", "fsdp", EXPERT, "tensor")
 
 # Pattern of the paths of leaves, and the axes of the mesh that theirs are split over
 Rules = tuple[tuple[str, P], ...]
@@ -50,42 +52,55 @@ RULES: Rules = (
 
 
 def make_mesh(
-    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+    expert: int = 1,
 ) -> Mesh:
     """Mesh of all devices, or of those given; one size of -1 takes what is left.
 
-    The last axes talk most and get the nearest devices. Of several slices each is a part of `data`:
-    between them only gradients are summed. Of GPUs `fsdp` and `tensor` may be wider than a machine.
+    The last axes talk most and get the nearest devices; `expert` is one only if it is not 1. Of
+    several slices each is a part of `data`: between them only gradients are summed. Of GPUs the
+    other axes may be wider than a machine.
 
     Raises:
       InputError: the sizes do not multiply to the number of devices, or slices cannot be cut so.
     """
     devices = jax.devices() if devices is None else devices
-    sizes, count = [data, fsdp, tensor], len(devices)
+    axes = AXES if expert == 1 else WITH_EXPERTS
+    given = dict(data=data, fsdp=fsdp, expert=expert, tensor=tensor)
+    sizes, count = [given[axis] for axis in axes], len(devices)
     if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
         raise InputError(f"mesh sizes {sizes} must be positive, with at most one -1")
-    known = int(np.prod([s for s in sizes if s != -1]))
-    if -1 in sizes and count % known == 0:
-        sizes[sizes.index(-1)] = count // known
+    product = int(np.prod([s for s in sizes if s != -1]))
+    if -1 in sizes and count % product == 0:
+        sizes[sizes.index(-1)] = count // product
     if np.prod(sizes) != count:
         raise InputError(
-            f"mesh data={data} fsdp={fsdp} tensor={tensor} does not cover the {count} device(s): "
-            "the sizes must multiply to that number (-1: whatever is left)"
+            f"mesh {_named(axes, [given[axis] for axis in axes])} does not cover the {count} "
+            "device(s): the sizes must multiply to that number (-1: whatever is left)"
         )
-    slices, types = by_slice(devices), (AxisType.Auto,) * 3
+    if len(axes) > len(AXES) and sizes[2] == 1:  # expert=-1, and nothing is left
+        axes, sizes = AXES, [*sizes[:2], sizes[3]]
+    slices, types = by_slice(devices), (AxisType.Auto,) * len(axes)
     if sizes[0] % len(slices) or len({*map(len, slices)}) > 1:
         if may_cross(devices[0]):
-            return Mesh(np.concatenate(slices).reshape(sizes), AXES, axis_types=types)
+            return Mesh(np.concatenate(slices).reshape(sizes), axes, axis_types=types)
         raise InputError(
-            f"mesh data={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]} on {len(slices)} slices of "
+            f"mesh {_named(axes, sizes)} on {len(slices)} slices of "
             f"{', '.join(str(len(each)) for each in slices)} devices: data must be a multiple of "
-            "their number, so that fsdp and tensor stay within one"
+            f"their number, so that {' and '.join(axes[1:])} stay within one"
         )
     part = (sizes[0] // len(slices), *sizes[1:])
-    meshes = [jax.make_mesh(part, AXES, axis_types=types, devices=each) for each in slices]
+    meshes = [jax.make_mesh(part, axes, axis_types=types, devices=each) for each in slices]
     if len(meshes) == 1:
         return meshes[0]
-    return Mesh(np.concatenate([mesh.devices for mesh in meshes]), AXES, axis_types=types)
+    return Mesh(np.concatenate([mesh.devices for mesh in meshes]), axes, axis_types=types)
+
+
+def _named(axes: Sequence[str], sizes: Sequence[int]) -> str:
+    return " ".join(f"{axis}={size}" for axis, size in zip(axes, sizes))
 
 
 def local_mesh() -> Mesh:
@@ -95,13 +110,13 @@ def local_mesh() -> Mesh:
 
 
 def data_shards(mesh: Mesh) -> int:
-    """Parts into which a batch is cut: the data and fsdp axes."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    """Parts into which a batch is cut: those of its axes."""
+    return math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """First axis over data and fsdp."""
-    return NamedSharding(mesh, P(("data", "fsdp")))
+    """First axis over data and fsdp, and over expert where there is one."""
+    return NamedSharding(mesh, P(batch_axes(mesh)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -126,7 +141,9 @@ def _parts(axis: str | tuple[str, ...] | None, mesh: Mesh) -> int:
 def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> P:
     """By the rules; if none divides the leaf, the last that matches, as far as it does."""
     specs = [
-        s for pattern, s in (*RULES, *rules) if re.search(pattern, path) and len(s) <= len(shape)
+        known(s, mesh)
+        for pattern, s in (*RULES, *rules)
+        if re.search(pattern, path) and len(s) <= len(shape)
     ]
     divided = [
         P(*(axis if size % _parts(axis, mesh) == 0 else None for axis, size in zip(spec, shape)))
@@ -166,12 +183,14 @@ def without_fsdp(axis: str | tuple[str, ...] | None) -> str | None:
     return "tensor" if isinstance(axis, tuple) else None if axis == "fsdp" else axis
 
 
-def layout(mesh: Mesh, rules: Rules = ()) -> Layout:
+def layout(mesh: Mesh, rules: Rules = (), capacity: float | None = None) -> Layout:
     """Fully sharded data parallelism (ZeRO stage 3, arXiv 1910.02054) for the network.
 
     Weights are gathered over `fsdp` just before use, one block at a time, and their gradients
     are summed and scattered back at once; activations stay split over the batch. Without it the
-    compiler moves activations to the weights. `rules` are those of the model's own parts.
+    compiler moves activations to the weights. `rules` are those of the model's own parts. What
+    `expert` splits is gathered like that as well; or, with a `capacity` (see `exchange.Way`),
+    tokens go to their experts.
     """
     place = batch_sharding(mesh)
 
@@ -193,7 +212,7 @@ def layout(mesh: Mesh, rules: Rules = ()) -> Layout:
         return jax.tree_util.tree_map_with_path(one, tree)
 
     def heads(kernel: Attend, otherwise: Attend) -> Attend:
-        split = P(("data", "fsdp"), None, "tensor")
+        split = P(batch_axes(mesh), None, "tensor")
 
         def run(q, k, v):
             if q.shape[0] % data_shards(mesh) or q.shape[2] % mesh.shape["tensor"]:
@@ -205,27 +224,14 @@ def layout(mesh: Mesh, rules: Rules = ()) -> Layout:
 
         return run
 
-    def experts(f, rows, weights, prefix):
-        if rows[0].shape[0] % data_shards(mesh):  # one image at a time, under vmap
-            return f(rows, weights)
-
+    def specs(tree, prefix):
         def spec(path, leaf):
             stored = _spec(prefix + leaf_path(path), (1, *leaf.shape), mesh, rules)[1:]
             return P(*map(without_fsdp, stored))
 
-        specs = jax.tree_util.tree_map_with_path(spec, weights)
-        split = any("tensor" in spec for spec in jax.tree.leaves(specs))
+        return jax.tree_util.tree_map_with_path(spec, tree)
 
-        def here(rows, weights):
-            y = f(rows, weights)
-            return jax.lax.psum(y, "tensor") if split else y
-
-        local = jax.shard_map(
-            here, mesh=mesh, in_specs=(place.spec, specs), out_specs=place.spec, check_vma=False
-        )
-        return local(rows, weights)
-
-    return Layout(batch, weights, heads, experts)
+    return Layout(batch, weights, heads, *expert_programs(mesh, place.spec, specs, capacity))
 
 
 @functools.cache

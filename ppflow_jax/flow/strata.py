@@ -61,12 +61,17 @@ def with_block_terms(
     weights: Weights,
     durations: Sequence[float] = (),
 ) -> tuple[Float[Array, ""], Metrics]:
-    """`loss` and the weighted terms of the parts of the blocks, means over time; these by name."""
+    """`loss` and the weighted terms of the parts of the blocks, means over time; these by name.
+
+    What has a slash in its name is no term: it is measured, and has no weight.
+    """
     found, durations = {}, durations or pyramid.durations
     for name in outputs[0].aux:
-        if weight := weights.get(name):
-            term = sum(d * output.aux[name] for d, output in zip(durations, outputs))
-            loss, found[name] = loss + weight * term, term
+        weight = weights.get(name)
+        if weight or "/" in name:
+            found[name] = sum(d * output.aux[name] for d, output in zip(durations, outputs))
+        if weight:
+            loss = loss + weight * found[name]
     return loss, found
 
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from ppflow_jax.autoencoders.decode import Decoder
+from ppflow_jax.devices.exchange import EXPERT
 from ppflow_jax.devices.layout import Layout
 from ppflow_jax.devices.memory import device_memory
 from ppflow_jax.devices.sharding import AXES, layout, replicated
@@ -70,7 +71,7 @@ class RunPictures:
 def _gathered(model: ModelConfig, mesh: Mesh) -> tuple[Mesh, Callable[[Params], Params]]:
     """The mesh to sample on, and what brings parameters from `mesh` to it."""
     whole = Whole(mesh, model.rules, jnp.float32)
-    alone = mesh.shape["fsdp"] == 1 or mesh.shape["tensor"] > 1
+    alone = mesh.shape["fsdp"] == 1 or mesh.shape["tensor"] > 1 or EXPERT in mesh.shape
     if alone or not whole.fits_beside(abstract_params(model), device_memory()):
         return mesh, lambda params: params
     flat = Mesh(mesh.devices.reshape(-1, 1, 1), AXES, axis_types=mesh.axis_types)

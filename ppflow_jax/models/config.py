@@ -123,9 +123,10 @@ class ModelConfig:
         return self.block.matrices + own
 
     @property
-    def fixed(self) -> tuple[str, ...]:
-        """Patterns of leaves that are no weights."""
-        return () if self.network is None else self.network.fixed
+    def undecayed(self) -> tuple[str, ...]:
+        """Patterns of leaves that weight decay leaves alone."""
+        fixed = () if self.network is None else self.network.fixed
+        return fixed if self.block.norm is None else (*fixed, *self.block.norm.undecayed)
 
     @property
     def stacks(self) -> tuple[ModelConfig, ...]:

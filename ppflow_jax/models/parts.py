@@ -74,7 +74,7 @@ class Part(Described):
         )
 
     def terms(self, aux: Aux) -> dict[str, Float[Array, ""]]:
-        """What training may add to the loss, by name; `aux` is this part's of all layers."""
+        """By name what training may add to the loss, with a slash in it what it only measures."""
         return {}
 
 

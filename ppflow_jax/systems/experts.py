@@ -39,7 +39,7 @@ def mixture(
     )
 
 
-def _hidden(weights: Weights, product: Callable[[Array], Array], bias: Array | None) -> Array:
+def hidden(weights: Weights, product: Callable[[Array], Array], bias: Array | None) -> Array:
     if "gate" in weights:
         return jax.nn.silu(product(weights["gate"])) * product(weights["up"])
     return jax.nn.gelu(product(weights["up"]) + bias, approximate=True)
@@ -53,7 +53,7 @@ def _dense(weights: Weights, x: Array, gate: Array, expert: Array) -> Array:
     count = weights["up"].shape[0]
     share = jnp.sum(jax.nn.one_hot(expert, count) * gate[..., None], axis=1)
     bias = weights["up_bias"][None] if "up_bias" in weights else None
-    h = _hidden(weights, lambda w: jnp.einsum("td,edf->tef", x, w), bias)
+    h = hidden(weights, lambda w: jnp.einsum("td,edf->tef", x, w), bias)
     y = jnp.einsum("tef,efd->ted", h, weights["down"])
     return jnp.einsum("ted,te->td", y.astype(jnp.float32), share)
 
@@ -62,14 +62,14 @@ def _ragged(weights: Weights, x: Array, gate: Array, expert: Array) -> Array:
     pairs = expert.reshape(-1)
     order = jnp.argsort(pairs)
     sizes = jnp.bincount(pairs, length=weights["up"].shape[0]).astype(jnp.int32)
-    rows = _picked(jnp.repeat(x, expert.shape[1], axis=0), order)
+    rows = picked(jnp.repeat(x, expert.shape[1], axis=0), order)
 
     def product(rows: Array) -> Callable[[Array], Array]:
         return lambda w: jax.lax.ragged_dot(rows, w, sizes)
 
-    h = _hidden(weights, product(rows), _bias(weights, pairs[order]))
-    y = _picked(product(h)(weights["down"]), jnp.argsort(order))
-    return _summed(y, gate)
+    h = hidden(weights, product(rows), _bias(weights, pairs[order]))
+    y = picked(product(h)(weights["down"]), jnp.argsort(order))
+    return summed(y, gate)
 
 
 def _blocks(weights: Weights, x: Array, gate: Array, expert: Array) -> Array:
@@ -85,19 +85,19 @@ def _blocks(weights: Weights, x: Array, gate: Array, expert: Array) -> Array:
     place = rank + first[pairs]  # row of every pair
     source = pairs.size + jnp.arange(number * rows)  # nothing
     source = source.at[place].set(jnp.arange(pairs.size), unique_indices=True)
-    filled = _picked(jnp.repeat(x, expert.shape[1], axis=0), source)
+    filled = picked(jnp.repeat(x, expert.shape[1], axis=0), source)
     filled = filled.reshape(number, rows, x.shape[-1])
 
     def product(filled: Array) -> Callable[[Array], Array]:
         return lambda w: jnp.einsum("nrd,ndf->nrf", filled, w[owner])
 
     bias = _bias(weights, owner)
-    h = _hidden(weights, product(filled), None if bias is None else bias[:, None])
+    h = hidden(weights, product(filled), None if bias is None else bias[:, None])
     y = product(h)(weights["down"])
-    return _summed(_picked(y.reshape(number * rows, -1), place), gate)
+    return summed(picked(y.reshape(number * rows, -1), place), gate)
 
 
-def _picked(x: Float[Array, "r d"], rows: Int[Array, " p"]) -> Float[Array, "p d"]:
+def picked(x: Float[Array, "r d"], rows: Int[Array, " p"]) -> Float[Array, "p d"]:
     """Rows of x, none twice; zeros for a number that x does not have.
 
     So the gradient is a permutation as well, the same bits in any order of summation.
@@ -105,6 +105,6 @@ def _picked(x: Float[Array, "r d"], rows: Int[Array, " p"]) -> Float[Array, "p d
     return x.at[rows].get(mode="fill", fill_value=0, unique_indices=True)
 
 
-def _summed(y: Float[Array, "p d"], gate: Float[Array, "t k"]) -> Float[Array, "t d"]:
+def summed(y: Float[Array, "p d"], gate: Float[Array, "t k"]) -> Float[Array, "t d"]:
     y = y.astype(jnp.float32).reshape(*gate.shape, -1)
     return jnp.sum(y * gate[..., None], axis=1)

@@ -18,13 +18,16 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from ppflow_jax.devices.exchange import EXPERT
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.layers import Block
 from ppflow_jax.models.parts import Aux, Execution, Ffn, Key, Leaves, Mlp
+from ppflow_jax.systems.capacity import travelling
 from ppflow_jax.systems.experts import mixture
 
 EXPERTS = ("swiglu", "gelu")
+DROPPED = "experts/dropped"  # share of the pairs of token and expert
 ROUTER_SCALE = 0.02  # standard deviation of the router of an upcycled model
 _xavier = nnx.initializers.xavier_uniform(in_axis=-2, out_axis=-1, batch_axis=0)
 
@@ -53,9 +56,9 @@ class MoE(Ffn):
     kind = "moe"
     term_names = ("balance",)
     rules = (
-        (r"blocks/moe/(gate|up)$", P(None, None, None, ("tensor", "fsdp"))),
-        (r"blocks/moe/up_bias$", P(None, None, "tensor")),
-        (r"blocks/moe/down$", P(None, None, ("tensor", "fsdp"))),
+        (r"blocks/moe/(gate|up)$", P(None, EXPERT, None, ("tensor", "fsdp"))),
+        (r"blocks/moe/up_bias$", P(None, EXPERT, "tensor")),
+        (r"blocks/moe/down$", P(None, EXPERT, ("tensor", "fsdp"))),
         (r"blocks/moe/shared/(gate|up)$", P(None, None, ("tensor", "fsdp"))),
         (r"blocks/moe/shared/down$", P(None, ("tensor", "fsdp"))),
     )
@@ -72,15 +75,21 @@ class MoE(Ffn):
         if self.expert not in EXPERTS:
             raise InputError(f"{self}: unknown expert, one of {', '.join(EXPERTS)}")
 
+    @property
+    def products(self) -> int:
+        """Of one expert."""
+        return 3 if self.expert == "swiglu" else 2
+
     def modules(self, model: ModelConfig, run: Execution, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
         return {"moe": Experts(self, model, run, rngs)}
 
     def __call__(self, block: Block, x: Float[Array, "b n d"]) -> tuple[Array, Aux]:
         scores, gate, expert = self.route(block.moe.router[...], x)
-        y = block.moe(x, gate, expert)
+        y, kept = block.moe(x, gate, expert)
         if self.shared:
             y = y + block.per_token(block.moe.shared, x)
-        return y, {"balance": balance(scores, expert)}
+        aux = {"balance": balance(scores, expert)}
+        return y, aux if kept is None else aux | {DROPPED: 1 - jnp.mean(kept)}
 
     def route(
         self, router: Float[Array, "d e"], x: Float[Array, "b n d"]
@@ -94,13 +103,13 @@ class MoE(Ffn):
         return scores, gate, expert
 
     def terms(self, aux: Aux) -> dict[str, Float[Array, ""]]:
-        """The balance term, summed over layers."""
-        return {"balance": jnp.sum(aux["balance"])}
+        """The balance term, summed over layers; as a measure what was dropped, their mean."""
+        found = {"balance": jnp.sum(aux["balance"])}
+        return found | ({DROPPED: jnp.mean(aux[DROPPED])} if DROPPED in aux else {})
 
     def flops(self, model: ModelConfig, tokens: int) -> int:
         """Of the experts that tokens pass, the shared ones and the router."""
-        products = 3 if self.expert == "swiglu" else 2
-        routed = self.top_k * products * int(model.mlp_ratio * model.width)
+        routed = self.top_k * self.products * int(model.mlp_ratio * model.width)
         units = routed + 3 * self.shared * model.width + self.experts
         return 2 * tokens * model.width * units
 
@@ -221,8 +230,11 @@ class Experts(nnx.Module):
         x: Float[Array, "b n d"],
         gate: Float[Array, "b n k"],
         expert: Int[Array, "b n k"],
-    ) -> Float[Array, "b n d"]:
-        """sum_k gate_k E_{expert_k}(x); each device computes the tokens of its own images."""
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "b n k"] | None]:
+        """sum_k gate_k E_{expert_k}(x), and which of them were not dropped; None: none was.
+
+        Each device computes the tokens of its own images, or all that come to its experts.
+        """
         names = [n for n in ("gate", "up", "up_bias", "down") if hasattr(self, n)]
         weights = {name: getattr(self, name)[...].astype(self.run.dtype) for name in names}
 
@@ -231,12 +243,23 @@ class Experts(nnx.Module):
             tokens = (a.reshape(-1, a.shape[-1]) for a in (x.astype(self.run.dtype), *pairs))
             return mixture(self.run.programs.experts, weights, *tokens).reshape(x.shape)
 
-        y = self.run.layout.experts(here, (x, gate, expert), weights, "blocks/moe/")
+        def away(rows, weights, way):
+            x, *pairs = rows
+            tokens = (a.reshape(-1, a.shape[-1]) for a in (x.astype(self.run.dtype), *pairs))
+            y, kept = travelling(weights, *tokens, self.router.shape[-1], way)
+            return y.reshape(x.shape), kept.reshape(pairs[0].shape)
+
+        rows, kept = (x, gate, expert), None
+        if (exchanged := self.run.layout.exchanged) is None:
+            y = self.run.layout.experts(here, rows, weights, "blocks/moe/")
+        else:
+            y, kept = exchanged(away, rows, weights, "blocks/moe/")
+            gate = gate * kept
         if hasattr(self, "down_bias"):
             bias = self.down_bias[...].astype(jnp.float32)
             share = jnp.sum(jax.nn.one_hot(expert, len(bias)) * gate[..., None], axis=-2)
             y = y + share @ bias
-        return y
+        return y, kept
 
 
 class SwiGlu(nnx.Module):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ppflow_jax.devices.sharding import AXES, make_mesh, tree_shardings
+from ppflow_jax.devices.sharding import AXES, data_shards, make_mesh, tree_shardings
 from ppflow_jax.devices.slices import near
 from ppflow_jax.devices.zero import Whole, bytes_on_device
 from ppflow_jax.errors import InputError
@@ -69,8 +69,14 @@ def settled(
     """
     config = experiment.config.copy_and_resolve_references()
     sizes = {axis: config.mesh[axis] for axis in AXES}
+    expert = config.mesh.get("expert", 1)
     if not config.mesh.get("auto", False):
-        return Settled(experiment, make_mesh(**sizes, devices=devices), memory)
+        return Settled(experiment, make_mesh(**sizes, expert=expert, devices=devices), memory)
+    if expert != 1:
+        raise InputError(
+            "config.mesh.auto does not count what config.mesh.expert needs: give data, fsdp and "
+            "zero beside it, without config.mesh.auto"
+        )
     if (sizes["data"], sizes["fsdp"], config.mesh.zero) != (-1, 1, 3):
         raise InputError(
             "config.mesh.auto chooses data, fsdp and zero: leave these out (tensor may be given), "
@@ -154,7 +160,7 @@ def _activations(experiment: Experiment, mesh: Mesh) -> int:
     """Bytes a device that the backward pass keeps, roughly."""
     config, model = experiment.config, experiment.card.model
     pattern = experiment.objective.pattern
-    images = config.data.batch_size / (mesh.shape["data"] * mesh.shape["fsdp"])
+    images = config.data.batch_size / data_shards(mesh)
     images /= config.train.accumulate * len(pattern)
     itemsize, tensor = jnp.dtype(config.model.dtype).itemsize, mesh.shape["tensor"]
     return int(

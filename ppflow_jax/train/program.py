@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from ppflow_jax.devices.exchange import EXPERT
 from ppflow_jax.devices.programs import for_training
 from ppflow_jax.devices.sharding import (
     batch_sharding,
@@ -22,6 +23,7 @@ from ppflow_jax.devices.zero import Whole, check_stage
 from ppflow_jax.flow.terms import Batch, Metrics, Phase
 from ppflow_jax.models.network import Apply, Params, abstract_params, make_apply
 from ppflow_jax.models.trees import split
+from ppflow_jax.systems.capacity import check_mesh
 from ppflow_jax.train.experiment import Experiment
 from ppflow_jax.train.optimizer import make_optimizer
 from ppflow_jax.train.state import TrainState, extended, init_state, whole
@@ -52,8 +54,9 @@ class Program(NamedTuple):
 
     `abstract` and `shardings` are trees of the training state, `frozen` and `frozen_shardings` of
     what is given to a step and not trained: `base`, the network's other leaves, if there are any,
-    and what the objective needs. `gather` makes the network's leaves those that a sampler is given:
-    it would gather them for every evaluation. None: they are whole, or do not fit.
+    and what the objective needs. `apply` is for samplers: it drops no token
+    (see `systems.capacity`). `gather` makes the network's leaves those that a sampler is given: it
+    would gather them for every evaluation. None: they are whole, or do not fit.
     """
 
     apply: Apply
@@ -96,11 +99,13 @@ def make_program(experiment: Experiment, mesh: Mesh, memory: float | None = None
         attention, dtype, remat=remat, head=head, mesh=mesh, forward_mode=objective.forward_mode
     )
     rules = model.rules
-    place = layout(mesh, rules)
-    apply = make_apply(model, dtype=dtype, remat=remat, programs=programs, layout=place)
-    norm = model.block.norm
-    undecayed = (*model.fixed, *(norm.undecayed if norm else ()))
-    optimizer = make_optimizer(experiment.optim, config.train.steps, model.matrices, undecayed)
+    check_mesh(mesh, model.block, capacity := config.mesh.get("capacity", 2.0))
+    options = dict(dtype=dtype, remat=remat, programs=programs)
+    apply = sampled = make_apply(model, layout=layout(mesh, rules), **options)
+    if EXPERT in mesh.shape:
+        apply = make_apply(model, layout=layout(mesh, rules, capacity), **options)
+    told = (config.train.steps, model.matrices, model.undecayed)
+    optimizer = make_optimizer(experiment.optim, *told)
     trainable = experiment.trainable
 
     def init(key: jax.Array) -> TrainState:
@@ -133,5 +138,5 @@ def make_program(experiment: Experiment, mesh: Mesh, memory: float | None = None
 
     steps = tuple(map(step, experiment.phases))
     fits = gather and gather.fits_beside(abstract_params(model), memory)
-    made = (apply, optimizer, init, abstract, shardings, frozen, places, steps)
+    made = (sampled, optimizer, init, abstract, shardings, frozen, places, steps)
     return Program(*made, gather if fits else None)

@@ -25,6 +25,9 @@ FREE = (
     *("train.accumulate", "train.log_every", "train.save_every", "train.keep"),
     *("train.skip_nonfinite", "train.trackers", "mesh.zero", "mesh.auto"),
 )
+# These decide which tokens of a mixture are dropped, if any.
+DROPPING = ("mesh.expert", "mesh.capacity")
+LATE = (*FREE, *DROPPING)  # may begin when a run continues
 # Settings that are younger than some runs, with the value that those had.
 BEFORE = {
     "train.ema_warmup": False,
@@ -56,6 +59,8 @@ BEFORE = {
     "optim.decay_share": 0.2,
     "mesh.zero": 3,
     "mesh.auto": False,
+    "mesh.expert": 1,
+    "mesh.capacity": 2.0,
 }
 # Settings with which a run has other arrays, and what a checkpoint of others holds
 STATE = {
@@ -92,12 +97,13 @@ def changes(before: dict[str, Any], now: dict[str, Any], step: int) -> list[Chan
     number of steps is free but for the schedule of the steps that are left.
     """
     new = flat(now)
-    # what is free may begin late
-    old = {name: BEFORE[name] for name in FREE if name in BEFORE and name in new} | flat(before)
+    old = {name: BEFORE[name] for name in LATE if name in BEFORE and name in new} | flat(before)
 
     def free(name: str) -> bool:
         if name.startswith(_DATA):
             return _place(name)
+        if name in DROPPING:
+            return new.get("mesh.expert", 1) == old.get("mesh.expert", 1) == 1
         if name == "train.steps":
             return new[name] == step or not (_schedules_end(old, step) or _schedules_end(new, step))
         return any(name == f or name.startswith(f"{f}.") for f in FREE)
@@ -163,7 +169,7 @@ def going_on(experiment: Experiment, step: int, stored: Card, path: Path) -> Exp
             "trained: give them as they were, use another --workdir, or add "
             "--config.resume_changed=true to continue with the new ones"
         )
-    younger = BEFORE.keys() - flat(stored.experiment).keys() - set(FREE)
+    younger = BEFORE.keys() - flat(stored.experiment).keys() - set(LATE)
     if jax.process_index() == 0:
         if found:
             print(f"changed since step {step}: {_listed(found)}", flush=True)
