@@ -113,8 +113,7 @@ def make_program(experiment: Experiment, mesh: Mesh, memory: float | None = None
 
     abstract = jax.eval_shape(init, jax.random.key(0))
     shardings = tree_shardings(abstract, mesh, rules)
-    base = split(abstract_params(model), trainable)[1]
-    frozen = {"base": base} if base else {}
+    frozen = {"base": base} if (base := split(abstract_params(model), trainable)[1]) else {}
     frozen |= {name: abstract_params(model) for name in objective.frozen}
     places = tree_shardings(frozen, mesh, rules)
     check_stage(stage := config.mesh.get("zero", 3))

@@ -213,7 +213,7 @@ def test_one_device_and_eight_agree(name):
     (one, gradients), (eight, others) = found
     assert one == pytest.approx(eight, rel=1e-5)
     leaves = jax.tree_util.tree_leaves_with_path(gradients)
-    fixed = experiment.card.model.fixed
+    fixed = experiment.card.model.network.fixed
     for (path, a), b in zip(leaves, jax.tree.leaves(others)):
         if any(re.search(pattern, leaf_path(path)) for pattern in fixed):
             assert not a.any() and not b.any()

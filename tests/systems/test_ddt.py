@@ -186,7 +186,7 @@ def test_sizes_of_a_head_are_checked(text):
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_frequencies_do_not_decay(name):
     params = random_params(MODEL)
-    matrices, fixed = MODEL.matrices, MODEL.fixed
+    matrices, fixed = MODEL.matrices, MODEL.network.fixed
     optimizer = make_optimizer(
         OptimConfig(name=name, weight_decay=0.1, lr=1.0), 10, matrices, undecayed=fixed
     )
