@@ -84,7 +84,7 @@ def memory_bytes(
 def _sit_flops(model: ModelConfig, segments: tuple[Segment, ...]) -> int:
     """The same evaluations by the pyramid of one stage."""
     patch = min((s.patch for s in model.pyramid.stages), key=lambda p: p[0] * p[1])
-    sit = replace(model, pyramid=Pyramid((Stage(1.0, patch),)))
+    sit = replace(model, pyramid=Pyramid((Stage(1.0, patch),)), students=())
     count = sum(s.steps * len(s.stages) for s in segments)
     return count * forward_flops(sit, 0) * (2 if _guided(segments) else 1)
 

@@ -92,7 +92,7 @@ def _runs(runs: Sequence[Run]) -> str:
         config = SamplerConfig("euler", 100)
         flops = sampling_flops(model, plan(config, model.pyramid, run.card.flow))
         # of the same with 2x2 patches, which grids of other networks do not allow
-        base = replace(model, pyramid=SIT) if model.has_trunk else None
+        base = replace(model, pyramid=SIT, students=()) if model.has_trunk else None
         sit = base and sampling_flops(base, plan(config, SIT, run.card.flow))
         grids = [model.pyramid.grid(i, model.latent_size) for i in range(len(model.pyramid))]
         parameters = parameter_overview.count_parameters(abstract_params(model))

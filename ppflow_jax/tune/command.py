@@ -156,7 +156,7 @@ def _budget(
     elif asked.flops is not None:
         limit, unit = asked.flops, "of the FLOPs of SiT's 50 steps"
         fine = min((s.patch for s in model.pyramid.stages), key=np.prod)
-        sit = replace(model, pyramid=Pyramid((Stage(1.0, fine),)))
+        sit = replace(model, pyramid=Pyramid((Stage(1.0, fine),)), students=())
         whole = SIT_STEPS * forward_flops(sit, 0) * max(map(_rows, cfg))
         cost = lambda stage, scale: forward_flops(model, stage) * _rows(scale) / whole
     if not 0 < limit < np.inf:

@@ -200,6 +200,13 @@ def test_a_killed_run_goes_on_with_the_same_bits_and_samples(tmp_path):
     assert one.config.students == parse(BLOCKS)
     again = one.sample(2, plan=one.plan(steps=2))
     np.testing.assert_array_equal(again.latents, sampled.latents)
+    code, _, err = commands.run(
+        "sample", f"--checkpoint={tmp_path / 'one'}", "--out=x", "--explain", "--steps=4"
+    )
+    assert code == 0, err
+    to = (f"--out={tmp_path / 'a.html'}", "--steps=2")
+    code, _, err = commands.run("report.__main__", str(tmp_path / "whole"), *to)
+    assert code == 0, err
 
 
 def test_a_student_starts_as_the_block_in_the_middle():
