@@ -204,7 +204,8 @@ SYSTEMS = (
         "and experts, and importance, by identities",
         "the gate's mean is 1; importance is averaged over batches",
         "tests/systems/test_dense2moe.py",
-        NOT_MEASURED,
+        "digits, 2 levels, 3 seeds: FID 5.4 at 62% of the dense model's FLOPs, the dense one 5.6 after "
+        "as many steps (undecided) ([dense2moe.md](dense2moe.md#what-it-gained-here))",
     ),
     System(
         "Distillation of Dense2MoE",
@@ -216,7 +217,8 @@ SYSTEMS = (
         "both terms, the balance and their phases, against what they are made of",
         "training data instead of pictures that the teacher made; all weights are trained",
         "tests/systems/test_dense2moe_distillation.py",
-        NOT_MEASURED,
+        "digits, 2 levels, 3 seeds: FID 6.2 at 62% of the teacher's FLOPs, the teacher 6.1 "
+        "([dense2moe.md](dense2moe.md#what-it-gained-here))",
     ),
     System(
         "Mixture of blocks",
@@ -295,7 +297,8 @@ SYSTEMS = (
         "experts fold into one matrix of a block and image; the second routing, by fixed masks "
         "(DTR), is not here",
         "tests/systems/test_switch.py",
-        NOT_MEASURED,
+        "digits, 2 levels, 3 seeds: FID 6.2 with 10% more FLOPs, 6.1 without, undecided "
+        "([switch.md](switch.md))",
     ),
     System(
         "DyDiT",
@@ -338,7 +341,8 @@ SYSTEMS = (
         "the label is added at the input instead of being a token, tau = 1 - 2t is the flow's, the "
         "final layer keeps adaLN; the U-shaped network is not here",
         "tests/systems/test_dimr.py",
-        NOT_MEASURED,
+        "digits, 2 levels, 3 seeds: worse, FID 9.3, with adaLN-Zero 6.1 "
+        "([dimr.md](dimr.md#what-it-gained-here))",
     ),
     System(
         "Multi-resolution loss (DiMR)",
@@ -351,7 +355,7 @@ SYSTEMS = (
         "one prediction is averaged, where DiMR has a branch for every resolution; odd sizes are "
         "refused",
         "tests/systems/test_dimr.py",
-        NOT_MEASURED,
+        "digits, 2 levels, 3 seeds: FID 5.1, without 6.1 ([dimr.md](dimr.md#what-it-gained-here))",
     ),
     System(
         "Self-conditioning (DDAE++)",
@@ -365,7 +369,8 @@ SYSTEMS = (
         "from a summary of the paper, as no code is public; its contrastive self-distillation is "
         "not here",
         "tests/systems/test_self_conditioning.py",
-        NOT_MEASURED,
+        "digits, 2 levels, 3 seeds: FID 5.8, without 6.1, undecided; 3.6 and 8.1 with an unguided coarse "
+        "stage ([self_conditioning.md](self_conditioning.md#what-it-gained-here))",
     ),
     System(
         "CLEAR",
@@ -406,7 +411,8 @@ SYSTEMS = (
         "flow, prediction and attention branches with the weights of both papers",
         "training data instead of pictures that the teacher made; AdamW",
         "tests/systems/test_mixers.py",
-        NOT_MEASURED,
+        "digits, 2 levels, one seed: FID 4.7 (CLEAR) and 4.6 (LinFusion), their teacher 7.0, trained as "
+        "long in all 5.7 ([mixers.md](mixers.md))",
     ),
     System(
         "DiCo",
@@ -418,7 +424,7 @@ SYSTEMS = (
         "a block's convolution, gate and gradients, against arrays of the original",
         "a mixer in a transformer's blocks, with DiT's MLP",
         "tests/systems/test_mixers.py",
-        NOT_MEASURED,
+        "digits, 2 levels, one seed: FID 7.8, with attention 7.0 ([mixers.md](mixers.md))",
     ),
     System(
         "DiCo network",
@@ -444,7 +450,8 @@ SYSTEMS = (
         "both ends of time are drawn and reached; stages weigh what the shifted times give them; "
         "the autoencoder is not here",
         "tests/flow/test_times.py",
-        NOT_MEASURED,
+        "digits, 2 levels, 3 seeds: FID 6.9 at 83% of the FLOPs of equal times, which have 6.1, "
+        "undecided ([rae.md](rae.md))",
     ),
     System(
         "RAE wide head",
@@ -458,7 +465,7 @@ SYSTEMS = (
         "stages have projections and a level embedding of their own; a head that is too narrow for "
         "a stage is refused; kernels start as DiT's",
         "tests/systems/test_ddt.py",
-        NOT_MEASURED,
+        "digits, 2 levels, one seed, at like FLOPs: FID 12.0, plain blocks 7.0 ([rae.md](rae.md))",
     ),
     System(
         "2-D rotary positions and SwiGLU",
@@ -560,9 +567,9 @@ SYSTEMS = (
         "probes, intervals and students are of a stage of the pyramid; a term for the size of the "
         "tokens; one stream of tokens",
         "tests/systems/test_ppcl.py",
-        "digits, 3 seeds, calibration only: 2 of 6 blocks fewer cost 0.0025 of CKA in the coarse "
-        "stage and 0.0053 in the fine one ([ppcl.md](ppcl.md#what-it-found-here)); quality after "
-        "distillation: not measured",
+        "digits, 2 levels, 3 seeds, 2 of 6 blocks fewer: in the fine stage FID 6.0 at 74% of the "
+        "FLOPs, in the coarse stage 6.2 at 93%, whole 6.1; by CKA the coarse stage loses least "
+        "([ppcl.md](ppcl.md#what-it-found-here))",
     ),
     System(
         "LoRA",
