@@ -75,10 +75,11 @@ def check_mesh(mesh: Mesh, block: BlockSpec, capacity: float) -> None:
     """
     if EXPERT not in mesh.shape:
         return
-    parts, experts = mesh.shape[EXPERT], getattr(block.ffn, "experts", 0)
+    parts = mesh.shape[EXPERT]
+    experts = getattr(block.ffn, "experts", 0) if block.ffn.kind == "moe" else 0
     if not experts:
         raise InputError(
-            f"config.mesh.expert={parts}: the blocks have no mixture of experts but {block.ffn}: "
+            f"config.mesh.expert={parts}: the blocks have no ffn=moe but {block.ffn}: "
             "leave it out, or set config.model.ffn=moe:experts=..."
         )
     if experts % parts:

@@ -204,8 +204,8 @@ SYSTEMS = (
         "and experts, and importance, by identities",
         "the gate's mean is 1; importance is averaged over batches",
         "tests/systems/test_dense2moe.py",
-        "digits, 2 levels, 3 seeds: FID 5.4 at 62% of the dense model's FLOPs, the dense one 5.6 after "
-        "as many steps (undecided) ([dense2moe.md](dense2moe.md#what-it-gained-here))",
+        "digits, 2 levels, 3 seeds: FID 5.4 at 62% of the dense model's FLOPs, the dense one 5.6 "
+        "after as many steps (undecided) ([dense2moe.md](dense2moe.md#what-it-gained-here))",
     ),
     System(
         "Distillation of Dense2MoE",
@@ -369,8 +369,8 @@ SYSTEMS = (
         "from a summary of the paper, as no code is public; its contrastive self-distillation is "
         "not here",
         "tests/systems/test_self_conditioning.py",
-        "digits, 2 levels, 3 seeds: FID 5.8, without 6.1, undecided; 3.6 and 8.1 with an unguided coarse "
-        "stage ([self_conditioning.md](self_conditioning.md#what-it-gained-here))",
+        "digits, 2 levels, 3 seeds: FID 5.8, without 6.1, undecided; 3.6 and 8.1 with an unguided "
+        "coarse stage ([self_conditioning.md](self_conditioning.md#what-it-gained-here))",
     ),
     System(
         "CLEAR",
@@ -411,8 +411,8 @@ SYSTEMS = (
         "flow, prediction and attention branches with the weights of both papers",
         "training data instead of pictures that the teacher made; AdamW",
         "tests/systems/test_mixers.py",
-        "digits, 2 levels, one seed: FID 4.7 (CLEAR) and 4.6 (LinFusion), their teacher 7.0, trained as "
-        "long in all 5.7 ([mixers.md](mixers.md))",
+        "digits, 2 levels, one seed: FID 4.7 (CLEAR) and 4.6 (LinFusion), their teacher 7.0, "
+        "trained as long in all 5.7 ([mixers.md](mixers.md))",
     ),
     System(
         "DiCo",

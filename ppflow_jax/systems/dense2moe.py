@@ -100,7 +100,8 @@ class Dense2MoE(Ffn):
         if self.top_k == self.experts:
             return y + block.moe.all(x, self._gates(self._scores(block, x))), {}
         scores, gate, expert = self._routing.route(block.moe.router[...], x)
-        return y + block.moe(x, self._gates(gate), expert), {"balance": balance(scores, expert)}
+        routed, _ = block.moe(x, self._gates(gate), expert)
+        return y + routed, {"balance": balance(scores, expert)}
 
     @property
     def _routing(self) -> MoE:

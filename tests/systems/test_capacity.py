@@ -243,7 +243,7 @@ def test_a_mesh_has_the_axis_only_if_it_is_asked_for():
 @pytest.mark.parametrize(
     ("block", "capacity", "words"),
     [
-        (DIT, 2.0, "config.mesh.expert=4: the blocks have no mixture of experts but mlp"),
+        (DIT, 2.0, "config.mesh.expert=4: the blocks have no ffn=moe but mlp"),
         (BlockSpec(MoE(6)), 2.0, "config.mesh.expert=4 does not divide the 6 experts of"),
         (BlockSpec(MoE(8)), 0.0, "config.mesh.capacity=0.0: .* with 4 no token is dropped"),
     ],
