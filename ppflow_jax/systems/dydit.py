@@ -126,6 +126,11 @@ class DyDiT(Wrap):
                 f"config.model.wrap={self} is for blocks of full attention and an MLP, these have "
                 f"{block.mixer} and {block.ffn}: leave config.model.mixer and config.model.ffn out"
             )
+        if block.norm is not None:
+            raise InputError(
+                f"config.model.wrap={self} is for the gates of adaLN, which blocks with "
+                f"{block.norm} do not have: leave config.model.norm out"
+            )
         if (hidden := int(model.mlp_ratio * model.width)) % model.heads:
             raise InputError(
                 f"config.model.wrap={self} cuts the MLP into as many groups as there are heads: "

@@ -56,6 +56,11 @@ class MixtureOfBlocks(Wrap):
             raise InputError(f"{self}: group must be at least 1, kept in [1, group]")
 
     def check(self, model: ModelConfig) -> None:
+        if model.block.norm is not None:
+            raise InputError(
+                f"config.model.wrap={self} goes through the gates of adaLN, which blocks with "
+                f"{model.block.norm} do not have: leave config.model.norm out"
+            )
         if model.depth % self.group:
             raise InputError(
                 f"{self}: {model.depth} blocks are not whole groups of {self.group}: choose a "
