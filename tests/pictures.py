@@ -34,28 +34,31 @@ def folder(root: Path, classes: int = 3, per_class: int = 4) -> Path:
 def tfds_dataset(data_dir: Path, files: list[Path], labels: list[int], classes: int) -> str:
     """A prepared dataset of the encoded files, in the order of its own shuffle; its folder."""
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import registered
 
-    class Photographs(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.0.0")
-        code_path = None  # it is looked up with a package that need not be there
+    with registered.skip_registering():  # several tests of one process make it
 
-        def _info(self):
-            features = tfds.features.FeaturesDict(
-                {
-                    "picture": tfds.features.Image(shape=(None, None, 3)),
-                    "category": tfds.features.ClassLabel(num_classes=classes),
-                    "file": tfds.features.Text(),
-                }
-            )
-            return tfds.core.DatasetInfo(builder=self, features=features)
+        class Photographs(tfds.core.GeneratorBasedBuilder):
+            VERSION = tfds.core.Version("1.0.0")
+            code_path = None  # it is looked up with a package that need not be there
 
-        def _split_generators(self, _):
-            return {"train": self._generate_examples()}
+            def _info(self):
+                features = tfds.features.FeaturesDict(
+                    {
+                        "picture": tfds.features.Image(shape=(None, None, 3)),
+                        "category": tfds.features.ClassLabel(num_classes=classes),
+                        "file": tfds.features.Text(),
+                    }
+                )
+                return tfds.core.DatasetInfo(builder=self, features=features)
 
-        def _generate_examples(self):
-            for file, label in zip(files, labels):
-                example = {"picture": str(file), "category": label, "file": str(file)}
-                yield str(file), example
+            def _split_generators(self, _):
+                return {"train": self._generate_examples()}
+
+            def _generate_examples(self):
+                for file, label in zip(files, labels):
+                    example = {"picture": str(file), "category": label, "file": str(file)}
+                    yield str(file), example
 
     builder = Photographs(data_dir=data_dir, file_format="array_record")
     builder.download_and_prepare()

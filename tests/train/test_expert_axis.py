@@ -205,7 +205,7 @@ def test_pictures_drop_nothing():
 
 def test_impossible_meshes_are_refused_before_anything_is_made():
     for settings, words in (
-        (dict(data=2, expert=4, ffn="mlp"), "no mixture of experts"),
+        (dict(data=2, expert=4, ffn="mlp"), "no ffn=moe but mlp"),
         (dict(data=2, expert=4, ffn="moe:experts=6"), "does not divide the 6 experts"),
         (dict(data=2, expert=4, capacity=-1.0), "config.mesh.capacity=-1.0"),
         (dict(expert=4, auto=True), "config.mesh.auto does not count"),
