@@ -36,7 +36,7 @@ def tfds_dataset(data_dir: Path, files: list[Path], labels: list[int], classes: 
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import registered
 
-    with registered.skip_registering():  # several tests of one process make it
+    with registered.skip_registration():  # several tests of one process make it
 
         class Photographs(tfds.core.GeneratorBasedBuilder):
             VERSION = tfds.core.Version("1.0.0")
