@@ -263,7 +263,32 @@ class FlowObjective:
 
     def errors(self, view: View, output: Output) -> Float[Array, " b"]:
         """Mean squared residual over a sample's elements."""
-        error = residual(
-            *(self.flow, self.weighting, view.noise, view.velocity, output.prediction, view.t)
-        )
-        return jnp.mean(jnp.square(error), axis=(1, 2, 3))
+        return jnp.mean(jnp.square(view.error(output.prediction)), axis=(1, 2, 3))
+
+
+class OnFlow:
+    """Base of objectives with a loss of their own on the batches and draws of a flow's, `base`."""
+
+    base: FlowObjective
+    frozen: tuple[str, ...] = ()
+    forward_mode = False
+
+    @property
+    def pattern(self) -> tuple[int, ...]:
+        return self.base.pattern
+
+    @property
+    def evaluated(self) -> tuple[int, ...]:
+        return ()
+
+    def check_batch(self, batch_size: int, shards: int) -> None:
+        self.base.check_batch(batch_size, shards)
+
+    def init(self, model: ModelConfig, key: Key[Array, ""]) -> Params:
+        return {}
+
+    def fields(self, weights: Weights) -> tuple[str, ...]:
+        return self.base.fields(weights)
+
+    def draw(self, key: Key[Array, ""], batch: Batch) -> Any:
+        return self.base.draw(key, batch)

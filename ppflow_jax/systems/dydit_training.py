@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt
 
 from ppflow_jax.errors import InputError
-from ppflow_jax.flow.loss import Draws, FlowObjective
+from ppflow_jax.flow.loss import Draws, FlowObjective, OnFlow
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.strata import check_batch, over_time, strided
 from ppflow_jax.flow.terms import Batch, Metrics, Weights
@@ -103,7 +103,7 @@ class FlopsTarget(Described):
 
 
 @dataclass(frozen=True)
-class DynamicFlow:
+class DynamicFlow(OnFlow):
     """A model that learns what it need not compute.
 
     Attributes:
@@ -115,13 +115,6 @@ class DynamicFlow:
     base: FlowObjective
     settings: FlopsTarget
     model: ModelConfig
-
-    frozen = ()
-    forward_mode = False
-
-    @property
-    def pattern(self) -> tuple[int, ...]:
-        return self.base.pattern
 
     @property
     def evaluated(self) -> tuple[int, ...]:
@@ -145,12 +138,6 @@ class DynamicFlow:
         self.base.check_batch(batch_size, shards)
         unit = self.pattern * QUARTERS
         check_batch(unit, batch_size, 1, "quarters of every stage's times")
-
-    def init(self, model: ModelConfig, key: Key[Array, ""]) -> Params:
-        return {}
-
-    def fields(self, weights: Weights) -> tuple[str, ...]:
-        return self.base.fields(weights)
 
     def draw(self, key: Key[Array, ""], batch: Batch) -> Dynamic:
         """Noise, times of all quarters, dropped labels and seeds; the target is that of `at`."""

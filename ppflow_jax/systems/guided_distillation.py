@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, Int, Key
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.grids import aligned_grid
 from ppflow_jax.flow.guidance import extrapolate
-from ppflow_jax.flow.loss import FlowObjective, over_time, strided
+from ppflow_jax.flow.loss import FlowObjective, OnFlow, over_time, strided
 from ppflow_jax.flow.path import Flow, expand, interpolate
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.terms import Batch, Metrics, Weights, network_leaves
@@ -188,7 +188,7 @@ class Halved(Described):
 
 
 @dataclass(frozen=True)
-class Distillation:
+class Distillation(OnFlow):
     """A student and its teacher, `frozen["teacher"]`.
 
     Attributes:
@@ -200,22 +200,11 @@ class Distillation:
     settings: Guided | Halved
 
     frozen = (TEACHER,)
-    forward_mode = False
-
-    @property
-    def pattern(self) -> tuple[int, ...]:
-        return self.base.pattern
 
     @property
     def evaluated(self) -> tuple[int, ...]:
         """The teacher, twice."""
         return self.pattern * 2
-
-    def check_batch(self, batch_size: int, shards: int) -> None:
-        self.base.check_batch(batch_size, shards)
-
-    def init(self, model: ModelConfig, key: Key[Array, ""]) -> Params:
-        return {}
 
     def fields(self, weights: Weights) -> tuple[str, ...]:
         return ()

@@ -18,10 +18,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from ppflow_jax.errors import InputError
-from ppflow_jax.flow.loss import Draws, FlowObjective, over_time
+from ppflow_jax.flow.loss import Draws, FlowObjective, OnFlow, over_time
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.terms import Batch, Metrics, View, Weights
 from ppflow_jax.models.config import ModelConfig
@@ -78,7 +78,7 @@ class Distil(Described):
 
 
 @dataclass(frozen=True)
-class Distillation:
+class Distillation(OnFlow):
     """A student and its teacher, `frozen["teacher"]`.
 
     Attributes:
@@ -92,11 +92,6 @@ class Distillation:
     depth: int
 
     frozen = (TEACHER,)
-    forward_mode = False
-
-    @property
-    def pattern(self) -> tuple[int, ...]:
-        return self.base.pattern
 
     @property
     def evaluated(self) -> tuple[int, ...]:
@@ -108,18 +103,6 @@ class Distillation:
         """The branches that are compared."""
         every = self.settings.every if self.settings.features else self.depth + 1
         return Taps(mixed=tuple(range(every - 1, self.depth, every)))
-
-    def check_batch(self, batch_size: int, shards: int) -> None:
-        self.base.check_batch(batch_size, shards)
-
-    def init(self, model: ModelConfig, key: Key[Array, ""]) -> Params:
-        return {}
-
-    def fields(self, weights: Weights) -> tuple[str, ...]:
-        return self.base.fields(weights)
-
-    def draw(self, key: Key[Array, ""], batch: Batch) -> Draws:
-        return self.base.draw(key, batch)
 
     def loss(
         self,

@@ -25,10 +25,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from ppflow_jax.errors import InputError
-from ppflow_jax.flow.loss import Draws, FlowObjective
+from ppflow_jax.flow.loss import Draws, FlowObjective, OnFlow
 from ppflow_jax.flow.plan import SamplerConfig
 from ppflow_jax.flow.terms import Batch, Metrics, Weights
 from ppflow_jax.models.config import ModelConfig
@@ -82,7 +82,7 @@ class Ppcl(Described):
 
 
 @dataclass(frozen=True)
-class Intervals:
+class Intervals(OnFlow):
     """All students of a model, each with its own interval of the model's blocks.
 
     Training FLOPs are counted as those of the model with its students in place, three times, which
@@ -97,26 +97,6 @@ class Intervals:
     base: FlowObjective
     settings: Ppcl
     students: tuple[Student, ...]
-
-    frozen = ()
-    forward_mode = False
-    evaluated = ()
-
-    @property
-    def pattern(self) -> tuple[int, ...]:
-        return self.base.pattern
-
-    def check_batch(self, batch_size: int, shards: int) -> None:
-        self.base.check_batch(batch_size, shards)
-
-    def init(self, model: ModelConfig, key: Key[Array, ""]) -> Params:
-        return {}
-
-    def fields(self, weights: Weights) -> tuple[str, ...]:
-        return self.base.fields(weights)
-
-    def draw(self, key: Key[Array, ""], batch: Batch) -> Draws:
-        return self.base.draw(key, batch)
 
     def loss(
         self,

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import ppflow_jax as pf
@@ -24,7 +23,7 @@ from ppflow_jax.cost.dry_run import dry_run
 from ppflow_jax.cost.measure import xla_forward_flops
 from ppflow_jax.cost.targets import Target
 from ppflow_jax.devices.programs import Programs
-from ppflow_jax.devices.sharding import RULES, leaf_path, make_mesh
+from ppflow_jax.devices.sharding import RULES, leaf_path
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.models.config import SIZES, ModelConfig
@@ -33,8 +32,8 @@ from ppflow_jax.models.network import abstract_params, make_apply
 from ppflow_jax.pyramid import PPFLOW2, SIT, Pyramid
 from ppflow_jax.systems.registry import NETWORKS, take_block, take_network
 from ppflow_jax.train.experiment import Experiment
-from ppflow_jax.train.program import make_program
 from tests import commands
+from tests.meshes import check_alike, one_and_eight
 from tests.systems.checks import random_params
 
 # Settings of `config.model` by name
@@ -198,28 +197,7 @@ def test_a_dry_run_finds_nothing_unexplained(name):
 @each
 def test_one_device_and_eight_agree(name):
     experiment = Experiment.from_config(experiment_of(name))
-    model, key = experiment.card.model, jax.random.key(0)
-    x = jax.random.normal(key, (32, *model.shape))
-    batch = {"x": x, "label": jnp.arange(32) % model.num_classes}
-    found = []
-    for sizes in ((1, 1, 1), (2, 2, 2)):
-        devices = jax.devices()[: int(np.prod(sizes))]
-        program = make_program(experiment, make_mesh(*sizes, devices=devices))
-        params = jax.tree.map(lambda leaf: leaf / 3, random_params(model))
-        start = jax.tree.map(jnp.zeros_like, program.init(key)) | {"params": params}
-        state, metrics = program.step(0)(jax.device_put(start, program.shardings), batch, key, {})
-        gradients = optax.tree.get(state["opt_state"], "mu")  # a tenth of them
-        found.append(({k: float(v) for k, v in metrics.items()}, jax.device_get(gradients)))
-    (one, gradients), (eight, others) = found
-    assert one == pytest.approx(eight, rel=1e-5)
-    leaves = jax.tree_util.tree_leaves_with_path(gradients)
-    fixed = experiment.card.model.network.fixed
-    for (path, a), b in zip(leaves, jax.tree.leaves(others)):
-        if any(re.search(pattern, leaf_path(path)) for pattern in fixed):
-            assert not a.any() and not b.any()
-            continue
-        assert np.abs(a).max() > 0, leaf_path(path)
-        assert np.abs(a - b).max() < 1e-4 * np.abs(a).max(), leaf_path(path)
+    check_alike(*one_and_eight(experiment), zero=experiment.card.model.network.fixed)
 
 
 @pytest.mark.long

@@ -11,7 +11,6 @@ from dataclasses import fields, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import ppflow_jax as pf
@@ -34,8 +33,8 @@ from ppflow_jax.pyramid import PPFLOW2
 from ppflow_jax.systems.registry import KINDS, part, take_block
 from ppflow_jax.train.experiment import Experiment
 from ppflow_jax.train.init_from import open_start
-from ppflow_jax.train.program import make_program
 from tests import commands
+from tests.meshes import check_alike, one_and_eight
 from tests.systems.checks import random_params
 
 # Settings of `config.model` by name: each is a part with its own leaves
@@ -185,26 +184,7 @@ def test_a_dry_run_finds_nothing_unexplained(parts):
 @pytest.mark.long
 @pytest.mark.parametrize("parts", ON_A_MESH)
 def test_one_device_and_eight_agree(parts):
-    experiment = Experiment.from_config(experiment_of(parts))
-    model, key = experiment.card.model, jax.random.key(0)
-    x = jax.random.normal(key, (32, *model.shape))
-    batch = {"x": x, "label": jnp.arange(32) % model.num_classes}
-    found = []
-    for sizes in ((1, 1, 1), (2, 2, 2)):
-        devices = jax.devices()[: int(np.prod(sizes))]
-        program = make_program(experiment, make_mesh(*sizes, devices=devices))
-        # Whole, they make gradients of norm 1,700, in which rounding grows to 3e-4
-        params = jax.tree.map(lambda leaf: leaf / 3, random_params(model))
-        start = jax.tree.map(jnp.zeros_like, program.init(key)) | {"params": params}
-        state, metrics = program.step(0)(jax.device_put(start, program.shardings), batch, key, {})
-        gradients = optax.tree.get(state["opt_state"], "mu")  # a tenth of them
-        found.append(({k: float(v) for k, v in metrics.items()}, jax.device_get(gradients)))
-    (one, gradients), (eight, others) = found
-    assert one == pytest.approx(eight, rel=1e-5)
-    leaves = jax.tree_util.tree_leaves_with_path(gradients)
-    for (path, a), b in zip(leaves, jax.tree.leaves(others)):
-        assert np.abs(a).max() > 0, leaf_path(path)
-        assert np.abs(a - b).max() < 1e-4 * np.abs(a).max(), leaf_path(path)
+    check_alike(*one_and_eight(Experiment.from_config(experiment_of(parts))))
 
 
 def test_they_start_from_a_plain_run_and_compute_the_same(small_run):

@@ -11,7 +11,6 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import ppflow_jax as pf
@@ -23,7 +22,7 @@ from ppflow_jax.cost.dry_run import dry_run
 from ppflow_jax.cost.measure import xla_forward_flops
 from ppflow_jax.cost.targets import Target
 from ppflow_jax.devices.programs import Programs
-from ppflow_jax.devices.sharding import RULES, leaf_path, make_mesh
+from ppflow_jax.devices.sharding import RULES, leaf_path
 from ppflow_jax.errors import InputError
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.models.config import SIZES, ModelConfig
@@ -35,8 +34,8 @@ from ppflow_jax.pyramid import PPFLOW2, SIT
 from ppflow_jax.systems.expand import expanded_config
 from ppflow_jax.systems.registry import take_block
 from ppflow_jax.train.experiment import Experiment
-from ppflow_jax.train.program import make_program
 from tests import commands
+from tests.meshes import check_alike, one_and_eight, smaller
 from tests.systems.checks import random_params
 
 BLOCKS = "0:0-1,1:1-2"
@@ -144,29 +143,11 @@ def test_one_device_and_eight_agree(students, goal):
     if goal == "flow":  # the whole model with its students in place
         config.flow.objective, config.train.trainable = "flow", (".*",)
     experiment = Experiment.from_config(config)
-    model, key = experiment.card.model, jax.random.key(0)
-    x = jax.random.normal(key, (32, *model.shape))
-    batch = {"x": x, "label": jnp.arange(32) % model.num_classes}
-    found = []
-    for sizes in ((1, 1, 1), (2, 2, 2)):
-        devices = jax.devices()[: int(np.prod(sizes))]
-        program = make_program(experiment, make_mesh(*sizes, devices=devices))
-        params, frozen = jax.tree.map(lambda leaf: leaf / 3, random_params(model)), {}
-        if goal == "ppcl":
-            own = {"students": params.pop("students")}
-            params, frozen = own, {"base": params}
-        start = jax.tree.map(jnp.zeros_like, program.init(key)) | {"params": params}
-        frozen = jax.device_put(frozen, program.frozen_shardings)
-        state = jax.device_put(start, program.shardings)
-        state, metrics = program.step(0)(state, batch, key, frozen)
-        gradients = optax.tree.get(state["opt_state"], "mu")
-        found.append(({k: float(v) for k, v in metrics.items()}, jax.device_get(gradients)))
-    (one, gradients), (eight, others) = found
-    assert one == pytest.approx(eight, rel=1e-5)
-    leaves = jax.tree_util.tree_leaves_with_path(gradients)
-    assert any("students" in leaf_path(path) for path, _ in leaves)
-    for (path, a), b in zip(leaves, jax.tree.leaves(others)):
-        assert np.abs(a - b).max() < 1e-4 * max(np.abs(a).max(), 1e-6), leaf_path(path)
+    params, frozen = smaller(experiment.card.model), {}
+    if goal == "ppcl":
+        own = {"students": params.pop("students")}
+        params, frozen = own, {"base": params}
+    check_alike(*one_and_eight(experiment, params, frozen))
 
 
 @pytest.mark.long

@@ -8,7 +8,6 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
@@ -39,8 +38,8 @@ from ppflow_jax.systems.dimr import TdLn
 from ppflow_jax.systems.self_conditioning import SelfCondition
 from ppflow_jax.train.experiment import Experiment
 from ppflow_jax.train.init_from import open_start
-from ppflow_jax.train.program import make_program
 from tests import commands
+from tests.meshes import check_alike, one_and_eight
 from tests.systems.checks import random_params
 
 PART = SelfCondition("middle")
@@ -250,22 +249,7 @@ def test_a_dry_run_finds_nothing_unexplained():
 
 @pytest.mark.long
 def test_one_device_and_eight_agree():
-    experiment = Experiment.from_config(sharded())
-    model, key, found = experiment.card.model, jax.random.key(0), []
-    x = jax.random.normal(key, (32, *model.shape))
-    batch = {"x": x, "label": jnp.arange(32) % model.num_classes}
-    for sizes in ((1, 1, 1), (2, 2, 2)):
-        devices = jax.devices()[: int(np.prod(sizes))]
-        program = make_program(experiment, make_mesh(*sizes, devices=devices))
-        params = jax.tree.map(lambda leaf: leaf / 3, random_params(model))
-        start = jax.tree.map(jnp.zeros_like, program.init(key)) | {"params": params}
-        state, metrics = program.step(0)(jax.device_put(start, program.shardings), batch, key, {})
-        gradients = optax.tree.get(state["opt_state"], "mu")  # a tenth of them
-        found.append(({k: float(v) for k, v in metrics.items()}, jax.device_get(gradients)))
-    (one, gradients), (eight, others) = found
-    assert one == pytest.approx(eight, rel=1e-5)
-    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(others)):
-        assert np.abs(a).max() > 0 and np.abs(a - b).max() < 1e-4 * np.abs(a).max()
+    check_alike(*one_and_eight(Experiment.from_config(sharded())))
 
 
 def test_leaves_are_small_enough_to_be_on_every_device():
