@@ -27,6 +27,7 @@ from ppflow_jax.models.network import Output
 from ppflow_jax.models.parts import DIT, BlockSpec, Execution
 from ppflow_jax.pyramid import PPFLOW2
 from ppflow_jax.systems.capacity import check_mesh, slots, travelling
+from ppflow_jax.systems.dense2moe import Dense2MoE
 from ppflow_jax.systems.experts import mixture
 from ppflow_jax.systems.moe import MoE
 from ppflow_jax.train.resume import changes
@@ -244,6 +245,7 @@ def test_a_mesh_has_the_axis_only_if_it_is_asked_for():
     ("block", "capacity", "words"),
     [
         (DIT, 2.0, "config.mesh.expert=4: the blocks have no ffn=moe but mlp"),
+        (BlockSpec(Dense2MoE(8)), 2.0, "have no ffn=moe but dense2moe:experts=8"),
         (BlockSpec(MoE(6)), 2.0, "config.mesh.expert=4 does not divide the 6 experts of"),
         (BlockSpec(MoE(8)), 0.0, "config.mesh.capacity=0.0: .* with 4 no token is dropped"),
     ],

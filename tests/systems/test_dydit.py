@@ -30,6 +30,7 @@ from ppflow_jax.models.network import abstract_params, make_apply
 from ppflow_jax.models.parts import DIT, BlockSpec, Execution
 from ppflow_jax.pyramid import PPFLOW2, SIT, Pyramid
 from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
+from ppflow_jax.systems.dimr import TdLn
 from ppflow_jax.systems.dydit import DyDiT, Noise, switched
 from ppflow_jax.systems.dydit_training import DynamicFlow, FlopsTarget
 from ppflow_jax.systems.dydit_widths import routed_on, shared
@@ -347,6 +348,10 @@ def test_noise_is_that_of_an_image():
     ("change", "words"),
     [
         (dict(block=BlockSpec(MoE(2, 1), DyDiT())), "these have attention and moe:experts=2"),
+        (
+            dict(block=BlockSpec(wrap=DyDiT(), norm=TdLn())),
+            "gates of adaLN, which blocks with tdln",
+        ),
         (dict(mlp_ratio=4.1), "131 hidden units must be divisible by heads"),
     ],
 )
