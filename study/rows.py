@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -200,14 +201,19 @@ def training_cost(config: ConfigDict) -> int:
 
 @dataclass(frozen=True)
 class Guidance:
-    """A way to guide; `scales` of the stages and the interval of time."""
+    """A way to guide and sample; `scales` of the stages and the interval of time.
+
+    `tuned`: by a plan of so many evaluations that is fitted to the run, instead of the experiment's
+    solver.
+    """
 
     title: str
     scales: tuple[float, ...]
     interval: tuple[float, float] = (0.0, 1.0)
+    tuned: int = 0
 
 
-def guidances(levels: int, scale: float) -> dict[str, Guidance]:
+def guidances(levels: int, scale: float, tuned: Iterable[int] = ()) -> dict[str, Guidance]:
     """How a model of so many stages is sampled, by name."""
     found = {"one": Guidance("one scale", (scale,))}
     if levels > 1:
@@ -215,6 +221,9 @@ def guidances(levels: int, scale: float) -> dict[str, Guidance]:
     else:
         text = f"guided for t > {COARSE_END:g}"
         found["stages"] = Guidance(text, (scale,), (COARSE_END, 1.0))
+    for count in tuned:
+        title = f"one scale, tuned plan of {count} evaluations"
+        found[f"tuned{count}"] = Guidance(title, (scale,), tuned=count)
     return found
 
 

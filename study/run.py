@@ -22,6 +22,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
+import ppflow_jax as pf
 from benchmarks.fast_sampling import timed
 from benchmarks.settings import same_settings
 from ppflow_jax import cli
@@ -39,6 +40,7 @@ from ppflow_jax.flow.cost import sampling_flops
 from ppflow_jax.flow.plan import SamplerConfig, evaluations
 from ppflow_jax.flow.sampler import Sampler, image_noise
 from ppflow_jax.generate.images import Generator, choose_labels
+from ppflow_jax.generate.plan import Plan
 from ppflow_jax.metrics.evaluator import Evaluator, open_reference
 from ppflow_jax.metrics.networks import load_features
 from ppflow_jax.models.network import make_apply
@@ -49,6 +51,8 @@ from ppflow_jax.systems.expand import expand
 from ppflow_jax.train.importance import unit_importance
 from ppflow_jax.train.loop import train
 from ppflow_jax.train.validate import EVALUATIONS
+from ppflow_jax.tune.asked import Asked
+from ppflow_jax.tune.command import tune
 from study import table
 from study.rows import ROWS, Guidance, configured, guidances, training_cost
 
@@ -70,11 +74,15 @@ _SIZE = flags.DEFINE_integer("size", None, "As of evaluate, for a folder of pict
 _FEATURES = flags.DEFINE_string("features", None, "As of evaluate.")
 _DECODE = flags.DEFINE_string("decode", "none", "vae:DIR or taesd:DIR for latents.")
 _NUM = flags.DEFINE_integer("num", 1000, "Samples of every row.")
+_TUNED = flags.DEFINE_multi_integer(
+    "tuned", [], "Also judge by plans of so many evaluations, fitted to every run; may be repeated."
+)
 _LATENCY = flags.DEFINE_bool("latency", True, "Measure sampling times; wants a quiet machine.")
 _DOCS = flags.DEFINE_string("docs", None, "Also write this .md and its pictures.")
 
 METRICS = ("fid", "kid")
 BATCH = 32  # of sampling and its latency
+NOISES = 64  # that tuned plans are fitted to
 
 
 def main() -> None:
@@ -99,7 +107,8 @@ def main() -> None:
             folder = _trained(out, name, seed)
             _judged(folder, evaluator)
     times = _latencies(out) if _LATENCY.value else {}
-    table.write(out, _ROWS.value, _SEEDS.value, times, _DOCS.value)
+    ways = {name: _ways(_run(out, name, 0)) for name in _ROWS.value}
+    table.write(out, ways, _SEEDS.value, times, _DOCS.value)
 
 
 def _run(out: Path, name: str, seed: int) -> Path:
@@ -152,16 +161,30 @@ def _ranked(start: Path, seed: int) -> Path:
     return target
 
 
-def _ways(card: Card) -> dict[str, Guidance]:
-    return guidances(len(card.model.pyramid), _CONFIG.value.sample.cfg[0])
+def _ways(folder: Path) -> dict[str, Guidance]:
+    """How a run is sampled; a plan file takes no `--accelerate` beside it."""
+    row = ROWS[folder.name]
+    tuned = [] if row.accelerate else _TUNED.value
+    return guidances(len(Pyramid.parse(row.pyramid)), _CONFIG.value.sample.cfg[0], tuned)
 
 
-def _sampler(card: Card, guidance: Guidance, accelerate: str, params) -> Sampler:
+def _sampler(folder: Path, card: Card, guidance: Guidance, params) -> Sampler:
+    if guidance.tuned:
+        return _tuned(folder, guidance).sampler()
     s = _CONFIG.value.sample
     config = SamplerConfig(s.solver, s.steps, cfg=guidance.scales, cfg_interval=guidance.interval)
-    added = AccelerateConfig.parse(accelerate or "exact")
+    added = AccelerateConfig.parse(ROWS[folder.name].accelerate or "exact")
     segments = accelerated(config, card.model, card.flow, added, params)
     return Sampler(make_apply(card.model), card.model, card.flow, config, segments=segments)
+
+
+def _tuned(folder: Path, guidance: Guidance) -> Plan:
+    """A plan fitted to the run."""
+    model, file = pf.load(folder), folder / f"tuned{guidance.tuned}.json"
+    if not file.exists():
+        asked = Asked(str(file), guidance.scales, evaluations=guidance.tuned, noises=NOISES)
+        tune(model, asked)
+    return model.plan(file)
 
 
 def _judged(folder: Path, evaluator: Evaluator) -> None:
@@ -170,13 +193,13 @@ def _judged(folder: Path, evaluator: Evaluator) -> None:
     card = read_card(checkpoint)
     (folder / EVALUATIONS).mkdir(exist_ok=True)
     params = None
-    for name, guidance in _ways(card).items():
+    for name, guidance in _ways(folder).items():
         path = folder / EVALUATIONS / f"{name}.json"
         if path.exists():
             continue
         if params is None:
             params = load_weights(checkpoint, card, local_mesh())
-        sampler = _sampler(card, guidance, ROWS[folder.name].accelerate, params)
+        sampler = _sampler(folder, card, guidance, params)
         decoder = Decoder.parse(_DECODE.value, card)
         generator = Generator(sampler, decoder, microbatch=BATCH)
         labels = choose_labels("balanced", _NUM.value, card.model.num_classes, 0)
@@ -211,19 +234,15 @@ def _latencies(out: Path) -> dict[str, float]:
     """
     runs, known = {}, {}
     for name in _ROWS.value:
-        card = read_card(find_checkpoint(_run(out, name, 0)))
-        params = None
-        for key, guidance in guidances(
-            len(card.model.pyramid), _CONFIG.value.sample.cfg[0]
-        ).items():
-            accelerate = ROWS[name].accelerate
-            facts = (card.model, guidance, name if accelerate else "")
+        folder = _run(out, name, 0)
+        card, params = read_card(find_checkpoint(folder)), None
+        for key, guidance in _ways(folder).items():
+            facts = (card.model, guidance, name if ROWS[name].accelerate else "")
             known[f"{name} {key}"] = facts
             if facts not in runs:
                 if params is None:
-                    params = load_weights(find_checkpoint(_run(out, name, 0)), card, local_mesh())
-                sampler = _sampler(card, guidance, accelerate, params)
-                runs[facts] = _call(sampler, params, card)
+                    params = load_weights(find_checkpoint(folder), card, local_mesh())
+                runs[facts] = _call(_sampler(folder, card, guidance, params), params, card)
     base = known["sit one"]
     ratios = timed(runs, base, rounds=5)
     return {key: ratios[facts] for key, facts in known.items()} | {"seconds": ratios["seconds"]}

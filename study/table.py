@@ -13,25 +13,27 @@ import matplotlib
 import numpy as np
 from scipy import stats
 
-from ppflow_jax.checkpoints.card import read_card
 from ppflow_jax.data.save import save_png
 from ppflow_jax.files.disk import atomic
-from ppflow_jax.files.store import find_checkpoint
 from ppflow_jax.metrics.evaluator import NOT_COMPARABLE
 from ppflow_jax.report.page import page
 from ppflow_jax.report.run import open_runs
 from ppflow_jax.train.validate import EVALUATIONS
-from study.rows import CLAIMS, ROWS, Claim, guidances
+from study.rows import CLAIMS, ROWS, Claim, Guidance
 
 SHOWN = 10  # samples of every row in the grid
 CONFIDENCE = 0.9
+MARKERS = {"one": "o", "stages": "^"}
 
 Values = dict[tuple[str, str], dict[str, list[float]]]
 
 
 @dataclass(frozen=True)
 class Line:
-    """A row of the table; costs are shares of SiT's with one scale."""
+    """A row of the table; costs are shares of SiT's with one scale.
+
+    `guidance` is a key of `guidances`, `title` what is said of it.
+    """
 
     row: str
     guidance: str
@@ -39,13 +41,23 @@ class Line:
     sampling: float
     time: float | None
     metrics: dict[str, list[float]]
+    title: str = ""
 
 
 def write(
-    out: Path, rows: list[str], seeds: int, times: dict[str, float], docs: str | None
+    out: Path,
+    ways: dict[str, dict[str, Guidance]],
+    seeds: int,
+    times: dict[str, float],
+    docs: str | None,
 ) -> None:
-    """study.md, study.json, study.png, samples.png and report.html in `out`."""
-    lines, evaluation = collect(out, rows, seeds, times)
+    """study.md, study.json, study.png, samples.png and report.html in `out`.
+
+    Args:
+      ways: how every row is sampled.
+    """
+    lines, evaluation = collect(out, ways, seeds, times)
+    rows = list(ways)
     verdicts = [judged(claim, lines) for claim in CLAIMS]
     text = markdown(out, lines, [v for v in verdicts if v], evaluation, seeds, times)
     with atomic(out / "study.md") as temporary:
@@ -67,15 +79,14 @@ def write(
 
 
 def collect(
-    out: Path, rows: list[str], seeds: int, times: dict[str, float]
+    out: Path, ways: dict[str, dict[str, Guidance]], seeds: int, times: dict[str, float]
 ) -> tuple[list[Line], dict[str, Any]]:
     """All lines, and one whole evaluation for what is said about all of them."""
     lines: list[Line] = []
     evaluation: dict[str, Any] = {}
     base = None
-    for name in rows:
-        levels = len(read_card(find_checkpoint(out / "0" / name)).model.pyramid)
-        for key in guidances(levels, 0.0):
+    for name in ways:
+        for key, guidance in ways[name].items():
             found = [
                 json.loads((out / str(seed) / name / EVALUATIONS / f"{key}.json").read_text())
                 for seed in range(seeds)
@@ -86,14 +97,15 @@ def collect(
             training = _total(out, name) / base[0]
             metrics = {m: [e["metrics"][m] for e in found] for m in ("fid", "kid")}
             time = times.get(f"{name} {key}")
-            lines.append(Line(name, key, training, flops / base[1], time, metrics))
+            share = flops / base[1]
+            lines.append(Line(name, key, training, share, time, metrics, guidance.title))
     return lines, evaluation
 
 
 def _total(out: Path, name: str) -> int:
-    """Training FLOPs of a row, with those of what it started from."""
+    """Training FLOPs of a row, with those of what it started from or learned from."""
     own = json.loads((out / "0" / name / "cost.json").read_text())["training_flops"]
-    before = ROWS[name].starts_from
+    before = ROWS[name].starts_from or ROWS[name].teacher
     return own + (_total(out, before) if before else 0)
 
 
@@ -157,19 +169,18 @@ def markdown(
         f"{s['steps']}, guidance scale {s['cfg'][0]:g}; FID and KID against "
         f"{known['count']:,} pictures of {Path(known['name']).name}, features: {made}. "
         "Mean ± standard deviation over training seeds. FLOPs and times are shares of SiT's "
-        "with one scale; training FLOPs of rows that start from another include those of the "
-        "other.",
+        "with one scale; training FLOPs of rows that start or learn from another include "
+        "those of the other.",
         "",
         "| row | guidance | training FLOPs | sampling FLOPs | sampling time | FID | KID |",
         "|---|---|---|---|---|---|---|",
     ]
     for line in lines:
-        levels = 1 if line.row == "sit" else 2
-        title = guidances(levels, 0.0)[line.guidance].title
         time = "not measured" if line.time is None else f"{line.time:.1%}"
+        fid, kid = _spread(line.metrics["fid"]), _spread(line.metrics["kid"], 4)
         text.append(
-            f"| {ROWS[line.row].title} | {title} | {line.training:.1%} | {line.sampling:.1%} | "
-            f"{time} | {_spread(line.metrics['fid'])} | {_spread(line.metrics['kid'], 4)} |"
+            f"| {ROWS[line.row].title} | {line.title} | {line.training:.1%} | "
+            f"{line.sampling:.1%} | {time} | {fid} | {kid} |"
         )
     text += [
         "",
@@ -203,12 +214,14 @@ def plot(lines: list[Line], path: Path) -> None:
             mean = statistics.mean(fid)
             bars = [[mean - min(fid)], [max(fid) - mean]]
             one = line.guidance == "one"
+            marker = MARKERS.get(line.guidance, "s")
             axis.errorbar(
-                line.sampling, mean, yerr=bars, fmt="o" if one else "^", color=f"C{i % 10}",
+                line.sampling, mean, yerr=bars, fmt=marker, color=f"C{i % 10}",
                 mfc=None if i < 10 else "white", capsize=3, label=ROWS[name].title if one else None,
             )  # fmt: skip
     axis.set(xlabel="sampling FLOPs, SiT = 1", ylabel="FID", yscale="log")
-    axis.set_title("circles: one guidance scale; triangles: by stage or interval", fontsize=10)
+    title = "circles: one guidance scale; triangles: by stage or interval; squares: tuned plans"
+    axis.set_title(title, fontsize=10)
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()

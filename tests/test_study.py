@@ -1,6 +1,7 @@
 """Budgets and verdicts of the study (study/)."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from benchmarks.settings import same_settings
 from configs import digits
 from ppflow_jax.errors import InputError
+from study import run
 from study.rows import ROWS, Claim, configured, training_cost
 from study.table import Line, interval, judged
 
@@ -40,6 +42,17 @@ def test_verdicts(claim, ours, theirs, verdict):
 
 def test_a_claim_about_a_row_that_was_not_run_is_left_out():
     assert judged(BETTER, lines(a=[1.0])) is None
+
+
+def test_plans_are_tuned_for_runs_that_take_them(monkeypatch):
+    monkeypatch.setattr(run, "_CONFIG", SimpleNamespace(value=digits.get_config()))
+    monkeypatch.setattr(run, "_TUNED", SimpleNamespace(value=[8, 5]))
+    ways = {name: run._ways(Path(name)) for name in ("levels2", "sit", "dydit")}
+    assert list(ways["levels2"]) == list(ways["sit"]) == ["one", "stages", "tuned8", "tuned5"]
+    assert [way.tuned for way in ways["sit"].values()] == [0, 0, 8, 5]
+    assert "guided for t" in ways["sit"]["stages"].title
+    assert "unguided" in ways["levels2"]["stages"].title
+    assert list(ways["dydit"]) == ["one", "stages"]  # sampled with --accelerate
 
 
 def test_interval_is_students():
