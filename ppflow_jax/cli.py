@@ -66,6 +66,7 @@ def run(main: Callable[..., None], required: tuple[str, ...] = (), positional: s
         _check_flags()
         main(rest[1:]) if positional else main()
     except (InputError, RunError) as e:
+        _fail_by_peer(program, e)
         _fail(program, e, 1)
     except flags.Error as e:  # flags that do not go together
         _fail(program, e, 2)
@@ -87,13 +88,22 @@ def run(main: Callable[..., None], required: tuple[str, ...] = (), positional: s
 
         if why := processes.without_device():
             _fail(program, why, 1)
-        if why := processes.lost_peer(e):
-            why = f"lost another process, whose output says why ({why}): run the same command again"
-            _fail(program, why, processes.LOST)
+        _fail_by_peer(program, e)
         if processes.several():
             traceback.print_exc()
             processes.leave(1)
         raise
+
+
+def _fail_by_peer(program: str, error: Exception) -> None:
+    """Ends the process where another one that is gone is the reason of `error`."""
+    if "jax" not in sys.modules:
+        return
+    from ppflow_jax.devices import processes
+
+    if why := processes.lost_peer(error):
+        why = f"lost another process, whose output says why ({why}): run the same command again"
+        _fail(program, why, processes.LOST)
 
 
 def _answer(main: Callable[..., None], required: tuple[str, ...]) -> None:

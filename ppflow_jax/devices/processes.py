@@ -10,7 +10,7 @@ import sys
 
 import jax
 
-from ppflow_jax.errors import InputError
+from ppflow_jax.errors import InputError, RunError
 
 # Read from the environment; all three or none. JAX_LOCAL_DEVICE_IDS, which jax reads itself,
 # limits a process to some of its machine's devices.
@@ -24,7 +24,7 @@ HEARTBEAT_S = 60
 LOST = 134
 _BROKEN = re.compile(
     r"Gloo \S+ failed|connect(ion)? .*(reset|closed|refused|timed out)|remote process exited"
-    r"|socket closed|another task died|barrier .*(timed out|failed)",
+    r"|socket closed|another task died|barrier .*(timed out|failed)|CoordinationServiceError",
     re.IGNORECASE,
 )
 
@@ -81,12 +81,20 @@ def several() -> bool:
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def lost_peer(error: Exception) -> str:
+def lost_peer(error: BaseException) -> str:
     """The reason, if `error` is of a runtime whose connection to a peer broke; else empty.
 
     What a peer that died looks like to the others: the collectives of CPU devices (gloo) and of
-    GPUs (NCCL) fail, as does a call to jax's coordination service. An error of one's own is none.
+    GPUs (NCCL) fail, as does a call to jax's coordination service, also while a checkpoint is
+    written: then it is the cause of an error that speaks of the checkpoint. An error of one's own
+    is none.
     """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, jax.errors.JaxRuntimeError):
+        cause = cause.__cause__
+    if isinstance(error, (InputError, RunError)) and cause is None:
+        return ""  # in words of ours, such as those of an object store that is not reached
+    error = cause or error
     raised = isinstance(error, (jax.errors.JaxRuntimeError, ValueError, RuntimeError))
     reason = (str(error).strip().splitlines() or [""])[0][:200]
     return reason if raised and several() and _BROKEN.search(str(error)) else ""

@@ -5,13 +5,20 @@ import pytest
 
 from ppflow_jax import cli
 from ppflow_jax.devices import processes
-from ppflow_jax.errors import InputError
+from ppflow_jax.errors import InputError, RunError
 
 RESET = (
     "UNKNOWN: Gloo all-reduce failed: [external/gloo/gloo/transport/tcp/pair.cc:538] Read error "
     "[127.0.0.1]:9610: Connection reset by peer"
 )
 NCCL = "INTERNAL: NCCL operation ncclGroupEnd() failed: remote process exited or network error"
+
+
+# Of a barrier that Orbax has in every checkpoint, when a killed process has been started again
+BARRIER = (
+    "INTERNAL: Barrier failed because: task is set to ERROR: ABORTED: 1 unexpectedly tried to "
+    "connect with a different incarnation. It has likely restarted."
+)
 
 
 @pytest.fixture
@@ -39,17 +46,37 @@ def test_an_error_of_ones_own_is_not(among_several, error):
     assert processes.lost_peer(error) == ""
 
 
+def cannot_write(cause):
+    try:
+        raise RunError("cannot write the checkpoint: see that the disk has room") from cause
+    except RunError as e:
+        return e
+
+
+def test_a_checkpoint_that_a_lost_peer_prevents(among_several):
+    assert processes.lost_peer(cannot_write(jax.errors.JaxRuntimeError(BARRIER))) == BARRIER[:200]
+    for cause in (ValueError("UNAVAILABLE: connection reset"), OSError(28, "no space"), None):
+        assert processes.lost_peer(cannot_write(cause)) == ""
+    store = RunError("no answer from gs://bucket (connection refused)")
+    assert processes.lost_peer(store) == ""
+
+
 def test_alone_there_is_none_to_lose():
     assert processes.lost_peer(ValueError(RESET)) == ""
 
 
-def test_who_lost_a_peer_ends_with_a_code_that_is_started_again(among_several, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error", [ValueError(RESET), cannot_write(jax.errors.JaxRuntimeError(BARRIER))]
+)
+def test_who_lost_a_peer_ends_with_a_code_that_is_started_again(
+    among_several, monkeypatch, capsys, error
+):
     monkeypatch.setattr("sys.argv", ["main.py"])
     monkeypatch.setattr(cli, "_parse", lambda *_: [])
     monkeypatch.setattr(processes, "leave", lambda code: (_ for _ in ()).throw(SystemExit(code)))
 
     def main():
-        raise ValueError(RESET)
+        raise error
 
     with pytest.raises(SystemExit) as end:
         cli.run(main)
