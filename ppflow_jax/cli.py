@@ -79,6 +79,7 @@ def run(main: Callable[..., None], required: tuple[str, ...] = (), positional: s
     except KeyboardInterrupt:
         _fail(program, "interrupted", 130)
     except OSError as e:
+        _fail_by_peer(program, e)  # a TimeoutError of Orbax
         message = f"{e.strerror or e}: {e.filename}" if e.filename else e.strerror or e
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             message = f"{message}: make room on the disk, and run the same command again"

@@ -46,15 +46,27 @@ def test_an_error_of_ones_own_is_not(among_several, error):
     assert processes.lost_peer(error) == ""
 
 
-def cannot_write(cause):
+def caused(error, cause):
     try:
-        raise RunError("cannot write the checkpoint: see that the disk has room") from cause
-    except RunError as e:
+        raise error from cause
+    except type(error) as e:
         return e
 
 
+def cannot_write(cause):
+    return caused(RunError("cannot write the checkpoint: see that the disk has room"), cause)
+
+
+OF_ORBAX = caused(
+    TimeoutError("Timed out while waiting for async_write_complete barrier."),
+    jax.errors.JaxRuntimeError(BARRIER),
+)
+
+
 def test_a_checkpoint_that_a_lost_peer_prevents(among_several):
-    assert processes.lost_peer(cannot_write(jax.errors.JaxRuntimeError(BARRIER))) == BARRIER[:200]
+    direct = cannot_write(jax.errors.JaxRuntimeError(BARRIER))
+    for error in (direct, OF_ORBAX, cannot_write(OF_ORBAX)):
+        assert processes.lost_peer(error) == BARRIER[:200]
     for cause in (ValueError("UNAVAILABLE: connection reset"), OSError(28, "no space"), None):
         assert processes.lost_peer(cannot_write(cause)) == ""
     store = RunError("no answer from gs://bucket (connection refused)")
@@ -66,7 +78,7 @@ def test_alone_there_is_none_to_lose():
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError(RESET), cannot_write(jax.errors.JaxRuntimeError(BARRIER))]
+    "error", [ValueError(RESET), cannot_write(jax.errors.JaxRuntimeError(BARRIER)), OF_ORBAX]
 )
 def test_who_lost_a_peer_ends_with_a_code_that_is_started_again(
     among_several, monkeypatch, capsys, error
