@@ -22,11 +22,11 @@ HEARTBEAT_S = 60
 # Exit code of a process that lost a peer: that of SIGABRT, by which jax ends it where no connection
 # breaks. The same command continues from the last checkpoint.
 LOST = 134
-_BROKEN = re.compile(
-    r"Gloo \S+ failed|connect(ion)? .*(reset|closed|refused|timed out)|remote process exited"
-    r"|socket closed|another task died|barrier .*(timed out|failed)|CoordinationServiceError",
-    re.IGNORECASE,
+_OF_PEERS = (  # what only the connections between processes say
+    r"Gloo \S+ failed|NCCL .*failed|another task died|barrier .*(timed out|failed)"
+    r"|CoordinationServiceError"
 )
+_BROKEN = r"connect(ion)? .*(reset|closed|refused|timed out)|remote process exited|socket closed"
 
 
 def initialize() -> None:
@@ -89,15 +89,15 @@ def lost_peer(error: BaseException) -> str:
     written: then it is the cause of an error that speaks of the checkpoint. An error of one's own
     is none.
     """
+    known = isinstance(error, (InputError, RunError, OSError))
+    words = re.compile(_OF_PEERS if known else f"{_OF_PEERS}|{_BROKEN}", re.IGNORECASE)
     cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, jax.errors.JaxRuntimeError):
+    while cause is not None:
+        raised = isinstance(cause, (jax.errors.JaxRuntimeError, ValueError, RuntimeError))
+        if raised and not isinstance(cause, (InputError, RunError)) and words.search(str(cause)):
+            return str(cause).strip().splitlines()[0][:200] if several() else ""
         cause = cause.__cause__
-    if isinstance(error, (InputError, RunError)) and cause is None:
-        return ""  # in words of ours, such as those of an object store that is not reached
-    error = cause or error
-    raised = isinstance(error, (jax.errors.JaxRuntimeError, ValueError, RuntimeError))
-    reason = (str(error).strip().splitlines() or [""])[0][:200]
-    return reason if raised and several() and _BROKEN.search(str(error)) else ""
+    return ""
 
 
 def leave(code: int) -> None:

@@ -1,11 +1,17 @@
 """Which errors mean that another process is gone."""
 
+import signal
+import time
+
 import jax
 import pytest
 
 from ppflow_jax import cli
 from ppflow_jax.devices import processes
 from ppflow_jax.errors import InputError, RunError
+from ppflow_jax.files.store import FOLDER
+from tests.commands import SMALL
+from tests.processes import Group
 
 RESET = (
     "UNKNOWN: Gloo all-reduce failed: [external/gloo/gloo/transport/tcp/pair.cc:538] Read error "
@@ -67,6 +73,7 @@ def test_a_checkpoint_that_a_lost_peer_prevents(among_several):
     direct = cannot_write(jax.errors.JaxRuntimeError(BARRIER))
     for error in (direct, OF_ORBAX, cannot_write(OF_ORBAX)):
         assert processes.lost_peer(error) == BARRIER[:200]
+    assert processes.lost_peer(cannot_write(ValueError(RESET))) == RESET[:200]
     for cause in (ValueError("UNAVAILABLE: connection reset"), OSError(28, "no space"), None):
         assert processes.lost_peer(cannot_write(cause)) == ""
     store = RunError("no answer from gs://bucket (connection refused)")
@@ -95,3 +102,23 @@ def test_who_lost_a_peer_ends_with_a_code_that_is_started_again(
     assert end.value.code == 134
     err = capsys.readouterr().err
     assert "lost another process" in err and err.count("\n") == 1 and "run the same command" in err
+
+
+@pytest.mark.long
+def test_a_killed_process_that_is_started_again_does_not_fail_the_run(tmp_path):
+    group = Group(2, devices=1)
+    args = [*SMALL, f"--workdir={tmp_path}", "--config.train.steps=1000"]
+    args += ["--config.train.save_every=1"]  # so that it is killed while others wait to write
+    runs = [group.start(k, "digits.py:sit", *args) for k in range(2)]
+    try:
+        deadline = time.monotonic() + 240
+        while not (tmp_path / FOLDER / "3").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        runs[1].kill()
+        runs.append(group.start(1, "digits.py:sit", *args))
+        said = runs[0].communicate(timeout=240)[1]
+    finally:
+        for run in runs:
+            run.kill()
+            run.wait()
+    assert runs[0].returncode in (processes.LOST, -signal.SIGABRT), said

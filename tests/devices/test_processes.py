@@ -1,11 +1,7 @@
 """Two real processes with four fake devices each."""
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,33 +9,16 @@ import pytest
 from ppflow_jax.metrics.networks import save_small
 from ppflow_jax.metrics.small_network import FeatureNet, FeatureNetConfig
 from ppflow_jax.train.metrics_log import read_metrics
-from tests.commands import ROOT, SMALL, run, train
+from tests.commands import SMALL, run, train
+from tests.processes import Group
 
 SHORT = [*SMALL, "--config.train.steps=4", "--config.optim.schedule=constant"]
 MESH = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
 
 
 def start(arguments_of_each):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "4",
-        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-        "JAX_NUM_PROCESSES": str(len(arguments_of_each)),
-    }
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "ppflow_jax.main", "--config=configs/digits.py", *arguments],
-            cwd=ROOT,
-            env=env | {"JAX_PROCESS_ID": str(k)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for k, arguments in enumerate(arguments_of_each)
-    ]
+    group = Group(len(arguments_of_each), devices=4)
+    return [group.start(k, "digits.py", *args) for k, args in enumerate(arguments_of_each)]
 
 
 @pytest.fixture(scope="module")

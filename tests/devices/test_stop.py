@@ -1,8 +1,5 @@
 import os
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 
@@ -13,7 +10,8 @@ from ppflow_jax.errors import InputError
 from ppflow_jax.files.disk import locked
 from ppflow_jax.files.store import find_checkpoint, verify
 from ppflow_jax.train.metrics_log import read_metrics
-from tests.commands import ROOT, SMALL
+from tests.commands import SMALL
+from tests.processes import Group
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
@@ -45,20 +43,10 @@ def test_a_lock_keeps_others_out_and_is_let_go(tmp_path):
 
 
 def test_sigterm_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    env = os.environ | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-    command = [sys.executable, "-m", "ppflow_jax.main", "--config=configs/digits.py:sit", *SMALL]
-    command += [f"--workdir={tmp_path}", "--config.train.steps=100000"]
-    command += ["--config.train.save_every=100000"]
-    runs = [
-        subprocess.Popen(
-            command, cwd=ROOT, env=env | {"JAX_PROCESS_ID": i}, stderr=subprocess.PIPE, text=True
-        )
-        for i in "01"
-    ]
+    group = Group(2, devices=1)
+    args = [*SMALL, f"--workdir={tmp_path}", "--config.train.steps=100000"]
+    args += ["--config.train.save_every=100000"]
+    runs = [group.start(k, "digits.py:sit", *args) for k in range(2)]
     try:
         deadline = time.monotonic() + 240
         while not read_metrics(tmp_path / "metrics.jsonl") and time.monotonic() < deadline:
