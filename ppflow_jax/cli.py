@@ -66,7 +66,6 @@ def run(main: Callable[..., None], required: tuple[str, ...] = (), positional: s
         _check_flags()
         main(rest[1:]) if positional else main()
     except (InputError, RunError) as e:
-        _fail_by_peer(program, e)
         _fail(program, e, 1)
     except flags.Error as e:  # flags that do not go together
         _fail(program, e, 2)
@@ -79,7 +78,6 @@ def run(main: Callable[..., None], required: tuple[str, ...] = (), positional: s
     except KeyboardInterrupt:
         _fail(program, "interrupted", 130)
     except OSError as e:
-        _fail_by_peer(program, e)  # a TimeoutError of Orbax
         message = f"{e.strerror or e}: {e.filename}" if e.filename else e.strerror or e
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             message = f"{message}: make room on the disk, and run the same command again"
@@ -89,22 +87,12 @@ def run(main: Callable[..., None], required: tuple[str, ...] = (), positional: s
 
         if why := processes.without_device():
             _fail(program, why, 1)
-        _fail_by_peer(program, e)
+        if processes.lost_peer(e):
+            _fail(program, e, 1)
         if processes.several():
             traceback.print_exc()
             processes.leave(1)
         raise
-
-
-def _fail_by_peer(program: str, error: Exception) -> None:
-    """Ends the process where another one that is gone is the reason of `error`."""
-    if "jax" not in sys.modules:
-        return
-    from ppflow_jax.devices import processes
-
-    if why := processes.lost_peer(error):
-        why = f"lost another process, whose output says why ({why}): run the same command again"
-        _fail(program, why, processes.LOST)
 
 
 def _answer(main: Callable[..., None], required: tuple[str, ...]) -> None:
@@ -290,6 +278,7 @@ def _leaves(config: ConfigDict, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _fail(program: str, message: object, code: int) -> NoReturn:
+    """Ends with one line; a lost peer behind the exception being handled has a code of its own."""
     line, leave = " ".join(str(message).split()), None
     if "jax" in sys.modules:  # else no peers are waiting
         import jax
@@ -297,6 +286,9 @@ def _fail(program: str, message: object, code: int) -> NoReturn:
         from ppflow_jax.devices import processes
 
         leave = processes.leave
+        if why := processes.lost_peer(sys.exc_info()[1]):
+            line = f"lost another process, whose output says why ({why})"
+            line, code = f"{line}: run the same command again", processes.LOST
         if processes.several():
             program += f" (process {jax.process_index()} of {jax.process_count()})"
     print(f"{program}: {line}", file=sys.stderr, flush=True)

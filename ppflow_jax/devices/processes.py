@@ -81,7 +81,7 @@ def several() -> bool:
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def lost_peer(error: BaseException) -> str:
+def lost_peer(error: BaseException | None) -> str:
     """The reason, if `error` is of a runtime whose connection to a peer broke; else empty.
 
     What a peer that died looks like to the others: the collectives of CPU devices (gloo) and of
@@ -91,7 +91,7 @@ def lost_peer(error: BaseException) -> str:
     """
     known = isinstance(error, (InputError, RunError, OSError))
     words = re.compile(_OF_PEERS if known else f"{_OF_PEERS}|{_BROKEN}", re.IGNORECASE)
-    cause: BaseException | None = error
+    cause = error
     while cause is not None:
         raised = isinstance(cause, (jax.errors.JaxRuntimeError, ValueError, RuntimeError))
         if raised and not isinstance(cause, (InputError, RunError)) and words.search(str(cause)):
