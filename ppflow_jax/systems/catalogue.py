@@ -122,8 +122,8 @@ SYSTEMS = (
         "from a budget; masks are few and static; every rollout begins with nothing kept, in "
         "the original not those after its weights are measured",
         "tests/systems/test_harmonica.py",
-        "digits, ten steps at half their cost: error 0.1417, five Euler steps 0.1225 and cheaper "
-        "([Learned caching](harmonica.md#what-it-gained-here))",
+        "digits, 2 levels, 3 seeds, ten steps at half their cost: error 0.135, a tuned plan of as "
+        "much time 0.035 ([Learned caching](harmonica.md#what-it-gained-here))",
     ),
     System(
         "SDTM",
