@@ -281,4 +281,5 @@ CLAIMS = (
     Claim("2 of 4 experts beat dense at equal training FLOPs", ("moe2", "one"), ("longer", "one")),
     Claim("Switch-DiT's experts help", ("switch", "one"), ("levels2", "one")),
     Claim("shifted logit-normal times help", ("shifted", "one"), ("levels2", "one")),
+    Claim("DiCo's network beats SiT at equal FLOPs", ("dico", "one"), ("sit", "one")),
 )  # fmt: skip
