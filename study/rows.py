@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from configs import digits_ddt
 from ppflow_jax.flow.cost import training_flops
+from ppflow_jax.pyramid import Pyramid
 from ppflow_jax.systems.ppcl import TRAINABLE
 from ppflow_jax.train.experiment import Experiment
 
@@ -213,15 +214,15 @@ class Guidance:
     tuned: int = 0
 
 
-def guidances(levels: int, scale: float, tuned: Iterable[int] = ()) -> dict[str, Guidance]:
-    """How a model of so many stages is sampled, by name."""
+def ways_of(row: Row, scale: float, tuned: Iterable[int] = ()) -> dict[str, Guidance]:
+    """How a row is sampled, by name; a plan file takes no `--accelerate` beside it."""
     found = {"one": Guidance("one scale", (scale,))}
-    if levels > 1:
+    if (levels := len(Pyramid.parse(row.pyramid))) > 1:
         found["stages"] = Guidance("coarsest stage unguided", (1.0, *[scale] * (levels - 1)))
     else:
         text = f"guided for t > {COARSE_END:g}"
         found["stages"] = Guidance(text, (scale,), (COARSE_END, 1.0))
-    for count in tuned:
+    for count in () if row.accelerate else tuned:
         title = f"one scale, tuned plan of {count} evaluations"
         found[f"tuned{count}"] = Guidance(title, (scale,), tuned=count)
     return found

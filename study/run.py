@@ -54,7 +54,7 @@ from ppflow_jax.train.validate import EVALUATIONS
 from ppflow_jax.tune.asked import Asked
 from ppflow_jax.tune.command import tune
 from study import table
-from study.rows import ROWS, Guidance, configured, guidances, training_cost
+from study.rows import ROWS, Guidance, configured, training_cost, ways_of
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -162,10 +162,7 @@ def _ranked(start: Path, seed: int) -> Path:
 
 
 def _ways(folder: Path) -> dict[str, Guidance]:
-    """How a run is sampled; a plan file takes no `--accelerate` beside it."""
-    row = ROWS[folder.name]
-    tuned = [] if row.accelerate else _TUNED.value
-    return guidances(len(Pyramid.parse(row.pyramid)), _CONFIG.value.sample.cfg[0], tuned)
+    return ways_of(ROWS[folder.name], _CONFIG.value.sample.cfg[0], _TUNED.value)
 
 
 def _sampler(folder: Path, card: Card, guidance: Guidance, params) -> Sampler:

@@ -32,7 +32,7 @@ Values = dict[tuple[str, str], dict[str, list[float]]]
 class Line:
     """A row of the table; costs are shares of SiT's with one scale.
 
-    `guidance` is a key of `guidances`, `title` what is said of it.
+    `guidance` is a key of `ways_of`, `title` what is said of it.
     """
 
     row: str

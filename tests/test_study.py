@@ -1,7 +1,6 @@
 """Budgets and verdicts of the study (study/)."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +8,7 @@ import pytest
 from benchmarks.settings import same_settings
 from configs import digits
 from ppflow_jax.errors import InputError
-from study import run
-from study.rows import ROWS, Claim, configured, training_cost
+from study.rows import ROWS, Claim, configured, training_cost, ways_of
 from study.table import Line, interval, judged
 
 BETTER = Claim("", ("a", "one"), ("b", "one"))
@@ -44,14 +42,12 @@ def test_a_claim_about_a_row_that_was_not_run_is_left_out():
     assert judged(BETTER, lines(a=[1.0])) is None
 
 
-def test_plans_are_tuned_for_runs_that_take_them(monkeypatch):
-    monkeypatch.setattr(run, "_CONFIG", SimpleNamespace(value=digits.get_config()))
-    monkeypatch.setattr(run, "_TUNED", SimpleNamespace(value=[8, 5]))
-    ways = {name: run._ways(Path(name)) for name in ("levels2", "sit", "dydit")}
-    assert list(ways["levels2"]) == list(ways["sit"]) == ["one", "stages", "tuned8", "tuned5"]
+def test_how_rows_are_sampled():
+    ways = {name: ways_of(ROWS[name], 2.0, [8, 5]) for name in ("levels3", "sit", "dydit")}
+    assert list(ways["levels3"]) == list(ways["sit"]) == ["one", "stages", "tuned8", "tuned5"]
     assert [way.tuned for way in ways["sit"].values()] == [0, 0, 8, 5]
-    assert "guided for t" in ways["sit"]["stages"].title
-    assert "unguided" in ways["levels2"]["stages"].title
+    assert ways["levels3"]["stages"].scales == (1.0, 2.0, 2.0)
+    assert ways["sit"]["stages"].interval == (0.5, 1.0)
     assert list(ways["dydit"]) == ["one", "stages"]  # sampled with --accelerate
 
 
