@@ -92,6 +92,9 @@ def main() -> None:
         raise InputError("--rows must have sit: costs are shares of its own")
     if _SEEDS.value < 1 or _NUM.value < 2:
         raise InputError("--seeds must be at least 1, --num at least 2")
+    stages = max(len(Pyramid.parse(ROWS[name].pyramid)) for name in _ROWS.value)
+    if few := [count for count in _TUNED.value if count < stages]:
+        raise InputError(f"--tuned={few[0]}: rows have {stages} stages, each needs an evaluation")
     if len(_CONFIG.value.sample.cfg) != 1:
         raise InputError(
             "config.sample.cfg must be one guidance scale: the rows say where it holds"
