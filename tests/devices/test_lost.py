@@ -19,11 +19,14 @@ RESET = (
 )
 NCCL = "INTERNAL: NCCL operation ncclGroupEnd() failed: remote process exited or network error"
 
-
 # Of a barrier that Orbax has in every checkpoint, when a killed process has been started again
 BARRIER = (
     "INTERNAL: Barrier failed because: task is set to ERROR: ABORTED: 1 unexpectedly tried to "
     "connect with a different incarnation. It has likely restarted."
+)
+ABORTED = (
+    "ABORTED: 1 unexpectedly tried to connect while it is already in error. "
+    "[type.googleapis.com/tensorflow.CoordinationServiceError=' ']"
 )
 
 
@@ -32,7 +35,10 @@ def among_several(monkeypatch):
     monkeypatch.setattr(processes, "several", lambda: True)
 
 
-@pytest.mark.parametrize("error", [ValueError(RESET), jax.errors.JaxRuntimeError(NCCL)])
+@pytest.mark.parametrize(
+    "error",
+    [ValueError(RESET), jax.errors.JaxRuntimeError(NCCL), jax.errors.JaxRuntimeError(ABORTED)],
+)
 def test_a_broken_connection_is_a_lost_peer(among_several, error):
     assert processes.lost_peer(error) == str(error)[:200]
 
@@ -60,7 +66,7 @@ def caused(error, cause):
 
 
 def cannot_write(cause):
-    return caused(RunError("cannot write the checkpoint: see that the disk has room"), cause)
+    return caused(RunError(f"cannot write the checkpoint ({cause}): make room"), cause)
 
 
 OF_ORBAX = caused(
@@ -74,6 +80,7 @@ def test_a_checkpoint_that_a_lost_peer_prevents(among_several):
     for error in (direct, OF_ORBAX, cannot_write(OF_ORBAX)):
         assert processes.lost_peer(error) == BARRIER[:200]
     assert processes.lost_peer(cannot_write(ValueError(RESET))) == RESET[:200]
+    assert processes.lost_peer(cannot_write(jax.errors.JaxRuntimeError(NCCL))) == NCCL
     for cause in (ValueError("UNAVAILABLE: connection reset"), OSError(28, "no space"), None):
         assert processes.lost_peer(cannot_write(cause)) == ""
     store = RunError("no answer from gs://bucket (connection refused)")
