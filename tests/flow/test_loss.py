@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ppflow_jax.errors import InputError
-from ppflow_jax.flow.loss import Draws, FlowObjective, strided
+from ppflow_jax.flow.loss import Draws, FlowObjective, OnFlow, strided
 from ppflow_jax.flow.path import (
     PATHS,
     PREDICTIONS,
@@ -16,6 +16,7 @@ from ppflow_jax.flow.path import (
     score_from,
     velocity_from,
 )
+from ppflow_jax.models.conditions import Channels
 from ppflow_jax.models.network import Output
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT, Pyramid
 
@@ -26,6 +27,22 @@ def test_strided_split_keeps_every_sample_once():
     x = jnp.arange(12)
     parts = [strided(x, objective.pattern, s).tolist() for s in range(3)]
     assert parts == [[0, 1, 4, 5, 8, 9], [2, 6, 10], [3, 7, 11]]
+
+
+def test_objectives_on_a_flow_take_its_batches_and_draws():
+    objective = OnFlow()
+    objective.base = FlowObjective(PPFLOW3, Flow(), 10, conditions=(Channels("low"),))
+    assert objective.pattern == (0, 0, 1, 2) and objective.evaluated == ()
+    assert objective.fields({}) == ("low",)
+    objective.check_batch(8, 2)
+    with pytest.raises(InputError, match="stage shares 2:1:1"):
+        objective.check_batch(8, 4)
+    x1 = jnp.ones((8, 2, 2, 1))
+    batch = {"x": x1, "label": jnp.arange(8), "low": x1}
+    key = jax.random.key(3)
+    ours, theirs = objective.draw(key, batch), objective.base.draw(key, batch)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_split_needs_no_communication_on_a_sharded_batch():
