@@ -26,6 +26,11 @@ DYDIT = {
     "optim.clip": 50.0,
 }
 PPCL = {"flow.objective": "ppcl", "train.trainable": TRAINABLE}
+GUIDED = {
+    "model.conditions": ("scalar:name=guidance",),
+    "flow.objective": "guided:low=1,high=4",
+    "flow.label_drop": 0.0,
+}
 DISTIL = {"flow.objective": "distil:kd=0.5,features=0.5,every=2"}
 # At the FLOPs of the digits' SiT
 DICO = {
@@ -156,6 +161,10 @@ ROWS = {
         "2 levels, taught linear attention (LinFusion), 50% more steps", TWO,
         DISTIL | {"model.mixer": "linfusion"}, teacher="levels2", steps=0.5,
     ),
+    "guided": Row(
+        "2 levels, guided in one evaluation, distilled for 50% more steps", TWO, GUIDED,
+        teacher="levels2", steps=0.5,
+    ),
     "dico_mixer": Row("2 levels, DiCo's convolutions", TWO, {"model.mixer": "dico"}),
     "dico": Row("DiCo's network, an image costs as SiT's", "1x1@1", DICO),
     "dico2": Row("DiCo's network, 2 levels", "2x2@0.5,1x1@1", DICO),
@@ -280,6 +289,10 @@ CLAIMS = (
     Claim("REPA for half of the steps beats REPA for all", ("repa_half", "one"), ("repa", "one")),
     Claim("1 of 4 experts beats dense at equal FLOPs", ("moe1", "one"), ("longer", "one")),
     Claim("2 of 4 experts beat dense at equal training FLOPs", ("moe2", "one"), ("longer", "one")),
+    Claim("one evaluation of a guided student is as good as its teacher's two", ("guided", "one"),
+          ("levels2", "one"), margin=ALIKE),
+    Claim("a guided student is as good as 50% more steps with two evaluations", ("guided", "one"),
+          ("longer", "one"), margin=ALIKE),
     Claim("Switch-DiT's experts help", ("switch", "one"), ("levels2", "one")),
     Claim("shifted logit-normal times help", ("shifted", "one"), ("levels2", "one")),
     Claim("DiCo's network beats SiT at equal FLOPs", ("dico", "one"), ("sit", "one")),
