@@ -37,29 +37,30 @@ class Budget:
         return sum(n * cost for n, cost in zip(counts, self.costs))
 
     def allocations(self) -> list[Counts]:
-        """All that leave no room for a further step.
+        """All that leave no room for a further step, of up to `MOST` a stage.
 
         Raises:
-          InputError: not a step for every stage, or too many.
+          InputError: not a step for every stage, or room for more than `MOST` of each.
         """
-        spare = self.limit - sum(self.costs) + 1e-9 * self.limit
+        limit = self.limit * (1 + 1e-9)
+        spare = limit - sum(self.costs)
         if spare < 0:
             raise InputError(
                 f"a budget of {self.limit:g} {self.unit} is less than one step of each of "
                 f"{len(self.costs)} stage(s), {sum(self.costs):.4g}: give more"
             )
-        most = [1 + int(spare // cost) for cost in self.costs]
-        if max(most) > MOST:
+        most = [min(MOST, 1 + int(spare // cost)) for cost in self.costs]
+        if self.of((MOST + 1,) * len(self.costs)) <= limit:
             raise InputError(
-                f"{self.limit:g} {self.unit} are up to {max(most)} steps of a stage: plans of up "
-                f"to {MOST} are fitted; with more, ab2 needs no plan"
+                f"{self.limit:g} {self.unit} are more than {MOST} steps of every stage, as many as "
+                "are fitted; with more, ab2 needs no plan"
             )
-        inside = [
+        return [
             counts
             for counts in itertools.product(*(range(1, n + 1) for n in most))
-            if self.of(counts) <= self.limit * (1 + 1e-9)
+            if (left := limit - self.of(counts)) >= 0
+            and all(n == MOST or cost > left for n, cost in zip(counts, self.costs))
         ]
-        return [c for c in inside if self.of(c) + min(self.costs) > self.limit * (1 + 1e-9)]
 
 
 def shared_out(field: Field, budget: Budget) -> Counts:

@@ -24,10 +24,12 @@ def test_allocations_fill_the_budget():
     assert Budget(4.0, (1.0, 1.0)).allocations() == [(1, 3), (2, 2), (3, 1)]
     by_cost = Budget(10.0, (1.0, 4.0)).allocations()
     assert by_cost == [(2, 2), (6, 1)]
+    cheap = Budget(10.0, (0.1, 4.0)).allocations()  # 59 steps of the first stage are more than 40
+    assert cheap == [(20, 2), (40, 1)]
     for budget, words in (
         (Budget(2.0, (1.0,) * 3), "less than one step of each of 3 stage"),
         (Budget(0.5, (0.3, 0.3), "milliseconds"), "0.5 milliseconds"),
-        (Budget(500.0, (1.0, 1.0)), "up to 499 steps"),
+        (Budget(500.0, (1.0, 1.0)), "more than 40 steps of every stage"),
     ):
         with pytest.raises(InputError, match=words):
             budget.allocations()
