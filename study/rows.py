@@ -224,14 +224,15 @@ class Guidance:
 
 
 def ways_of(row: Row, scale: float, tuned: Iterable[int] = ()) -> dict[str, Guidance]:
-    """How a row is sampled, by name; a plan file takes no `--accelerate` beside it."""
+    """How a row is sampled, by name; plan files are not for `--accelerate` nor told scales."""
     found = {"one": Guidance("one scale", (scale,))}
     if (levels := len(Pyramid.parse(row.pyramid))) > 1:
         found["stages"] = Guidance("coarsest stage unguided", (1.0, *[scale] * (levels - 1)))
     else:
         text = f"guided for t > {COARSE_END:g}"
         found["stages"] = Guidance(text, (scale,), (COARSE_END, 1.0))
-    for count in () if row.accelerate else tuned:
+    told = row.changes.get("model.conditions") == GUIDED["model.conditions"]
+    for count in () if row.accelerate or told else tuned:
         title = f"one scale, tuned plan of {count} evaluations"
         found[f"tuned{count}"] = Guidance(title, (scale,), tuned=count)
     return found

@@ -43,12 +43,14 @@ def test_a_claim_about_a_row_that_was_not_run_is_left_out():
 
 
 def test_how_rows_are_sampled():
-    ways = {name: ways_of(ROWS[name], 2.0, [8, 5]) for name in ("levels3", "sit", "dydit")}
+    names = ("levels3", "sit", "dydit", "guided")
+    ways = {name: ways_of(ROWS[name], 2.0, [8, 5]) for name in names}
     assert list(ways["levels3"]) == list(ways["sit"]) == ["one", "stages", "tuned8", "tuned5"]
     assert [way.tuned for way in ways["sit"].values()] == [0, 0, 8, 5]
     assert ways["levels3"]["stages"].scales == (1.0, 2.0, 2.0)
     assert ways["sit"]["stages"].interval == (0.5, 1.0)
     assert list(ways["dydit"]) == ["one", "stages"]  # sampled with --accelerate
+    assert list(ways["guided"]) == ["one", "stages"]  # told the scale
 
 
 def test_interval_is_students():

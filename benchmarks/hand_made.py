@@ -1,0 +1,166 @@
+"""What `tune` chooses against what a person would, at the same FLOPs: steps a stage, and patches.
+
+    python -m benchmarks.hand_made --run=runs/l2@1,2 --run=runs/l3@1,2,2 --out=DIR
+    python -m benchmarks.hand_made --run=runs/l3_all_times@1,2,2 --patches --out=DIR
+
+A hand-made allocation shares 6, 8 or 10 steps by the duration of the stages, equally, or two or
+three times as many for the finest or the coarsest as for each of the others. Hand-made patches are
+12 equal steps that change from every patch to every finer one at 0.25, 0.5 or 0.75. Each is fitted
+in closed form; so is what `tune` chooses with just its FLOPs, of the same trajectories. Errors are
+of the end states on held-out noises and labels, relative to 100 Heun steps. Writes
+DIR/allocations.md or DIR/patches.md. Exit code 0 only if no choice is worse than what was made by
+hand.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from absl import flags
+
+from ppflow_jax import cli
+from ppflow_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from ppflow_jax.tune.calibrate import Trajectories
+    from ppflow_jax.tune.fit import Field
+
+_RUN = flags.DEFINE_multi_string("run", None, "RUN@GUIDANCE, as runs/l2@1,2.")
+_OUT = flags.DEFINE_string("out", None, "Folder of trajectories and table.")
+_PATCHES = flags.DEFINE_bool("patches", False, "Of steps, instead of steps a stage.")
+_NOISES = flags.DEFINE_integer("noises", 256, "Trajectories that plans are fitted to.")
+
+STEPS, PATCHED = (6, 8, 10), 12
+CHANGES = (0.25, 0.5, 0.75)
+Choice = tuple[int, ...]
+
+
+def main() -> None:
+    import ppflow_jax as pf
+    from ppflow_jax.devices.host_memory import keep_scratch
+    from ppflow_jax.tune.asked import Asked
+    from ppflow_jax.tune.fit import Field
+
+    keep_scratch()
+    out, rows = Path(_OUT.value), []
+    out.mkdir(parents=True, exist_ok=True)
+    compared = _patches if _PATCHES.value else _allocations
+    for text in _RUN.value:
+        run, at, scales = text.rpartition("@")
+        if not at:
+            raise InputError(f"--run={text}: write RUN@GUIDANCE, as runs/l2@1,2")
+        model = pf.load(run)
+        folder = re.sub(r"[^\w.]+", "-", text).strip("-")
+        asked = Asked(
+            str(out / folder / "plan.json"), cli.numbers("run", scales.split(",")),
+            noises=_NOISES.value,
+        )  # fmt: skip
+        cfg = asked.scales(model)
+        for found in compared(Field(model), cfg, *asked.trajectories(model, cfg, asked.target())):
+            rows.append((folder, *found))
+            print(*rows[-1], flush=True)
+    text = _table(rows)
+    (out / ("patches.md" if _PATCHES.value else "allocations.md")).write_text(text)
+    print(text)
+    worst = max(ours / theirs for *_, theirs, ours in rows)
+    print(f"worst {worst:.3f} of the error of what was made by hand, at most 1")
+    sys.exit(int(worst > 1))
+
+
+def _allocations(
+    field: Field, cfg: Choice, fit: Trajectories, held_out: Trajectories
+) -> Iterator[tuple[Any, ...]]:
+    """(FLOPs, by hand, chosen, their errors) of each allocation by hand."""
+    from ppflow_jax.tune.allocate import Budget, best_allocation, start_of
+    from ppflow_jax.tune.fit import closed_form, error
+
+    costs = tuple(_cost(field, stage, scale) for stage, scale in enumerate(cfg))
+    for counts in _shares(field.model.config.pyramid):
+        budget = Budget(Budget(0.0, costs).of(counts), costs, "of an evaluation of SiT")
+        by_hand = closed_form(field, start_of(field, cfg, counts), fit)[0]
+        chosen = best_allocation(field, cfg, budget, fit)
+        names = ["+".join(map(str, plan.counts.values())) for plan in (by_hand, chosen)]
+        errors = [error(field, plan, held_out) for plan in (by_hand, chosen)]
+        yield budget.limit, *names, *errors
+
+
+def _shares(pyramid: Any) -> list[Choice]:
+    """Steps a stage, by hand."""
+    stages = len(pyramid)
+    weights = [[end - start for start, end in pyramid.intervals], [1.0] * stages]
+    for times, place in itertools.product((2.0, 3.0), (0, -1)):
+        weights.append([1.0] * stages)
+        weights[-1][place] = times
+    found = {}
+    for steps, share in itertools.product(STEPS, weights):
+        ends = np.rint(np.cumsum(share) / sum(share) * steps).astype(int)
+        counts = np.diff([0, *ends])
+        if min(counts) > 0:
+            found[tuple(counts.tolist())] = None
+    return list(found)
+
+
+def _patches(
+    field: Field, cfg: Choice, fit: Trajectories, held_out: Trajectories
+) -> Iterator[tuple[Any, ...]]:
+    """(FLOPs, by hand, chosen, their errors) of each pyramid by hand."""
+    from ppflow_jax.tune.fit import closed_form, error
+    from ppflow_jax.tune.patches import assigned, patch_errors, pyramid_of, scales_at, with_patches
+
+    times = np.linspace(fit.times[0], fit.times[-1], PATCHED + 1)
+    times = np.float32(times).astype(float)
+    errors, scales = patch_errors(field, cfg, times, fit), scales_at(field, cfg, times)
+    costs = np.array(
+        [[_cost(field, stage, scale) for stage in range(len(cfg))] for scale in scales]
+    )
+    for patches in _changing(times, len(cfg)):
+        limit = float(sum(costs[i, stage] for i, stage in enumerate(patches)))
+        both = patches, assigned(errors, costs, limit)
+        plans = [closed_form(field, with_patches(field, cfg, times, p), fit)[0] for p in both]
+        names = [str(pyramid_of(field, plan)) for plan in plans]
+        yield limit, *names, *(error(field, plan, held_out) for plan in plans)
+
+
+def _changing(times: np.ndarray, stages: int) -> list[Choice]:
+    """The stage whose patch every step has, by hand."""
+    found = {}
+    for levels in range(1, stages + 1):
+        for patches in itertools.combinations(range(stages), levels):
+            for ends in itertools.combinations(CHANGES, levels - 1):
+                places = np.searchsorted(ends, times[:-1] + 1e-6)
+                found[tuple(patches[place] for place in places)] = None
+    return list(found)
+
+
+def _cost(field: Field, stage: int, scale: float) -> float:
+    """FLOPs of an evaluation under guidance, as a share of one of SiT's without."""
+    from dataclasses import replace
+
+    from ppflow_jax.models.flops import forward_flops
+    from ppflow_jax.pyramid import Pyramid, Stage
+
+    model = field.model.config
+    fine = Pyramid((Stage(1.0, model.pyramid.stages[-1].patch),))
+    sit = forward_flops(replace(model, pyramid=fine), 0)
+    return forward_flops(model, stage) * (2 if scale != 1 else 1) / sit
+
+
+def _table(rows: list[tuple[Any, ...]]) -> str:
+    head = ("run", "FLOPs", "by hand", "error", "chosen", "error", "ratio")
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for run, cost, by_hand, chosen, theirs, ours in rows:
+        lines.append(
+            f"| {run} | {cost:.2f} | {by_hand} | {theirs:.4f} | {chosen} | {ours:.4f} | "
+            f"{ours / theirs:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    cli.run(main, required=("run", "out"))
