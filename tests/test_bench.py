@@ -64,6 +64,7 @@ def test_a_row_is_compared_with_sit_within_the_rounds():
     assert "2.00x" in line and "1.67x" in line and "83%" in line
 
 
+@pytest.mark.long
 def test_the_command_measures_and_writes_json(tmp_path):
     out = tmp_path / "figures.json"
     flags = "--size=S --latent_size=4 --steps=4 --rounds=1 --work=train,sample --train_batch=4"

@@ -112,7 +112,12 @@ def here(page: Path) -> list[pages.Block]:
     return [b for b in pages.blocks(TEXTS[page]) if not b.note and b.language != "text"]
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if here(p)], ids=name_of)
+def param(page: Path):
+    long = page.name in ("moe.md", "tune.md")
+    return pytest.param(page, id=name_of(page), marks=[pytest.mark.long] * long)
+
+
+@pytest.mark.parametrize("page", [param(p) for p in PAGES if here(p)])
 def test_blocks_run(page, session):
     if page.name == "README.md":  # who reads it has no run yet
         (session / "runs" / "digits").unlink()
@@ -142,6 +147,7 @@ def run_command(command: list[str]) -> None:
     assert code == 0, (command, err)
 
 
+@pytest.mark.long
 def test_the_notebook_runs(session, monkeypatch, capsys):
     file = ROOT / "examples" / "quickstart.ipynb"
     cells = [c for c in json.loads(file.read_text())["cells"] if c["cell_type"] == "code"]

@@ -73,6 +73,7 @@ def test_what_fails_does_not_stop_the_rest_and_is_done_again(settings):
     assert (settings.out / "good.json").read_bytes() == done
 
 
+@pytest.mark.long
 def test_a_part_out_of_time_is_ended_and_keeps_its_rows(settings, monkeypatch):
     monkeypatch.setattr(runner, "PATIENCE", 1)
     begin = time.monotonic()
@@ -225,6 +226,7 @@ def test_the_first_batch_fits_and_the_next_are_smaller():
     assert models.fitting(model, None) == models.fitting(model, 1.0) == [8]
 
 
+@pytest.mark.long
 def test_a_batch_that_does_not_fit_is_followed_by_a_smaller_one(here, monkeypatch):
     (here.out / "device.json").write_text(json.dumps(DEVICE))
     monkeypatch.setattr(speed, "fitting", lambda *_: [96, 64, 48])

@@ -89,6 +89,7 @@ def test_stopped_and_gone_on_with_in_other_batches(model, whole, tmp_path, monke
     assert_same(tmp_path, whole)
 
 
+@pytest.mark.long
 def test_two_processes_of_one_device(model, whole, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

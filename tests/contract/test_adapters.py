@@ -133,6 +133,7 @@ def test_checkpoints_hold_what_is_trained(run, base, small_sit):
             assert np.any(leaf != before.get(path, 0)), joined(path)
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_with_the_same_bits(run, copy):
     shutil.rmtree(copy / "checkpoints" / "4")
     out = trained(copy, "nowhere", "lora")  # the base is known

@@ -204,6 +204,7 @@ def test_they_start_from_a_plain_run_and_compute_the_same(small_run):
         np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_with_the_same_bits_and_samples(tmp_path, small_run):
     """The commands of docs/moe.md and docs/switch.md that start from a run."""
     flags = [f"--config.model.{field}={text}" for field, text in FROM_PLAIN.items()]

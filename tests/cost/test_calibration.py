@@ -90,6 +90,7 @@ def test_a_dry_run_of_this_machine(cache):
     assert code == 1 and "measured in float32" in err and "--dtype=bfloat16" in err
 
 
+@pytest.mark.long
 def test_a_measurement(cache, monkeypatch):
     monkeypatch.setattr(calibrate, "CPU", ((SIT, 4, 32, 1, 4), (PPFLOW2, 8, 32, 1, 4)))
     monkeypatch.setattr(calibrate, "COPIED", 64)

@@ -92,5 +92,6 @@ def test_durations_have_units():
     assert [duration(s) for s in (432_000.0, 90.0, 5.25)] == ["120.0 h", "1.5 min", "5.2 s"]
 
 
+@pytest.mark.long
 def test_the_page_is_what_the_command_writes():
     assert hours_table.PAGE.read_text() == hours_table.document()

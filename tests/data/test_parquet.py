@@ -90,6 +90,7 @@ def test_the_stream_begins_at_any_step(rows, tmp_path):
     assert not np.array_equal(every[4]["image"], every[5]["image"])
 
 
+@pytest.mark.long
 def test_a_run_that_is_continued_has_the_same_bits(rows, tmp_path):
     args = [f"--config.data.path={tables.pushed(tmp_path / 'd', rows)}", "--config.data.flip=True"]
     args += ["--config.data.source=parquet", "--config.data.space=pixels"]

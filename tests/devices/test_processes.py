@@ -70,6 +70,7 @@ def test_what_two_processes_measure_one_measures_again(two):
     assert online == pytest.approx(json.loads(out.read_text())["metrics"]["fid"], rel=1e-4)
 
 
+@pytest.mark.long
 def test_a_bad_example_in_the_rows_of_one_process_ends_both(tmp_path):
     x = np.zeros((16, 8, 8, 1), np.float32)  # a batch is an epoch
     x[5, 0, 0, 0] = np.nan
@@ -83,6 +84,7 @@ def test_a_bad_example_in_the_rows_of_one_process_ends_both(tmp_path):
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
+@pytest.mark.long
 def test_one_process_goes_on_with_another_mesh(two):
     workdir, _ = two
     code, out, err = train(workdir, *SHORT, "--config.train.steps=5", "--config.mesh.fsdp=4")

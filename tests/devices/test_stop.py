@@ -42,6 +42,7 @@ def test_a_lock_keeps_others_out_and_is_let_go(tmp_path):
                     pass
 
 
+@pytest.mark.long
 def test_sigterm_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path):
     group = Group(2, devices=1)
     args = [*SMALL, f"--workdir={tmp_path}", "--config.train.steps=100000"]

@@ -328,6 +328,7 @@ def test_tfds_is_read_from_copies(gs, tmp_path, monkeypatch):
             open_source("tfds", str(path), size=16, split=split, **names)
 
 
+@pytest.mark.long
 def test_a_run_that_breaks_off_continues_with_the_same_bits(gs, small_run, monkeypatch):
     from ppflow_jax.checkpoints import run
 
@@ -377,6 +378,7 @@ def test_metrics_are_uploaded_now_and_then_and_when_asked(gs, monkeypatch):
     assert events == gs / "tensorboard"
 
 
+@pytest.mark.long
 def test_averages_of_any_length_are_those_of_a_disk(gs, tmp_path):
     args = ["--config.train.posthoc_ema=(0.05,0.1)", "--config.train.steps=4"]
     args += ["--config.sample.count=1", "--config.sample.steps=1"]

@@ -224,6 +224,7 @@ def test_what_is_missing_is_named(monkeypatch, run):
         assert code == 1 and words in err and err.count("\n") == 1, err
 
 
+@pytest.mark.long
 def test_sigterm_answers_what_was_asked_and_ends(run):
     line = [sys.executable, "-m", "ppflow_jax.serve", f"--checkpoint={run}", "--port=0"]
     kept = os.environ | {"JAX_PLATFORMS": "cpu"}

@@ -100,6 +100,7 @@ def test_terms_are_what_they_are_called():
     assert "features" not in metrics
 
 
+@pytest.mark.long
 def test_a_phase_trains_what_it_computes_and_the_teacher_never():
     for weights, trained in (("shared", False), ("experts", True)):
         _, metrics, (own, teacher) = loss_of(PART, weights, gradient=True)

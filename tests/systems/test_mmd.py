@@ -74,6 +74,7 @@ def test_samples_are_those_of_the_sampler(params):
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 def test_the_gradient_is_that_of_the_whole_way(params):
     """Against differences along a direction; the first step's parameters act through all others."""
     objective = Mmd(steps=2).on(BASE, MODEL)
@@ -89,6 +90,7 @@ def test_the_gradient_is_that_of_the_whole_way(params):
     assert float(ends[0] - ends[1]) / (2 * step) == pytest.approx(float(size), rel=0.02)
 
 
+@pytest.mark.long
 def test_fine_tuning_brings_samples_to_the_data(params):
     """Ten updates, on noise that they have not seen."""
     objective = Mmd(steps=2).on(BASE, MODEL)

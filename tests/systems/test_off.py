@@ -18,7 +18,8 @@ def test_off_is_the_plain_plan(pyramid, solver):
 
 
 @pytest.mark.parametrize(
-    ("pyramid", "solver", "devices"), [(SIT, "heun", 1), (PPFLOW2, "euler", 8)]
+    ("pyramid", "solver", "devices"),
+    [(SIT, "heun", 1), pytest.param(PPFLOW2, "euler", 8, marks=pytest.mark.long)],
 )
 def test_engines_with_every_step_full_are_the_plain_sampler(pyramid, solver, devices):
     comparison = off_parity.Comparison(pyramid, devices)

@@ -69,6 +69,7 @@ def everything(run):
     return {leaf_path(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("last", [STOP - 1, STOP + 1])
 def test_a_run_killed_around_the_stop_ends_with_the_same_bits(data, whole, tmp_path, last):
     run = tmp_path / "run"

@@ -281,6 +281,7 @@ def batch_of(size, seed=0):
     return {"x": x, "label": jnp.arange(size) % 4}
 
 
+@pytest.mark.long
 def test_every_student_learns_alone_from_what_the_teacher_sees(params, teacher):
     ours, batch = objective(), batch_of(4)
     draws = ours.draw(jax.random.key(1), batch)

@@ -33,6 +33,7 @@ def evaluations(workdir):
     return {r["step"]: r for r in rows if "eval_small_features/fid" in r}
 
 
+@pytest.mark.long
 def test_metrics_are_written_beside_the_others_and_evaluate_finds_the_same(tmp_path, monkeypatch):
     """Whatever the precision of training and its seed; of a mesh: devices/test_processes.py."""
     calls = []

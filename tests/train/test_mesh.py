@@ -122,6 +122,7 @@ def test_weights_that_do_not_fit_beside_the_state_stay_split_in_samplers():
     assert make_program(experiment(), make_mesh(8)).gather is None  # they are whole
 
 
+@pytest.mark.long
 def test_pictures_of_split_weights_are_those_of_whole_ones():
     card = experiment().card
     params = init_params(card.model, jax.random.key(0))
@@ -141,6 +142,7 @@ def test_pictures_of_split_weights_are_those_of_whole_ones():
     assert pictures[0].std() > 1
 
 
+@pytest.mark.long
 def test_auto_holds_weights_whole_where_they_fit_and_else_splits_over_as_few_as_fit(monkeypatch):
     def deep(**mesh):
         config = configured(**mesh)

@@ -141,6 +141,7 @@ def test_a_run_keeps_averages_that_every_reader_loads(whole):
     assert json.loads(path.read_text())[POSTHOC] == {"sigma_rel": 0.1, "updates": 3}
 
 
+@pytest.mark.long
 def test_in_pieces_it_ends_with_the_same_bits(whole, tmp_path, monkeypatch):
     folder, source, _ = whole
     run = tmp_path / "run"

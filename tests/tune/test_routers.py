@@ -69,6 +69,7 @@ def tuned(model, short, tmp_path_factory):
     return file, tune(model, replace(ASKED, out=str(file)))
 
 
+@pytest.mark.long
 def test_a_killed_call_continues_and_makes_the_same_bytes(model, short, tuned, tmp_path):
     killed, calls, whole = tmp_path / "killed.json", [], routers._rollout
     asked = replace(ASKED, out=str(killed), calibration=str(tuned[0].parent))
