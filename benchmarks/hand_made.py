@@ -62,9 +62,9 @@ def main() -> None:
             noises=_NOISES.value,
         )  # fmt: skip
         cfg = asked.scales(model)
-        for found in compared(Field(model), cfg, *asked.trajectories(model, cfg, asked.target())):
-            rows.append((folder, *found))
-            print(*rows[-1], flush=True)
+        both = asked.trajectories(model, cfg, asked.target())
+        rows += [(text, *found) for found in sorted(compared(Field(model), cfg, *both))]
+        print(f"{text}: compared", flush=True)
     text = _table(rows)
     (out / ("patches.md" if _PATCHES.value else "allocations.md")).write_text(text)
     print(text)
