@@ -17,6 +17,7 @@ from ppflow_jax.tune.fit import Field, closed_form, distance
 
 MOST = 40  # steps of a stage
 TRIED = 6  # allocations that are fitted whole
+ENOUGH = 1e-4  # of what one step of a stage leaves: further steps are not tried
 Counts = tuple[int, ...]
 
 
@@ -90,7 +91,8 @@ def stage_errors(
 ) -> list[list[float]]:
     """What n steps of a stage alone leave at its end: mean squares, for n from 1 on.
 
-    A stage starts from the fine states, and is fitted in closed form.
+    A stage starts from the fine states, and is fitted in closed form. Where `ENOUGH` is reached,
+    more steps leave as much.
     """
     found, pyramid = [], field.model.config.pyramid
     for stage, (start, end) in enumerate(pyramid.intervals):
@@ -103,7 +105,9 @@ def stage_errors(
             plan = stepwise(points, (stage,) * n, tuple(cfg), rows)
             _, ends = closed_form(field, plan, here)
             errors.append(float(np.mean(np.square(ends - here.states[-1]))))
-        found.append(errors)
+            if errors[-1] < ENOUGH * errors[0]:
+                break
+        found.append(errors + errors[-1:] * (most[stage] - len(errors)))
     return found
 
 

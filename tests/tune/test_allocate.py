@@ -13,8 +13,9 @@ from ppflow_jax.errors import InputError
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.pyramid import SIT, Pyramid
-from ppflow_jax.tune.allocate import Budget, shared_out
-from ppflow_jax.tune.calibrate import grid_of
+from ppflow_jax.tune import allocate
+from ppflow_jax.tune.allocate import Budget, shared_out, stage_errors
+from ppflow_jax.tune.calibrate import Trajectories, grid_of
 from ppflow_jax.tune.fit import Field
 
 MODEL = ModelConfig(SIT, latent_size=8, channels=1, width=8, depth=1, heads=1, num_classes=3)
@@ -33,6 +34,24 @@ def test_allocations_fill_the_budget():
     ):
         with pytest.raises(InputError, match=words):
             budget.allocations()
+
+
+def test_steps_of_a_stage_that_leave_next_to_nothing_are_the_last_that_are_tried(monkeypatch):
+    config = replace(MODEL, pyramid=Pyramid.parse("4x4@0.5,2x2@1"))
+    model = Model(Weights(Card(config, Flow(), "pixels"), Path("none"), "ema", dict))
+    states = np.zeros((3, 2, 8, 8, 1), np.float32)
+    given = Trajectories(np.float32([0, 0.5, 1]), states, np.zeros(2, np.int32))
+    tried = []
+
+    def fitted(_, plan, here):  # n steps leave 10^-n, the mean square is 10^-2n
+        tried.append((plan.stages[0], steps := len(plan.stages)))
+        return plan, here.states[-1] + 10.0**-steps
+
+    monkeypatch.setattr(allocate, "closed_form", fitted)
+    coarse, fine = stage_errors(Field(model), (1.0, 1.0), (40, 2), given)
+    assert tried == [(0, 1), (0, 2), (0, 3), (0, 4), (1, 1), (1, 2)]
+    np.testing.assert_allclose(coarse, [1e-2, 1e-4, 1e-6, *[1e-8] * 37], rtol=1e-6)
+    np.testing.assert_allclose(fine, [1e-2, 1e-4], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
