@@ -59,7 +59,7 @@ def main() -> None:
         folder = re.sub(r"[^\w.]+", "-", text).strip("-")
         asked = Asked(
             str(out / folder / "plan.json"), cli.numbers("run", scales.split(",")),
-            noises=_NOISES.value,
+            noises=_NOISES.value, choose_patches=_PATCHES.value,
         )  # fmt: skip
         cfg = asked.scales(model)
         both = asked.trajectories(model, cfg, asked.target())
@@ -111,7 +111,14 @@ def _patches(
 ) -> Iterator[tuple[Any, ...]]:
     """(FLOPs, by hand, chosen, their errors) of each pyramid by hand."""
     from ppflow_jax.tune.fit import closed_form, error
-    from ppflow_jax.tune.patches import assigned, patch_errors, pyramid_of, scales_at, with_patches
+    from ppflow_jax.tune.patches import (
+        assigned,
+        fitted_patches,
+        patch_errors,
+        pyramid_of,
+        scales_at,
+        with_patches,
+    )
 
     times = np.linspace(fit.times[0], fit.times[-1], PATCHED + 1)
     times = np.float32(times).astype(float)
@@ -121,8 +128,9 @@ def _patches(
     )
     for patches in _changing(times, len(cfg)):
         limit = float(sum(costs[i, stage] for i, stage in enumerate(patches)))
-        both = patches, assigned(errors, costs, limit)
-        plans = [closed_form(field, with_patches(field, cfg, times, p), fit)[0] for p in both]
+        by_hand = closed_form(field, with_patches(field, cfg, times, patches), fit)[0]
+        chosen = fitted_patches(field, cfg, times, assigned(errors, costs, limit), fit)[0]
+        plans = by_hand, chosen
         names = [str(pyramid_of(field, plan)) for plan in plans]
         yield limit, *names, *(error(field, plan, held_out) for plan in plans)
 

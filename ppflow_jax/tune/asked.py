@@ -163,11 +163,17 @@ class Asked:
             raise InputError(f"--out={self.out} is a folder: give the name of a file, as plan.json")
         return out
 
+    def finest(self, model: Model) -> bool:
+        """Whether patches are compared with the finest at all times: if it was trained on them."""
+        times = ((model.card.experiment or {}).get("flow", {}).get("stage_times") or [(1, 1)])[-1]
+        lo, hi = model.card.flow.sample_interval()
+        return self.choose_patches and times[0] <= lo and hi <= times[1]
+
     def trajectories(
         self, model: Model, cfg: tuple[float, ...], out: Path
     ) -> tuple[Trajectories, Trajectories]:
         """To fit to, and held out; see `calibrated`."""
-        setting = Setting(cfg, self.cfg_channels, self.noises, self.seed)
+        setting = Setting(cfg, self.cfg_channels, self.noises, self.seed, self.finest(model))
         return calibrated(model, setting, self.calibration or out.parent)
 
     def made(self, model: Model, errors: dict[str, float], **others: Any) -> dict[str, Any]:
@@ -180,7 +186,7 @@ class Asked:
             **others,
             "noises": self.noises,
             "seed": self.seed,
-            "fine": f"heun, {FINE} steps",
+            "fine": f"heun, {FINE} steps" + ", finest patch" * self.finest(model),
             "held_out_errors": errors,
             "jax": jax.__version__,
         }

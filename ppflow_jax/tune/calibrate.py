@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import jax
@@ -31,12 +31,14 @@ class Setting:
     Attributes:
       cfg: guidance scale of every stage.
       noises: trajectories that plans are fitted to; half as many more are held out.
+      finest: with the finest patch at all times, instead of that of the model's stages.
     """
 
     cfg: tuple[float, ...]
     cfg_channels: int = 0
     noises: int = 256
     seed: int = 0
+    finest: bool = False
 
     def __post_init__(self):
         if self.noises < 8:
@@ -83,12 +85,18 @@ def calibrated(
       RunError: states that are not finite.
     """
     known = {**asdict(setting), "fine": FINE, "checkpoint_sha256": sha256_of(model.weights)}
+    if not known["finest"]:
+        del known["finest"]  # so that what was made before there was another is found
     known |= {"weights": model.weights.which, "dtype": model.dtype, "jax": jax.__version__}
     name = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
     target = writable_directory(place(folder) / f"calibration-{name}")
     every = setting.noises + setting.noises // 2
     labels = np.resize(model.card.classes.trained(model.config.num_classes), every)
     plan = model.plan(steps=FINE, solver="heun", cfg=setting.cfg, cfg_channels=setting.cfg_channels)
+    if setting.finest:
+        last = len(model.config.pyramid) - 1
+        segments = [replace(s, stages=(last,) * len(s.stages)) for s in plan.segments]
+        plan = replace(plan, segments=tuple(segments))
     parts = []
     with progress(every, 0, "img", "calibrate") as bar:
         for first in range(0, every, PART):

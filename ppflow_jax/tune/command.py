@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from ppflow_jax.api.inputs import check_unconditional
 from ppflow_jax.api.model import Model
@@ -26,17 +25,16 @@ from ppflow_jax.pyramid import Pyramid, Stage
 from ppflow_jax.systems.routed import check_routable
 from ppflow_jax.tune.allocate import Budget, best_allocation, shared_out, start_of
 from ppflow_jax.tune.asked import ROUTER, Asked
-from ppflow_jax.tune.calibrate import Trajectories
-from ppflow_jax.tune.fit import Field, closed_form, distance, error, refined
+from ppflow_jax.tune.fit import Field, error, refined
 from ppflow_jax.tune.forecasts import tune_forecast
 from ppflow_jax.tune.pareto import figure_of, front_of, point, text_of
 from ppflow_jax.tune.patches import (
     assigned,
+    fitted_patches,
     patch_errors,
     pyramid_of,
     say_what_was_not_trained,
     scales_at,
-    with_patches,
 )
 from ppflow_jax.tune.routers import tune_router
 
@@ -78,9 +76,10 @@ def tune(model: Model, asked: Asked) -> str:
         costs = np.array(
             [[cost(stage, s) for stage in range(len(cfg))] for s in scales_at(field, cfg, times)]
         )
-        patches = assigned(errors, costs, budget.limit)
+        assignments = assigned(errors, costs, budget.limit)
         points = front_of(field, cfg, times, errors, costs, (fit, held_out))
-        plan = _patched(field, cfg, times, patches, fit, plan)
+        chosen, left = fitted_patches(field, cfg, times, assignments, fit)
+        plan = chosen if left < error(field, plan, fit) else plan
         front = {"unit": budget.unit, "points": points, "own": own}
         with atomic(out.with_suffix(".front.png")) as temporary:
             temporary.write_bytes(figure_of(front))
@@ -103,19 +102,6 @@ def tune(model: Model, asked: Asked) -> str:
     PlanFile(plan, pyramid, flow, cfg, asked.cfg_channels, made).write(out)
     said = f"{text_of(front)}\n\n" if front else ""
     return said + _said(plan, usual, errors, out)
-
-
-def _patched(
-    field: Field,
-    cfg: tuple[float, ...],
-    times: Float[np.ndarray, " points"],
-    patches: tuple[int, ...],
-    fit: Trajectories,
-    usual: Fitted,
-) -> Fitted:
-    """A plan with these patches, or the usual one if that is better."""
-    chosen, ends = closed_form(field, with_patches(field, cfg, times, patches), fit)
-    return chosen if distance(ends, fit) < error(field, usual, fit) else usual
 
 
 def _fixed(field: Field, usual: Fitted) -> dict[str, Any]:

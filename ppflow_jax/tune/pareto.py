@@ -41,7 +41,7 @@ def front_of(
     """
     fit, held_out = trajectories
     limits = np.geomspace(costs[:, 0].sum(), costs[:, -1].sum(), BUDGETS)
-    tried = dict.fromkeys(assigned(errors, costs, float(limit)) for limit in limits)
+    tried = dict.fromkeys(assigned(errors, costs, float(limit))[0] for limit in limits)
     found = []
     with progress(len(tried), 0, "plan", "budgets") as bar:
         for stages in tried:

@@ -19,9 +19,10 @@ from ppflow_jax.flow.fitted import Fitted, changes_in
 from ppflow_jax.flow.multistep import adams_bashforth
 from ppflow_jax.pyramid import Pyramid, Stage
 from ppflow_jax.tune.calibrate import Trajectories
-from ppflow_jax.tune.fit import Field
+from ppflow_jax.tune.fit import Field, closed_form, distance
 
 CHANGE = 0.02  # price of a change of patch, as a share of the error of the coarsest throughout
+TRIED = 6  # assignments that are fitted whole
 
 
 def patch_errors(
@@ -46,8 +47,10 @@ def assigned(
     errors: Float[np.ndarray, "steps stages"],
     costs: Float[np.ndarray, "steps stages"],
     limit: float,
-) -> tuple[int, ...]:
-    """The stage of every step: least sum of errors and prices with a sum of costs up to `limit`.
+) -> list[tuple[int, ...]]:
+    """The stage of every step, by sums of errors and prices with a sum of costs up to `limit`.
+
+    The least sum comes first; others are the best that end with another patch or cost.
 
     Raises:
       InputError: the coarsest patch throughout costs more.
@@ -76,7 +79,8 @@ def assigned(
                     if cost <= most and total < into.get(cost, (np.inf,))[0]:
                         into[cost] = total, (*way, s)
         best = new
-    return min((found for ways in best for found in ways.values()), key=lambda found: found[0])[1]
+    found = sorted(found for ways in best for found in ways.values())
+    return [stages for _, stages in found]
 
 
 def scales_at(
@@ -94,6 +98,21 @@ def with_patches(
     scales = scales_at(field, cfg, times)
     rows = adams_bashforth(2, times, changes_in(stages, scales))
     return Fitted(tuple(np.float32(times).tolist()), tuple(stages), scales, rows)
+
+
+def fitted_patches(
+    field: Field,
+    cfg: Sequence[float],
+    times: Float[np.ndarray, " points"],
+    assignments: Sequence[tuple[int, ...]],
+    given: Trajectories,
+) -> tuple[Fitted, float]:
+    """Of the first `TRIED` assignments the one whose plan ends nearest, and its distance."""
+    found = []
+    for stages in assignments[:TRIED]:
+        plan, ends = closed_form(field, with_patches(field, cfg, times, stages), given)
+        found.append((plan, distance(ends, given)))
+    return min(found, key=lambda one: one[1])
 
 
 def pyramid_of(field: Field, plan: Fitted) -> Pyramid:

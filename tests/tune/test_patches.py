@@ -2,14 +2,18 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import ppflow_jax as pf
+from ppflow_jax.api.model import Model
 from ppflow_jax.errors import InputError
 from ppflow_jax.pyramid import Pyramid
 from ppflow_jax.tune import patches
+from ppflow_jax.tune.asked import Asked
+from ppflow_jax.tune.fit import Field
 from ppflow_jax.tune.patches import CHANGE, assigned
 from tests import commands
 
@@ -36,17 +40,20 @@ def test_no_assignment_is_better(seed):
         if limit < costs[:, 0].sum():
             continue
         expected, total = by_trial(errors, costs, limit)
-        found = assigned(errors, costs, float(limit))
-        assert sum(costs[i, s] for i, s in enumerate(found)) <= limit + 1e-9
-        assert total(found) == pytest.approx(total(expected))
+        first, *others = found = assigned(errors, costs, float(limit))
+        assert total(first) == pytest.approx(total(expected))
+        assert [*map(total, found)] == pytest.approx(sorted(map(total, found)))
+        assert len({*found}) == len(others) + 1
+        for stages in found:
+            assert sum(costs[i, s] for i, s in enumerate(stages)) <= limit + 1e-9
 
 
 @pytest.mark.parametrize("unit", [1e-7, 1.0, 1e12])
 def test_costs_are_of_any_unit(unit):
     """As the whole budget is spent to the last digit."""
     errors, costs = np.ones((9, 2)) * [2.0, 1.0], np.tile([1 / 3, 2 / 3], (9, 1)) * unit
-    assert assigned(errors, costs, float(costs[:, 0].sum())) == (0,) * 9
-    assert assigned(errors, costs, float(costs[:, 1].sum())) == (1,) * 9
+    assert assigned(errors, costs, float(costs[:, 0].sum()))[0] == (0,) * 9
+    assert assigned(errors, costs, float(costs[:, 1].sum()))[0] == (1,) * 9
 
 
 def test_a_budget_below_the_coarsest_is_refused():
@@ -57,9 +64,9 @@ def test_a_budget_below_the_coarsest_is_refused():
 def test_a_level_of_hardly_any_use_does_not_appear(monkeypatch):
     errors = np.stack([np.full(6, 1.0), np.full(6, 0.99), np.zeros(6)], axis=1)
     costs = np.tile([1.0, 1.5, 4.0], (6, 1))
-    assert assigned(errors, costs, 13.0) == (0, 0, 0, 0, 2, 2)
+    assert assigned(errors, costs, 13.0)[0] == (0, 0, 0, 0, 2, 2)
     monkeypatch.setattr(patches, "CHANGE", 0.0)
-    assert assigned(errors, costs, 13.0) == (0, 0, 1, 1, 2, 2)
+    assert assigned(errors, costs, 13.0)[0] == (0, 0, 1, 1, 2, 2)
 
 
 def test_the_command_chooses_patches_or_keeps_the_stages(small_run, tmp_path, monkeypatch):
@@ -77,3 +84,27 @@ def test_the_command_chooses_patches_or_keeps_the_stages(small_run, tmp_path, mo
     assert all(Pyramid.parse(p["pyramid"]) and p["pyramid"] in out for p in front["points"])
     assert Pyramid.parse(made["patches"]) and "--choose_patches=true" in made["command"]
     assert pf.load(small_run).plan(file).nfe <= 4
+
+
+def test_patches_are_compared_with_the_finest_if_it_was_trained(small_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("ppflow_jax.tune.calibrate.FINE", 8)
+    model = pf.load(small_run)
+    asked = Asked(str(tmp_path / "plan.json"), (1.0, 2.0), choose_patches=True, noises=8)
+    experiment = dict(model.card.experiment)
+    for times, expected in (((), False), (((0, 1), (0.2, 1)), False), (((0, 0.5), (0, 1)), True)):
+        experiment["flow"] = {**experiment["flow"], "stage_times": times}
+        card = replace(model.card, experiment=experiment)
+        other = Model(replace(model.weights, card=card))
+        assert asked.finest(other) == expected
+        assert not replace(asked, choose_patches=False).finest(other)
+    fit, _ = asked.trajectories(other, (1.0, 2.0), tmp_path / "plan.json")
+    field, x = Field(other), fit.states[0]
+    for a, b in zip(fit.times, fit.times[1:]):  # Heun's method with the second stage
+        scale = 1.0 if b <= 0.5 else 2.0
+        k1 = field.at(x, float(a), fit.labels, 1, scale)
+        k2 = field.at(x + (b - a) * k1, float(b), fit.labels, 1, scale)
+        x = np.float32(x + (b - a) * (k1 + k2) / 2)
+    np.testing.assert_allclose(x, fit.states[-1], atol=2e-5)
+    own, _ = replace(asked, choose_patches=False).trajectories(model, (1.0, 2.0), asked.target())
+    assert np.abs(own.states[-1] - fit.states[-1]).max() > 1e-3
+    np.testing.assert_array_equal(own.states[0], fit.states[0])
