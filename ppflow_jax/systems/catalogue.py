@@ -615,7 +615,8 @@ SYSTEMS = (
         "paper is summarised",
         "a task is a run of its own on one base and is chosen when it is loaded, not by the image",
         "tests/models/test_adapters.py",
-        NOT_MEASURED,
+        "digits, SiT to 2 levels, 3 seeds: FID 6.4 by training 9.1%, 5.4 by training all "
+        "([adapters.md](adapters.md#what-they-gained-here))",
     ),
 )
 
