@@ -14,7 +14,7 @@ from ppflow_jax.pyramid import Pyramid
 from ppflow_jax.tune import patches
 from ppflow_jax.tune.asked import Asked
 from ppflow_jax.tune.fit import Field
-from ppflow_jax.tune.patches import CHANGE, assigned
+from ppflow_jax.tune.patches import CHANGE, assigned, fitted_patches
 from tests import commands
 
 
@@ -91,7 +91,8 @@ def test_patches_are_compared_with_the_finest_if_it_was_trained(small_run, tmp_p
     model = pf.load(small_run)
     asked = Asked(str(tmp_path / "plan.json"), (1.0, 2.0), choose_patches=True, noises=8)
     experiment = dict(model.card.experiment)
-    for times, expected in (((), False), (((0, 1), (0.2, 1)), False), (((0, 0.5), (0, 1)), True)):
+    cases = {(): False, ((0, 1), (0.2, 1)): False, ((0, 1), (0, 0.8)): False}
+    for times, expected in (cases | {((0, 0.5), (0, 1)): True}).items():
         experiment["flow"] = {**experiment["flow"], "stage_times": times}
         card = replace(model.card, experiment=experiment)
         other = Model(replace(model.weights, card=card))
@@ -108,3 +109,6 @@ def test_patches_are_compared_with_the_finest_if_it_was_trained(small_run, tmp_p
     own, _ = replace(asked, choose_patches=False).trajectories(model, (1.0, 2.0), asked.target())
     assert np.abs(own.states[-1] - fit.states[-1]).max() > 1e-3
     np.testing.assert_array_equal(own.states[0], fit.states[0])
+    times = np.linspace(0, 1, 5)
+    chosen, left = fitted_patches(field, (1.0, 2.0), times, [(0,) * 4, (1,) * 4, (0, 0, 1, 1)], fit)
+    assert chosen.stages == (1,) * 4 and left < 0.5
