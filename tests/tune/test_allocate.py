@@ -39,19 +39,19 @@ def test_allocations_fill_the_budget():
 def test_steps_of_a_stage_that_leave_next_to_nothing_are_the_last_that_are_tried(monkeypatch):
     config = replace(MODEL, pyramid=Pyramid.parse("4x4@0.5,2x2@1"))
     model = Model(Weights(Card(config, Flow(), "pixels"), Path("none"), "ema", dict))
-    states = np.zeros((3, 2, 8, 8, 1), np.float32)
+    states = np.zeros((3, 2, 8, 8, 1))
     given = Trajectories(np.float32([0, 0.5, 1]), states, np.zeros(2, np.int32))
     tried = []
 
-    def fitted(_, plan, here):  # n steps leave 10^-n, the mean square is 10^-2n
+    def fitted(_, plan, here):
         tried.append((plan.stages[0], steps := len(plan.stages)))
-        return plan, here.states[-1] + 10.0**-steps
+        return plan, here.states[-1] + 0.15**steps
 
     monkeypatch.setattr(allocate, "closed_form", fitted)
     coarse, fine = stage_errors(Field(model), (1.0, 1.0), (40, 2), given)
     assert tried == [(0, 1), (0, 2), (0, 3), (0, 4), (1, 1), (1, 2)]
-    np.testing.assert_allclose(coarse, [1e-2, 1e-4, 1e-6, *[1e-8] * 37], rtol=1e-6)
-    np.testing.assert_allclose(fine, [1e-2, 1e-4], rtol=1e-6)
+    np.testing.assert_allclose(coarse, [0.15**2, 0.15**4, 0.15**6, *[0.15**8] * 37])
+    np.testing.assert_allclose(fine, [0.15**2, 0.15**4])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import itertools
 import json
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
@@ -88,14 +89,17 @@ def test_the_command_chooses_patches_or_keeps_the_stages(small_run, tmp_path, mo
 
 def test_patches_are_compared_with_the_finest_if_it_was_trained(small_run, tmp_path, monkeypatch):
     monkeypatch.setattr("ppflow_jax.tune.calibrate.FINE", 8)
-    model = pf.load(small_run)
+    model, draw = pf.load(small_run), np.random.default_rng(0)
     asked = Asked(str(tmp_path / "plan.json"), (1.0, 2.0), choose_patches=True, noises=8)
+    # After a moment of training neither label nor patch would be seen in the output.
+    moved = lambda leaf: leaf + np.float32(0.05 * draw.standard_normal(leaf.shape))
+    params = jax.tree.map(moved, model.params)
     experiment = dict(model.card.experiment)
     cases = {(): False, ((0, 1), (0.2, 1)): False, ((0, 1), (0, 0.8)): False}
     for times, expected in (cases | {((0, 0.5), (0, 1)): True}).items():
         experiment["flow"] = {**experiment["flow"], "stage_times": times}
         card = replace(model.card, experiment=experiment)
-        other = Model(replace(model.weights, card=card))
+        other = Model(replace(model.weights, card=card, load=lambda: params))
         assert asked.finest(other) == expected
         assert not replace(asked, choose_patches=False).finest(other)
     fit, _ = asked.trajectories(other, (1.0, 2.0), tmp_path / "plan.json")
@@ -105,9 +109,9 @@ def test_patches_are_compared_with_the_finest_if_it_was_trained(small_run, tmp_p
         k1 = field.at(x, float(a), fit.labels, 1, scale)
         k2 = field.at(x + (b - a) * k1, float(b), fit.labels, 1, scale)
         x = np.float32(x + (b - a) * (k1 + k2) / 2)
-    np.testing.assert_allclose(x, fit.states[-1], atol=2e-5)
-    own, _ = replace(asked, choose_patches=False).trajectories(model, (1.0, 2.0), asked.target())
-    assert np.abs(own.states[-1] - fit.states[-1]).max() > 1e-3
+    np.testing.assert_allclose(x, fit.states[-1], rtol=1e-5, atol=1e-6)
+    own, _ = replace(asked, choose_patches=False).trajectories(other, (1.0, 2.0), asked.target())
+    assert np.abs(own.states[-1] - fit.states[-1]).max() > 1e-2
     np.testing.assert_array_equal(own.states[0], fit.states[0])
     times = np.linspace(0, 1, 5)
     chosen, left = fitted_patches(field, (1.0, 2.0), times, [(0,) * 4, (1,) * 4, (0, 0, 1, 1)], fit)
