@@ -6,8 +6,8 @@
 A hand-made allocation shares 6, 8 or 10 steps by the duration of the stages, equally, or two or
 three times as many for the finest or the coarsest as for each of the others. Hand-made patches are
 12 equal steps that change from every patch to every finer one at 0.25, 0.5 or 0.75. Each is fitted
-in closed form; so is what `tune` chooses with just its FLOPs, of the same trajectories. Errors are
-of the end states on held-out noises and labels, relative to 100 Heun steps. Writes
+in closed form; so is what `tune --flops` chooses with just its cost, of the same trajectories.
+Errors are of the end states on held-out noises and labels, relative to 100 Heun steps. Writes
 DIR/allocations.md or DIR/patches.md. Exit code 0 only if no choice is worse than what was made by
 hand.
 """
@@ -15,19 +15,20 @@ hand.
 from __future__ import annotations
 
 import itertools
-import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import flags
 
+from benchmarks.settings import run_and_guidance
 from ppflow_jax import cli
-from ppflow_jax.errors import InputError
 
 if TYPE_CHECKING:
+    from ppflow_jax.tune.asked import Asked
     from ppflow_jax.tune.calibrate import Trajectories
     from ppflow_jax.tune.fit import Field
 
@@ -52,18 +53,14 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     compared = _patches if _PATCHES.value else _allocations
     for text in _RUN.value:
-        run, at, scales = text.rpartition("@")
-        if not at:
-            raise InputError(f"--run={text}: write RUN@GUIDANCE, as runs/l2@1,2")
+        run, cfg, folder = run_and_guidance(text)
         model = pf.load(run)
-        folder = re.sub(r"[^\w.]+", "-", text).strip("-")
         asked = Asked(
-            str(out / folder / "plan.json"), cli.numbers("run", scales.split(",")),
-            noises=_NOISES.value, choose_patches=_PATCHES.value,
+            str(out / folder / "plan.json"), cfg,
+            flops=1.0, noises=_NOISES.value, choose_patches=_PATCHES.value,
         )  # fmt: skip
-        cfg = asked.scales(model)
-        both = asked.trajectories(model, cfg, asked.target())
-        rows += [(text, *found) for found in sorted(compared(Field(model), cfg, *both))]
+        both = asked.trajectories(model, asked.scales(model), asked.target())
+        rows += [(text, *found) for found in sorted(compared(Field(model), asked, *both))]
         print(f"{text}: compared", flush=True)
     text = _table(rows)
     (out / ("patches.md" if _PATCHES.value else "allocations.md")).write_text(text)
@@ -74,15 +71,17 @@ def main() -> None:
 
 
 def _allocations(
-    field: Field, cfg: Choice, fit: Trajectories, held_out: Trajectories
+    field: Field, asked: Asked, fit: Trajectories, held_out: Trajectories
 ) -> Iterator[tuple[Any, ...]]:
     """(FLOPs, by hand, chosen, their errors) of each allocation by hand."""
-    from ppflow_jax.tune.allocate import Budget, best_allocation, start_of
+    from ppflow_jax.tune.allocate import best_allocation, start_of
+    from ppflow_jax.tune.command import budget_of
     from ppflow_jax.tune.fit import closed_form, error
 
-    costs = tuple(_cost(field, stage, scale) for stage, scale in enumerate(cfg))
+    cfg = asked.scales(field.model)
+    _, whole = budget_of(field, cfg, asked)
     for counts in _shares(field.model.config.pyramid):
-        budget = Budget(Budget(0.0, costs).of(counts), costs, "of an evaluation of SiT")
+        budget = replace(whole, limit=whole.of(counts))
         by_hand = closed_form(field, start_of(field, cfg, counts), fit)[0]
         chosen = best_allocation(field, cfg, budget, fit)
         names = ["+".join(map(str, plan.counts.values())) for plan in (by_hand, chosen)]
@@ -107,9 +106,10 @@ def _shares(pyramid: Any) -> list[Choice]:
 
 
 def _patches(
-    field: Field, cfg: Choice, fit: Trajectories, held_out: Trajectories
+    field: Field, asked: Asked, fit: Trajectories, held_out: Trajectories
 ) -> Iterator[tuple[Any, ...]]:
     """(FLOPs, by hand, chosen, their errors) of each pyramid by hand."""
+    from ppflow_jax.tune.command import budget_of
     from ppflow_jax.tune.fit import closed_form, error
     from ppflow_jax.tune.patches import (
         assigned,
@@ -120,12 +120,12 @@ def _patches(
         with_patches,
     )
 
+    cfg = asked.scales(field.model)
+    cost, _ = budget_of(field, cfg, asked)
     times = np.linspace(fit.times[0], fit.times[-1], PATCHED + 1)
     times = np.float32(times).astype(float)
     errors, scales = patch_errors(field, cfg, times, fit), scales_at(field, cfg, times)
-    costs = np.array(
-        [[_cost(field, stage, scale) for stage in range(len(cfg))] for scale in scales]
-    )
+    costs = np.array([[cost(stage, scale) for stage in range(len(cfg))] for scale in scales])
     for patches in _changing(times, len(cfg)):
         limit = float(sum(costs[i, stage] for i, stage in enumerate(patches)))
         by_hand = closed_form(field, with_patches(field, cfg, times, patches), fit)[0]
@@ -146,25 +146,12 @@ def _changing(times: np.ndarray, stages: int) -> list[Choice]:
     return list(found)
 
 
-def _cost(field: Field, stage: int, scale: float) -> float:
-    """FLOPs of an evaluation under guidance, as a share of one of SiT's without."""
-    from dataclasses import replace
-
-    from ppflow_jax.models.flops import forward_flops
-    from ppflow_jax.pyramid import Pyramid, Stage
-
-    model = field.model.config
-    fine = Pyramid((Stage(1.0, model.pyramid.stages[-1].patch),))
-    sit = forward_flops(replace(model, pyramid=fine), 0)
-    return forward_flops(model, stage) * (2 if scale != 1 else 1) / sit
-
-
 def _table(rows: list[tuple[Any, ...]]) -> str:
-    head = ("run", "FLOPs", "by hand", "error", "chosen", "error", "ratio")
+    head = ("run", "of SiT's FLOPs", "by hand", "error", "chosen", "error", "ratio")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for run, cost, by_hand, chosen, theirs, ours in rows:
         lines.append(
-            f"| {run} | {cost:.2f} | {by_hand} | {theirs:.4f} | {chosen} | {ours:.4f} | "
+            f"| {run} | {cost:.1%} | {by_hand} | {theirs:.4f} | {chosen} | {ours:.4f} | "
             f"{ours / theirs:.2f} |"
         )
     return "\n".join(lines) + "\n"

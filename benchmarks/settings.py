@@ -1,14 +1,16 @@
-"""What a folder of kept runs was made with."""
+"""What a folder of kept runs was made with; runs with their guidance."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from configs import common
+from ppflow_jax import cli
 from ppflow_jax.errors import InputError
 from ppflow_jax.files.disk import atomic
 
@@ -46,3 +48,15 @@ def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
         path = f"{above}{name}"
         found |= _flat(value, f"{path}.") if isinstance(value, dict) else {path: value}
     return found
+
+
+def run_and_guidance(text: str) -> tuple[str, tuple[float, ...], str]:
+    """The run, the guidance scales and the name of a folder for RUN@GUIDANCE.
+
+    Raises:
+      InputError: not of that form.
+    """
+    run, at, scales = text.rpartition("@")
+    if not at:
+        raise InputError(f"--run={text}: write RUN@GUIDANCE, as runs/l2@1,2")
+    return run, cli.numbers("run", scales.split(",")), re.sub(r"[^\w.]+", "-", text).strip("-")

@@ -11,15 +11,14 @@ calibrated once. Writes DIR/errors.md and DIR/errors.png. Exit code 0 only if ev
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from pathlib import Path
 
 from absl import flags
 
+from benchmarks.settings import run_and_guidance
 from ppflow_jax import cli
-from ppflow_jax.errors import InputError
 
 _RUN = flags.DEFINE_multi_string("run", None, "RUN@GUIDANCE, as runs/l2@1,2.")
 _OUT = flags.DEFINE_string("out", None, "Folder of plans, table and figure.")
@@ -37,11 +36,8 @@ def main() -> None:
     keep_scratch()
     out, rows = Path(_OUT.value), []
     for text in _RUN.value:
-        run, at, scales = text.rpartition("@")
-        if not at:
-            raise InputError(f"--run={text}: write RUN@GUIDANCE, as runs/l2@1,2")
-        cfg, model = cli.numbers("run", scales.split(",")), pf.load(run)
-        folder = out / re.sub(r"[^\w.]+", "-", text).strip("-")
+        run, cfg, name = run_and_guidance(text)
+        model, folder = pf.load(run), out / name
         for budget in map(int, _EVALUATIONS.value):
             file, start = folder / f"{budget}.json", time.monotonic()
             if not file.exists():

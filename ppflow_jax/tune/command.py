@@ -62,7 +62,7 @@ def tune(model: Model, asked: Asked) -> str:
         return tune_forecast(model, asked)
     asked.check_budget()
     cfg, field = asked.scales(model), Field(model, asked.cfg_channels)
-    cost, budget = _budget(field, cfg, asked)
+    cost, budget = budget_of(field, cfg, asked)
     budget.allocations()
     out = asked.target()
     fit, held_out = asked.trajectories(model, cfg, out)
@@ -126,7 +126,7 @@ def _said(plan: Fitted, usual: Fitted, errors: dict[str, float], out: Path) -> s
     )
 
 
-def _budget(
+def budget_of(
     field: Field, cfg: tuple[float, ...], asked: Asked
 ) -> tuple[Callable[[int, float], float], Budget]:
     """The cost of an evaluation of a stage under a guidance scale, and the budget.
