@@ -6,6 +6,7 @@ final projection and the level embedding are per stage; the transformer blocks a
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -66,8 +67,7 @@ class PPFlow(nnx.Module):
         one_time: bool = False,
     ):
         self.config, self.remat, self.layout = config, remat, layout
-        self.one_time = one_time
-        self.run = Execution(dtype, programs, layout)
+        self.run, self.one_time = Execution(dtype, programs, layout), one_time
         width, pyramid = config.width, config.pyramid
         out_channels = config.channels * (2 if config.learn_sigma else 1)
         areas = [s.patch[0] * s.patch[1] for s in pyramid.stages]
@@ -187,9 +187,8 @@ class PPFlow(nnx.Module):
             hs, auxes, found = zip(*(walk(self, stack, *one, taps) for one in walks))
         else:
             changes = turn(self.config, lambda: self.conditions, vectors)
-            hs, seen, auxes, found = stack(
-                hs, seen, signals, tuple(map(self.grid, stages)), taps, changes
-            )
+            grids = tuple(map(self.grid, stages))
+            hs, seen, auxes, found = stack(hs, seen, signals, grids, taps, changes)
             cs = seen if changes else cs
         predictions = (self.prediction(*each) for each in zip(hs, cs, stages))
         terms = (self.config.block.terms(aux | more) for aux, more in zip(auxes, given))
@@ -212,19 +211,12 @@ class PPFlow(nnx.Module):
     ) -> Float[Array, "b h w c"]:
         """What the tokens that leave the trunk predict."""
         config = self.config
-        out = unpatchify(
-            self.final(h, c, stage), self.grid(stage), config.pyramid.stages[stage].patch
-        )
+        patch = config.pyramid.stages[stage].patch
+        out = unpatchify(self.final(h, c, stage), self.grid(stage), patch)
         return out[..., : config.channels]
 
 
-def _module(
-    config: ModelConfig,
-    key: jax.Array,
-    dtype: DTypeLike = jnp.float32,
-    remat: str = "none",
-    **options: Any,
-) -> nnx.Module:
+def _module(config: ModelConfig, key, dtype=jnp.float32, remat="none", **options) -> nnx.Module:
     make = PPFlow if config.network is None else config.network.module
     return make(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(key), **options)
 
@@ -237,7 +229,19 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
 
 def abstract_params(config: ModelConfig) -> Params:
     """Shapes and dtypes of `init_params` without touching memory."""
+    return jax.tree.map(lambda leaf: leaf, _shapes(config))  # its dicts are the caller's own
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(config: ModelConfig) -> Params:
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+@functools.lru_cache(maxsize=64)
+def _graphdef(config: ModelConfig, dtype: DTypeLike, remat: str, **options: Any) -> nnx.GraphDef:
+    """What a module of these is but for its leaves; to trace one takes most of a second."""
+    made = nnx.eval_shape(lambda: _module(config, jax.random.key(0), dtype, remat, **options))
+    return nnx.split(made)[0]
 
 
 def make_apply(
@@ -269,10 +273,7 @@ def make_apply(
     """
     programs = programs or for_passes(dtype=dtype, head=config.head_width)
     check_remat(remat, programs)
-    options = dict(programs=programs, layout=layout, one_time=one_time)
-    graphdef, _ = nnx.split(
-        nnx.eval_shape(lambda: _module(config, jax.random.key(0), dtype, remat, **options))
-    )
+    graphdef = _graphdef(config, dtype, remat, programs=programs, layout=layout, one_time=one_time)
     if config.network is not None and not config.has_trunk:
         return whole(config.network, graphdef, layout)
 
