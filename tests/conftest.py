@@ -85,6 +85,13 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _small_heap():
+    """What a file traced and compiled is let go: in gigabytes of it everything takes longer."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def key():
     return jax.random.key(0)

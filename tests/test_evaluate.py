@@ -184,6 +184,7 @@ def test_too_few_images_are_judged_and_said(folder):
     assert code == 1 and "need at least 4 images" in last_line(err)
 
 
+@pytest.mark.long
 def test_training_of_a_feature_network(folder, monkeypatch):
     import ppflow_jax.evaluate.command as command
 

@@ -22,13 +22,17 @@ REPEATED = {
     "ppflow_l2/likelihood": ("euler_n5_logp",),
     "sit/train": tuple(f"loss_{path}_{s}" for path in ("GVP", "VP") for s in _SCORES),
 }
+# Kinds of two levels, with three
+_LONG = ("ppflow_l3/ode", "ppflow_l3/likelihood", "ppflow_l3/train")
 
 
 def test_nothing_of_the_selection_is_left_out():
     assert len(GROUPS) == 26
 
 
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize(
+    "group", [pytest.param(g, marks=[pytest.mark.long] * (g in _LONG)) for g in GROUPS]
+)
 def test_within_bounds(group, monkeypatch):
     left_out = REPEATED.get(group, ())
 

@@ -337,6 +337,7 @@ def test_sample_from_a_converted_file_and_decode(tmp_path, ppflow2):
     assert Image.open(tmp_path / "out" / "grid.png").size == (132, 66)
 
 
+@pytest.mark.long
 def test_train_from_a_converted_file_and_back(tmp_path):
     """A step with a tiny learning rate changes nothing: the export is what came in."""
     config = ModelConfig(

@@ -12,6 +12,7 @@ from ppflow_jax.train.metrics_log import read_metrics
 from tests.commands import SMALL, run, train
 from tests.processes import Group
 
+pytestmark = pytest.mark.long
 SHORT = [*SMALL, "--config.train.steps=4", "--config.optim.schedule=constant"]
 MESH = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
 
@@ -70,7 +71,6 @@ def test_what_two_processes_measure_one_measures_again(two):
     assert online == pytest.approx(json.loads(out.read_text())["metrics"]["fid"], rel=1e-4)
 
 
-@pytest.mark.long
 def test_a_bad_example_in_the_rows_of_one_process_ends_both(tmp_path):
     x = np.zeros((16, 8, 8, 1), np.float32)  # a batch is an epoch
     x[5, 0, 0, 0] = np.nan
@@ -84,7 +84,6 @@ def test_a_bad_example_in_the_rows_of_one_process_ends_both(tmp_path):
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
-@pytest.mark.long
 def test_one_process_goes_on_with_another_mesh(two):
     workdir, _ = two
     code, out, err = train(workdir, *SHORT, "--config.train.steps=5", "--config.mesh.fsdp=4")

@@ -11,9 +11,9 @@ from ppflow_jax.devices.programs import Programs
 from ppflow_jax.errors import InputError
 from ppflow_jax.models.config import ModelConfig
 from ppflow_jax.models.layers import layer_norm
-from ppflow_jax.models.network import init_params, make_apply
 from ppflow_jax.models.stack import Taps, cuts
 from ppflow_jax.pyramid import PPFLOW2
+from tests.systems.checks import compiled, random_params
 
 MODEL = ModelConfig(PPFLOW2, latent_size=8, channels=2, width=16, depth=4, heads=2, num_classes=3)
 ALL = Taps(h=(1, 3, 4), logits=(1, 2))
@@ -21,10 +21,7 @@ ALL = Taps(h=(1, 3, 4), logits=(1, 2))
 
 @pytest.fixture(scope="module")
 def params():
-    key = jax.random.key(0)
-    return jax.tree.map(
-        lambda leaf: leaf + 0.2 * jax.random.normal(key, leaf.shape), init_params(MODEL, key)
-    )
+    return random_params(MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +31,7 @@ def inputs():
 
 
 def programs(unrolled):
-    return make_apply(MODEL, programs=Programs(unrolled=unrolled))
+    return compiled(MODEL, programs=Programs(unrolled=unrolled))
 
 
 @pytest.mark.parametrize("unrolled", [False, True])
@@ -79,7 +76,8 @@ def test_taps_leave_prediction_and_gradient(params, inputs, taps, unrolled):
         output = programs(unrolled)(params, *inputs, 1, taps=taps)
         return jnp.sum(jnp.square(output.prediction if taps else output))
 
-    plain, tapped = (jax.value_and_grad(loss)(params, t) for t in (Taps(), taps))
+    both = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    plain, tapped = (both(params, t) for t in (Taps(), taps))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), plain, tapped)
 
 

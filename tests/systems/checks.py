@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppflow_jax.flow.method import Evaluation
-from ppflow_jax.models.network import abstract_params
+from ppflow_jax.models.network import abstract_params, make_apply
 
 
 def within(rows):
@@ -24,6 +24,11 @@ def first_full(method, call, inputs):
 def random_params(model):
     """Parameters under which every part of the network shows in the output."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda s: jnp.float32(0.3 * rng.normal(size=s.shape)), abstract_params(model)
-    )
+    draw = lambda s: jnp.asarray(np.float32(0.3 * rng.normal(size=s.shape)))
+    return jax.tree.map(draw, abstract_params(model))
+
+
+def compiled(model, **options):
+    """The network as one program: otherwise every operation of every shape is one."""
+    named = ("taps", "parts", "on")
+    return jax.jit(make_apply(model, **options), static_argnums=(4, 5), static_argnames=named)

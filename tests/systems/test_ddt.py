@@ -30,7 +30,7 @@ from ppflow_jax.systems.registry import take_block
 from ppflow_jax.train.optimizer import OptimConfig, make_optimizer, muon_axes
 from tests import commands
 from tests.pages import ROOT
-from tests.systems.checks import random_params, within
+from tests.systems.checks import compiled, random_params, within
 from tests.systems.ddt_restated import Restated
 from tests.systems_parity import SYSTEMS, Reference
 
@@ -88,7 +88,7 @@ def test_a_fresh_one_gives_exactly_nothing():
     params = jax.jit(lambda: init_params(MODEL, jax.random.key(0)))()
     x = jnp.ones((2, *MODEL.shape))
     for stage in range(2):
-        out = make_apply(MODEL)(params, x, jnp.array([0.2, 0.9]), jnp.array([0, 5]), stage)
+        out = compiled(MODEL)(params, x, jnp.array([0.2, 0.9]), jnp.array([0, 5]), stage)
         assert not np.any(out)
 
 
@@ -126,7 +126,7 @@ def test_a_coarse_token_turns_as_the_first_fine_one_in_it():
     np.testing.assert_array_equal(angles((4, 8), (8, 8), 16).reshape(4, 8, -1), fine[::2])
     model = replace(MODEL, pyramid=PPFLOW3)
     params, x = random_params(model), jnp.ones((1, *MODEL.shape))
-    out = make_apply(model)(params, x, jnp.array([0.6]), jnp.array([1]), 1)
+    out = compiled(model)(params, x, jnp.array([0.6]), jnp.array([1]), 1)
     assert np.isfinite(out).all() and out.shape == x.shape
 
 
@@ -199,7 +199,7 @@ def test_frequencies_do_not_decay(name):
 
 
 def test_taps_are_of_the_encoder():
-    apply = make_apply(MODEL)
+    apply = compiled(MODEL)
     x, t, y = jnp.ones((1, *MODEL.shape)), jnp.array([0.7]), jnp.array([1])
     out = apply(random_params(MODEL), x, t, y, 1, taps=Taps(h=(1, 2)))
     assert out.taps["h/2"].shape == (1, 16, 16)

@@ -27,7 +27,7 @@ from ppflow_jax.systems.dense2moe import Dense2MoE, importance, ordered, shared_
 from ppflow_jax.systems.moe import MoE
 from ppflow_jax.train.importance import check_measurable, unit_importance
 from tests import commands
-from tests.systems.checks import random_params
+from tests.systems.checks import compiled, random_params
 
 DENSE = ModelConfig(PPFLOW2, 8, 4, width=16, depth=2, heads=2, num_classes=5)
 PART = Dense2MoE(experts=6, top_k=2)
@@ -125,18 +125,15 @@ def test_a_token_passes_the_experts_with_the_largest_scores(program):
 
 def through(part, blocks, x, program):
     """The branch of the first block."""
-    apply = make_apply(model_of(part), programs=Programs(experts=program))
-    found = []
+    apply = compiled(model_of(part), programs=Programs(experts=program))
 
     def trunk(stacked, h, c):
         first = jax.tree.map(lambda leaf: leaf[0], stacked)
-        found.append(part(first, x)[0])
-        return h, None
+        return h, part(first, x)[0]
 
     params = random_params(DENSE) | {"blocks": blocks}
     zeros = jnp.zeros((1, 8, 8, 4)), jnp.zeros(1), jnp.zeros(1, int)
-    apply(params, *zeros, 1, trunk=trunk)
-    return found[0]
+    return apply(params, *zeros, 1, trunk)[1]
 
 
 def test_units_and_experts_in_another_order_are_the_same_model():

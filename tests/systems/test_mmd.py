@@ -68,9 +68,9 @@ def test_of_one_distribution_it_is_zero_in_the_mean():
 def test_samples_are_those_of_the_sampler(params):
     objective = Mmd(steps=3, scale=2.0).on(BASE, MODEL)
     noise, labels = jax.random.normal(jax.random.key(1), (4, *MODEL.shape)), jnp.arange(4)
-    ours = objective.samples(APPLY, params, noise, labels)
+    ours = jax.jit(lambda p: objective.samples(APPLY, p, noise, labels))(params)
     config = SamplerConfig("euler", 3, cfg=(2.0,))
-    theirs = Sampler(APPLY, MODEL, Flow(), config)(params, noise, labels)
+    theirs = jax.jit(Sampler(APPLY, MODEL, Flow(), config))(params, noise, labels)
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -116,8 +116,10 @@ def test_other_features_take_the_place_of_the_teachers(params):
     pixels = replace(plain, features=lambda apply, teacher, x, blur: x.reshape(len(x), -1))
     batch = batch_of(6)
     draws = pixels.draw(jax.random.key(2), batch)
-    found, _ = pixels.loss(APPLY, params, {"teacher": params}, batch, draws, {})
-    x = pixels.samples(APPLY, params, draws.noise, draws.labels)
+    loss = lambda p: pixels.loss(APPLY, p, {"teacher": p}, batch, draws, {})
+    (found, _), x = jax.jit(
+        lambda p: (loss(p), pixels.samples(APPLY, p, draws.noise, draws.labels))
+    )(params)
     ours = mmd2(x.reshape(6, -1), batch["x"].reshape(6, -1))
     assert float(found) == pytest.approx(float(ours), rel=1e-4)
 

@@ -43,7 +43,7 @@ from ppflow_jax.systems.ppcl import (
     normalised_l1,
 )
 from tests.commands import run
-from tests.systems.checks import random_params, within
+from tests.systems.checks import compiled, random_params, within
 from tests.systems_parity import SYSTEMS, Reference
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "systems" / "ppcl" / "ppcl.npz"
@@ -51,7 +51,7 @@ RNG = np.random.default_rng(0)
 TEACHER = ModelConfig(PPFLOW2, latent_size=8, channels=1, width=16, depth=5, heads=2, num_classes=4)
 MODEL = replace(TEACHER, students=parse("0:1-3,0:ffn4,1:ffn0,1:2-3"))
 BASE = FlowObjective(PPFLOW2, Flow(), MODEL.null_label)
-APPLY, PLAIN = make_apply(MODEL), make_apply(TEACHER)
+APPLY, PLAIN = compiled(MODEL), compiled(TEACHER)
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ def by_hand(params, given, stage, students):
             block += 1
     blocks = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *found)
     plain = {n: leaf for n, leaf in params.items() if n not in ("blocks", "students")}
-    made = make_apply(replace(TEACHER, depth=len(found)))
+    made = compiled(replace(TEACHER, depth=len(found)))
     return made(plain | {"blocks": blocks}, *given, stage), len(found)
 
 
@@ -230,7 +230,7 @@ def test_a_student_changes_what_is_after_it_alone(params, given):
     with pytest.raises(InputError, match="no student 0:0-1"):
         APPLY(params, *given, 0, on=parse("0:0-1"))
     with pytest.raises(InputError, match="blocks that are alike"):
-        APPLY(params, *given, 0, trunk=lambda blocks, h, c: (h, None))
+        APPLY(params, *given, 0, lambda blocks, h, c: (h, None))
 
 
 def test_a_linear_map_stands_in_for_an_ffn(params, given):
@@ -244,7 +244,7 @@ def test_a_linear_map_stands_in_for_an_ffn(params, given):
         "kernel": jnp.float32(kernel)[None],
         "bias": jnp.float32(bias)[None],
     }
-    ours = make_apply(model)(own, *given, 0)
+    ours = compiled(model)(own, *given, 0)
     blocks = own["blocks"]
     fc1 = {"kernel": jnp.eye(width), "bias": jnp.full(width, shift)}
     fc2 = {
@@ -255,7 +255,7 @@ def test_a_linear_map_stands_in_for_an_ffn(params, given):
         new = jax.tree.map(lambda old, row: old.at[2].set(row), blocks[name], leaf)
         blocks = blocks | {name: new}
     plain = {n: leaf for n, leaf in own.items() if n != "students"} | {"blocks": blocks}
-    expected = make_apply(replace(model, students=()))(plain, *given, 0)
+    expected = compiled(replace(model, students=()))(plain, *given, 0)
     np.testing.assert_allclose(ours, expected, rtol=2e-3, atol=2e-3)
     saved = forward_flops(replace(model, students=()), 0) - forward_flops(model, 0)
     assert saved == 2 * 4 * width * width  # of its 4 tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 
 import numpy as np
+import pytest
 
 import ppflow_jax as pf
 from ppflow_jax.data.cache import CacheSource
@@ -14,6 +15,7 @@ RUNS = commands.ROOT / "tests" / "reference" / "runs"
 OPTIONS = ("--config.optim.schedule=constant", "--config.train.save_every=4")
 
 
+@pytest.mark.long
 def test_a_run_goes_on_as_if_it_had_never_stopped(tmp_path):
     shutil.unpack_archive(RUNS / "run.zip", tmp_path / "old")
     assert pf.load(tmp_path / "old").sample(2).latents.shape == (2, 8, 8, 1)

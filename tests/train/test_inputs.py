@@ -88,6 +88,7 @@ def test_cached_latents_are_those_of_encoding_in_every_step_on_any_mesh(root):
     assert abs(np.corrcoef(noise[0, 0].ravel(), noise[0, 12].ravel())[0, 1]) < 0.3
 
 
+@pytest.mark.long
 def test_training_from_the_cache_equals_training_from_the_pictures(root, tmp_path):
     args = ["--config.model.channels=4", "--config.model.num_classes=3"]
     args += ["--config.data.space=latents", "--config.train.steps=2"]

@@ -127,6 +127,7 @@ def test_the_schedule_of_the_steps_that_are_left(small_sit, tmp_path):
     assert code == 0 and "changed" not in out and "done: step 8" in out
 
 
+@pytest.mark.long
 def test_settings_that_were_accepted_are_the_next_of_the_history(begun, copy):
     data = begun / "data"
     first = history(copy)
@@ -215,6 +216,7 @@ def test_a_run_that_is_further_is_left_as_it_is(begun, copy):
     assert (copy / "config.json").read_bytes() == config
 
 
+@pytest.mark.long
 def test_a_run_of_the_code_before_goes_on_as_it_began(begun, tmp_path):
     """Without warm-up of the EMA, by the same command, however often it is given."""
     data, off = begun / "data", "--config.train.ema_warmup=false"

@@ -123,6 +123,7 @@ def test_a_workdir_in_use_is_refused_until_its_run_is_dead(small_run, tmp_path):
     assert code == 0 and "continuing from step 6" in out
 
 
+@pytest.mark.long
 def test_killed_and_rerun_equals_uninterrupted(small_run, tmp_path):
     env = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "ppflow_jax.main", "--config=configs/digits.py", *SMALL]
@@ -212,6 +213,7 @@ def alone():
     return run_steps(single())[0]
 
 
+@pytest.mark.long
 def test_eight_devices_equal_one():
     sizes = 2, 2, 2
     losses, state = run_steps(make_mesh(*sizes))
