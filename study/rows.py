@@ -90,12 +90,8 @@ ROWS = {
         "2 levels, every patch size trained on all times", TWO,
         {"flow.stage_times": ((0.0, 1.0), (0.0, 1.0))},
     ),
-    "expand2": Row(
-        "SiT, expanded to 2 levels, 10% more steps", TWO, starts_from="sit", steps=0.1
-    ),
-    "expand3": Row(
-        "SiT, expanded to 3 levels, 10% more steps", THREE, starts_from="sit", steps=0.1
-    ),
+    "expand2": Row("SiT expanded to 2 levels, 10% more steps", TWO, starts_from="sit", steps=0.1),
+    "expand3": Row("SiT expanded to 3 levels, 10% more steps", THREE, starts_from="sit", steps=0.1),
     "repa": Row("2 levels, REPA", TWO, REPA, phases=((1.0, {"repa": 0.5}),)),
     "repa_half": Row(
         "2 levels, REPA for half of the steps", TWO, REPA, phases=((0.5, {"repa": 0.5}), (1.0, {}))
@@ -109,6 +105,7 @@ ROWS = {
         "2 levels, self-conditioning", TWO, {"model.conditions": ("selfcond:name=middle",)}
     ),
     "longer": Row("2 levels, 50% more steps", TWO, starts_from="levels2", steps=0.5),
+    "twice": Row("2 levels, 100% more steps", TWO, starts_from="levels2"),
     "moe1": Row(
         "2 levels, upcycled to 1 of 4 experts, 50% more steps", TWO,
         {"model.ffn": f"{MOE},top_k=1"}, starts_from="levels2", costs_as="longer",
@@ -123,6 +120,9 @@ ROWS = {
     "shifted": Row(
         "2 levels, logit-normal times shifted by 2", TWO,
         {"flow.shift": 2.0, "flow.times": "logit_normal:mean=0,std=1"},
+    ),
+    "rope": Row(
+        "2 levels, rotary positions and SwiGLU", TWO, {"model.mixer": "rope", "model.ffn": "swiglu"}
     ),
     "ddt": Row("SiT with a wide head, like FLOPs", "2x2@1", DDT),
     "ddt2": Row("2 levels with a wide head, like FLOPs", TWO, DDT),
