@@ -133,6 +133,7 @@ def test_a_weight_file_is_no_checkpoint(tmp_path):
     assert code == 1 and "ppflow convert --source=sit.pt --target=DIR" in err
 
 
+@pytest.mark.long
 def test_the_architecture_comes_from_the_weights(small_sit, tmp_path):
     shutil.copytree(small_sit, tmp_path / "start")
     data = ["--config.data.batch_size=16", "--config.train.steps=2", "--config.sample.count=8"]

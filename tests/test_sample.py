@@ -191,6 +191,7 @@ def write_lines(path, *lines):
     return path
 
 
+@pytest.mark.long
 def test_requests_have_the_bits_of_commands_of_their_own(model, tmp_path):
     asked = [
         {"label": 3, "seed": 7, "guidance": [1, 2.5]},

@@ -22,8 +22,8 @@ REPEATED = {
     "ppflow_l2/likelihood": ("euler_n5_logp",),
     "sit/train": tuple(f"loss_{path}_{s}" for path in ("GVP", "VP") for s in _SCORES),
 }
-# Kinds of two levels, with three
-_LONG = ("ppflow_l3/ode", "ppflow_l3/likelihood", "ppflow_l3/train")
+# Kinds that are compared with another number of levels too
+_LONG = ("sit/ode", "ppflow_l2/sde", "ppflow_l3/ode", "ppflow_l3/likelihood", "ppflow_l3/train")
 
 
 def test_nothing_of_the_selection_is_left_out():

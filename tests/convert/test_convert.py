@@ -303,6 +303,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_sample_from_a_converted_file_and_decode(tmp_path, ppflow2):
     ref = np.load(REFERENCE / "convert" / "ode.npz")
     save_torch_file(tmp_path / "model.pt", {"ema": ppflow2, "model": {}, "opt": {}})

@@ -24,6 +24,7 @@ print(min([call() for _ in range(10)][-5:]), scratch)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+@pytest.mark.long
 def test_scratch_is_kept_between_calls():
     def run(argument):
         command = [sys.executable, "-c", PROGRAM, argument]

@@ -30,6 +30,7 @@ def test_a_run_goes_on_as_if_it_had_never_stopped(tmp_path):
             np.testing.assert_allclose(old[name], new[name], atol=1e-5, err_msg=name)
 
 
+@pytest.mark.long
 def test_a_cache_is_read_and_trained_on(tmp_path):
     shutil.unpack_archive(RUNS / "cache.zip", tmp_path / "cache")
     source = CacheSource(str(tmp_path / "cache"))

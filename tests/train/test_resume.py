@@ -96,6 +96,7 @@ def test_what_changes_the_numbers_is_refused_in_one_line(begun, args, said):
     assert contents(workdir) == before
 
 
+@pytest.mark.long
 def test_what_leaves_the_numbers_is_said(begun, copy):
     said = {
         "sample.steps=3": "sample.steps: 2 -> 3",
@@ -116,6 +117,7 @@ def test_what_leaves_the_numbers_is_said(begun, copy):
     assert [entry["from_step"] for entry in history(copy)] == [0, 2]
 
 
+@pytest.mark.long
 def test_the_schedule_of_the_steps_that_are_left(small_sit, tmp_path):
     """A longer cosine would lift the learning rate; one that ends here changes nothing."""
     run, longer = shutil.copytree(small_sit, tmp_path / "run"), "--config.train.steps=8"

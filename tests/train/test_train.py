@@ -142,6 +142,7 @@ def test_killed_and_rerun_equals_uninterrupted(small_run, tmp_path):
         assert same(weights(tmp_path, which), weights(small_run, which))
 
 
+@pytest.mark.long
 def test_init_from_takes_weights_only(small_run, tmp_path):
     first = weights(small_run, "ema")
     args = [f"--config.init_from={small_run}", "--config.optim.lr=1e-30", "--config.train.ema=0"]
