@@ -231,7 +231,8 @@ SYSTEMS = (
         "as many of every group as asked; what is left out is as if it were not there",
         "the router looks at the time alone; gates are 0 or 1 with the gradient of a softmax",
         "tests/systems/test_mixture_of_blocks.py",
-        NOT_MEASURED,
+        "digits, 2 levels, 3 seeds: 2 of 3 blocks, FID 6.3 at 42% of the FLOPs of its teacher, which "
+        "has 6.1 ([dense2moe.md](dense2moe.md#what-it-gained-here))",
     ),
     System(
         "Numbers of experts by stage",
@@ -314,7 +315,8 @@ SYSTEMS = (
         "routers end in zeros at first, so that the start is exact; slices are static, of steps or "
         "stages; capacity for tokens is fixed; TD-LoRA is not here (no code found)",
         "tests/systems/test_dydit.py",
-        NOT_MEASURED,
+        "digits, 2 levels, 3 seeds: the same samples at 70 to 74% of plain blocks' FLOPs with four "
+        "widths, at 91 to 99% with one ([dydit.md](dydit.md#what-it-gained-here))",
     ),
     System(
         "Training of DyDiT",
@@ -329,7 +331,8 @@ SYSTEMS = (
         "step; no term for few tokens, whose weight is 0 in the release; heads and units are not "
         "sorted by importance first, as in the release",
         "tests/systems/test_dydit.py",
-        NOT_MEASURED,
+        "digits, 2 levels, 3 seeds: FID 5.6, plain blocks trained as long 6.9; 2.5 and 2.3 with an "
+        "unguided coarse stage, undecided ([dydit.md](dydit.md#what-it-gained-here))",
     ),
     System(
         "TD-LN (DiMR)",
