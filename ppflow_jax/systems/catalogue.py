@@ -231,8 +231,8 @@ SYSTEMS = (
         "as many of every group as asked; what is left out is as if it were not there",
         "the router looks at the time alone; gates are 0 or 1 with the gradient of a softmax",
         "tests/systems/test_mixture_of_blocks.py",
-        "digits, 2 levels, 3 seeds: 2 of 3 blocks, FID 6.3 at 42% of the FLOPs of its teacher, which "
-        "has 6.1 ([dense2moe.md](dense2moe.md#what-it-gained-here))",
+        "digits, 2 levels, 3 seeds: 2 of 3 blocks, FID 6.3 at 42% of the FLOPs of the teacher, "
+        "which has 6.1 ([dense2moe.md](dense2moe.md#what-it-gained-here))",
     ),
     System(
         "Numbers of experts by stage",
