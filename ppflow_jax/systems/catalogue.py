@@ -244,8 +244,9 @@ SYSTEMS = (
         "samples and FLOPs of a stage are those of a model with so many experts",
         "a number for every stage, not one for the model",
         "tests/systems/test_dense2moe.py",
-        "digits, 2 levels, 3 seeds: two experts, none in the coarse stage, none at all have FID 6.1, "
-        "6.0, 6.0 at 39%, 38%, 34% of SiT's FLOPs ([dense2moe.md](dense2moe.md#what-it-gained-here))",
+        "digits, 2 levels, 3 seeds: two experts, none in the coarse stage, none at all have FID "
+        "6.1, 6.0, 6.0 at 39%, 38%, 34% of SiT's FLOPs "
+        "([dense2moe.md](dense2moe.md#what-it-gained-here))",
     ),
     System(
         "REPA",
