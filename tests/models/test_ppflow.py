@@ -10,6 +10,7 @@ import pytest
 from ppflow_jax.convert.keys import key_table, to_torch
 from ppflow_jax.devices.programs import Programs
 from ppflow_jax.errors import InputError
+from ppflow_jax.models import network
 from ppflow_jax.models.config import SIZES, ModelConfig
 from ppflow_jax.models.network import abstract_params, init_params, make_apply, unstacked
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT, Pyramid
@@ -193,3 +194,20 @@ def test_unknown_remat_policy_is_refused():
         make_apply(TINY, remat="all")
     with pytest.raises(InputError, match="remat 'full' is for blocks that are scanned"):
         make_apply(TINY, remat="full", programs=Programs(unrolled=True))
+
+
+def test_a_network_is_traced_once_and_its_shapes_are_the_callers_own(monkeypatch):
+    model, other = (dataclasses.replace(TINY, num_classes=n) for n in (17, 18))
+    shapes = jax.tree.map(lambda leaf: leaf.shape, abstract_params(model))
+    make_apply(model)
+
+    def refuse(*args, **options):
+        raise AssertionError("traced again")
+
+    monkeypatch.setattr(network, "_module", refuse)
+    abstract_params(model)["blocks"].clear()
+    assert jax.tree.map(lambda leaf: leaf.shape, abstract_params(model)) == shapes
+    make_apply(model)
+    for own in (dict(config=other), dict(config=model, remat="full")):
+        with pytest.raises(AssertionError, match="traced again"):
+            make_apply(**own)
