@@ -473,8 +473,8 @@ SYSTEMS = (
         "stages have projections and a level embedding of their own; a head that is too narrow for "
         "a stage is refused; kernels start as DiT's",
         "tests/systems/test_ddt.py",
-        "digits, 2 levels, 3 seeds, at like FLOPs: worse, FID 10.8, plain blocks 6.1; by tuned plans "
-        "of 8 evaluations 10.1 and 6.1 ([rae.md](rae.md))",
+        "digits, 2 levels, 3 seeds, at like FLOPs: worse, FID 10.8, plain blocks 6.1; by tuned "
+        "plans of 8 evaluations 10.1 and 6.1 ([rae.md](rae.md))",
     ),
     System(
         "2-D rotary positions and SwiGLU",
