@@ -30,5 +30,5 @@ def random_params(model):
 
 def compiled(model, **options):
     """The network as one program: otherwise every operation of every shape is one."""
-    named = ("taps", "parts", "on")
+    named = ("trunk", "taps", "parts", "on")
     return jax.jit(make_apply(model, **options), static_argnums=(4, 5), static_argnames=named)
