@@ -239,7 +239,7 @@ def _shapes(config: ModelConfig) -> Params:
 
 @functools.lru_cache(maxsize=64)
 def _graphdef(config: ModelConfig, dtype: DTypeLike, remat: str, **options: Any) -> nnx.GraphDef:
-    """What a module of these is but for its leaves; to trace one takes most of a second."""
+    """What a module of these is but for its leaves; to trace one takes 0.2 s."""
     made = nnx.eval_shape(lambda: _module(config, jax.random.key(0), dtype, remat, **options))
     return nnx.split(made)[0]
 

@@ -34,7 +34,7 @@ from ppflow_jax.systems.registry import NETWORKS, take_block, take_network
 from ppflow_jax.train.experiment import Experiment
 from tests import commands
 from tests.meshes import check_alike, one_and_eight
-from tests.systems.checks import random_params
+from tests.systems.checks import compiled, random_params
 
 # Settings of `config.model` by name
 KINDS: dict[str, dict[str, Any]] = {
@@ -173,8 +173,8 @@ def test_unrolled_scanned_and_both_stages_at_once_agree(name):
     params, key = random_params(model), jax.random.key(0)
     xs = tuple(jax.random.normal(jax.random.fold_in(key, i), (2, *model.shape)) for i in range(2))
     ts, ys = (jnp.array([0.1, 0.4]), jnp.array([0.6, 0.9])), (jnp.array([0, 1]), jnp.array([4, 5]))
-    scanned = jax.jit(make_apply(model, programs=Programs()), static_argnums=4)
-    unrolled = jax.jit(make_apply(model, programs=Programs(unrolled=True)), static_argnums=4)
+    scanned = compiled(model, programs=Programs())
+    unrolled = compiled(model, programs=Programs(unrolled=True))
     alone = [scanned(params, *each) for each in zip(xs, ts, ys, (0, 1))]
     both = unrolled(params, xs, ts, ys, (0, 1))
     for a, b in zip(alone, both):

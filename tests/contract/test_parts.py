@@ -35,7 +35,7 @@ from ppflow_jax.train.experiment import Experiment
 from ppflow_jax.train.init_from import open_start
 from tests import commands
 from tests.meshes import check_alike, one_and_eight
-from tests.systems.checks import random_params
+from tests.systems.checks import compiled, random_params
 
 # Settings of `config.model` by name: each is a part with its own leaves
 PARTS = {
@@ -198,7 +198,7 @@ def test_they_start_from_a_plain_run_and_compute_the_same(small_run):
     x, t = jax.random.normal(jax.random.key(1), (4, *model.shape)), jnp.full(4, 0.4)
     for stage in range(2):
         plain, ours = (
-            jax.jit(make_apply(m), static_argnums=4)(p, x, t, jnp.arange(4), stage)
+            compiled(m)(p, x, t, jnp.arange(4), stage)
             for m, p in ((source.config, params), (model, grown))
         )
         np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)

@@ -36,7 +36,7 @@ from ppflow_jax.systems.registry import take_block
 from ppflow_jax.train.experiment import Experiment
 from tests import commands
 from tests.meshes import check_alike, one_and_eight, smaller
-from tests.systems.checks import random_params
+from tests.systems.checks import compiled, random_params
 
 BLOCKS = "0:0-1,1:1-2"
 BOTH = "0:0-1,0:ffn2,1:ffn0,1:1-2"
@@ -86,7 +86,7 @@ def test_flops_are_those_of_the_compiler():
     given.append(jax.ShapeDtypeStruct((1,), jnp.int32))
 
     def whole(m):
-        work = jax.jit(make_apply(m, programs=Programs()), static_argnums=4)
+        work = compiled(m, programs=Programs())
         return work.lower(abstract_params(m), *given, 1).cost_analysis()["flops"]
 
     ours = forward_flops(plain, 1) - forward_flops(model, 1)

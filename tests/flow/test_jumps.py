@@ -17,11 +17,10 @@ from ppflow_jax.flow.segments import segments_of
 from ppflow_jax.generate.explain import explain
 from ppflow_jax.models.conditions import Channels, Scalar
 from ppflow_jax.models.config import ModelConfig
-from ppflow_jax.models.network import make_apply
 from ppflow_jax.models.parts import Execution
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT
 from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated, with_preset
-from tests.systems.checks import random_params
+from tests.systems.checks import compiled, random_params
 
 SMALL = ModelConfig(PPFLOW2, 8, 4, width=16, depth=2, heads=2, num_classes=5)
 JUMPS = replace(SMALL, conditions=(Scalar("interval", scale=1.0),))
@@ -108,7 +107,7 @@ def test_a_network_without_what_the_sampler_knows_takes_zero():
     model = replace(SMALL, conditions=(Scalar("interval"), Scalar("guidance"), Channels("low")))
     params = random_params(model)
     x, low = (jax.random.normal(jax.random.key(i), (2, *SMALL.shape)) for i in range(2))
-    apply = jax.jit(make_apply(model), static_argnums=4)
+    apply = compiled(model)
     y = {"label": jnp.arange(2), "low": low}
     zero = jnp.zeros(2)
     one = apply(params, x, jnp.full(2, 0.3), y, 0)

@@ -25,7 +25,7 @@ from ppflow_jax.models.network import abstract_params, init_params, make_apply
 from ppflow_jax.models.trees import join, leaves, parted, split
 from ppflow_jax.pyramid import PPFLOW2
 from ppflow_jax.systems.registry import take_block
-from tests.systems.checks import random_params
+from tests.systems.checks import compiled, random_params
 
 BASE = ModelConfig(PPFLOW2, latent_size=8, channels=1, width=16, depth=2, heads=2, num_classes=5)
 KINDS = {
@@ -44,7 +44,7 @@ def output(model, params):
     """Of both stages."""
     x = jax.random.normal(jax.random.key(1), (4, *model.shape))
     inputs = ((a, a) for a in (x, jnp.full(4, 0.4), jnp.arange(4)))
-    both = jax.jit(make_apply(model), static_argnums=4)(params, *inputs, (0, 1))
+    both = compiled(model)(params, *inputs, (0, 1))
     return np.stack([out.prediction for out in both])
 
 

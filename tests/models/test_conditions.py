@@ -1,7 +1,6 @@
 """Conditions of every kind: off is off, they start as nothing, and each image has its own."""
 
 import dataclasses
-import functools
 import json
 import math
 
@@ -25,7 +24,7 @@ from ppflow_jax.models.flops import forward_flops
 from ppflow_jax.models.network import init_params, make_apply
 from ppflow_jax.pyramid import PPFLOW3, SIT
 from ppflow_jax.systems.registry import CONDITIONS, take_conditions
-from tests.systems.checks import random_params
+from tests.systems.checks import compiled, random_params
 
 PLAIN = ModelConfig(PPFLOW3, latent_size=8, channels=3, width=16, depth=2, heads=2, num_classes=5)
 LOW, MASK, SCALE = Channels("low", 2), Channels("mask", 1, drop=0.1), Scalar("w", features=8)
@@ -47,11 +46,6 @@ def told(key=1):
 X, T = jax.random.normal(jax.random.key(0), (B, 8, 8, 3)), jnp.float32([0.2, 0.4, 0.9])
 
 
-@functools.cache
-def apply_of(model):
-    return jax.jit(make_apply(model), static_argnums=4)
-
-
 def test_every_kind_is_here():
     """What the network makes of its own tokens is in tests/systems/test_self_conditioning.py."""
     given = {kind for kind in CONDITIONS.values() if kind.enters != "blocks"}
@@ -66,8 +60,8 @@ def test_fresh_conditions_change_no_bit_and_base_leaves_start_as_without_them():
     params = random_params(PLAIN)
     for stage in STAGES:
         y = told()
-        ours = apply_of(MODEL)(params | {"conditions": own}, X, T, y, stage)
-        np.testing.assert_array_equal(ours, apply_of(PLAIN)(params, X, T, y["label"], stage))
+        ours = compiled(MODEL)(params | {"conditions": own}, X, T, y, stage)
+        np.testing.assert_array_equal(ours, compiled(PLAIN)(params, X, T, y["label"], stage))
 
 
 def test_a_label_alone_may_be_a_dict():
@@ -103,28 +97,28 @@ def test_channels_are_a_wider_patch_projection_of_every_stage():
         "unpatchify": {i: p["out"] for i, p in joined.items()},
     }
     for stage in STAGES:
-        ours = apply_of(model)(params, X, T, {k: y[k] for k in ("label", "low")}, stage)
+        ours = compiled(model)(params, X, T, {k: y[k] for k in ("label", "low")}, stage)
         x = jnp.concatenate([X, y["low"]], axis=-1)
-        theirs = apply_of(wide)(other, x, T, y["label"], stage)[..., :3]
+        theirs = compiled(wide)(other, x, T, y["label"], stage)[..., :3]
         np.testing.assert_allclose(ours, theirs, atol=2e-4)
 
 
 def test_every_condition_shows_and_only_in_its_own_image():
     params, y = random_params(MODEL), told()
     for stage in STAGES:
-        before = apply_of(MODEL)(params, X, T, y, stage)
+        before = compiled(MODEL)(params, X, T, y, stage)
         for name in ("low", "mask", "w"):
             changed = y | {name: y[name].at[1].add(0.5)}
-            after = apply_of(MODEL)(params, X, T, changed, stage)
+            after = compiled(MODEL)(params, X, T, changed, stage)
             difference = np.abs(after - before).max(axis=(1, 2, 3))
             assert difference[1] > 1e-3 and difference[[0, 2]].max() < 1e-5, (name, difference)
 
 
 def test_stages_in_one_pass_are_each_alone():
     params, ys = random_params(MODEL), tuple(told(k) for k in STAGES)
-    outputs = apply_of(MODEL)(params, (X,) * 3, (T,) * 3, ys, (0, 1, 2))
+    outputs = compiled(MODEL)(params, (X,) * 3, (T,) * 3, ys, (0, 1, 2))
     for stage in STAGES:
-        alone = apply_of(MODEL)(params, X, T, ys[stage], stage)
+        alone = compiled(MODEL)(params, X, T, ys[stage], stage)
         np.testing.assert_allclose(outputs[stage].prediction, alone, atol=2e-6)
 
 
@@ -161,7 +155,7 @@ def test_guidance_keeps_what_is_never_dropped():
     predict = lambda x, t, y: apply(params, x, t, y, 0)
     guided = jax.jit(lambda y: Cfg(5, 0, MODEL.conditions)(predict, None, X, T, y, 3.0))(y)
     nothing = y | {"label": jnp.full(B, 5), "mask": jnp.zeros_like(y["mask"])}
-    good, bad = (apply_of(MODEL)(params, X, T, each, 0) for each in (y, nothing))
+    good, bad = (compiled(MODEL)(params, X, T, each, 0) for each in (y, nothing))
     np.testing.assert_allclose(guided, bad + 3 * (good - bad), rtol=1e-4, atol=1e-3)
 
 

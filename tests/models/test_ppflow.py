@@ -14,6 +14,7 @@ from ppflow_jax.models import network
 from ppflow_jax.models.config import SIZES, ModelConfig
 from ppflow_jax.models.network import abstract_params, init_params, make_apply, unstacked
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT, Pyramid
+from tests.systems.checks import compiled
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 TINY = ModelConfig(PPFLOW3, latent_size=8, channels=3, width=16, depth=2, heads=2, num_classes=5)
@@ -25,10 +26,6 @@ def imagenet(size, pyramid):
 
 def fresh(config, key):
     return jax.jit(lambda key: init_params(config, key))(key)
-
-
-def apply_of(config, **options):
-    return jax.jit(make_apply(config, **options), static_argnums=4)
 
 
 def count(config):
@@ -78,7 +75,7 @@ def test_key_table_reaches_every_parameter_once():
 
 def test_a_fresh_model_outputs_zeros(key):
     x = jax.random.normal(key, (2, 8, 8, 3))
-    out = apply_of(TINY)(fresh(TINY, key), x, jnp.ones(2), jnp.zeros(2, jnp.int32), 1)
+    out = compiled(TINY)(fresh(TINY, key), x, jnp.ones(2), jnp.zeros(2, jnp.int32), 1)
     assert out.shape == x.shape and not out.any()
 
 
@@ -120,7 +117,7 @@ def test_remat_and_unrolling_change_memory_not_numbers(remat, unrolled, key):
 
 
 def test_blocks_one_by_one_are_the_scanned_ones(key):
-    params, apply = noisy(TINY, key), apply_of(TINY)
+    params, apply = noisy(TINY, key), compiled(TINY)
     x, y = jax.random.normal(key, (2, 8, 8, 3)), jnp.array([1, 5])
     for stage in range(3):
         args = (x, jnp.full(2, 0.3), y, stage)
@@ -130,14 +127,14 @@ def test_blocks_one_by_one_are_the_scanned_ones(key):
 def test_bfloat16_computes_in_bfloat16_and_returns_float32(key):
     params = noisy(TINY, key)
     args = (params, jax.random.normal(key, (2, 8, 8, 3)), jnp.full(2, 0.3), jnp.array([1, 5]), 0)
-    low, high = (apply_of(TINY, dtype=d)(*args) for d in (jnp.bfloat16, jnp.float32))
+    low, high = (compiled(TINY, dtype=d)(*args) for d in (jnp.bfloat16, jnp.float32))
     assert low.dtype == jnp.float32
     error = float(jnp.linalg.norm(low - high) / jnp.linalg.norm(high))
     assert 1e-4 < error < 3e-2
 
 
 def test_samples_do_not_see_each_other(key):
-    params, apply = noisy(TINY, key), apply_of(TINY)
+    params, apply = noisy(TINY, key), compiled(TINY)
     x, t, y = jax.random.normal(key, (4, 8, 8, 3)), jnp.full(4, 0.2), jnp.arange(4)
     for stage in range(3):
         out = apply(params, x, t, y, stage)
@@ -149,7 +146,7 @@ def test_samples_do_not_see_each_other(key):
 @pytest.mark.parametrize("pyramid", ["8x8@1", "1x1@1", "8x8@0.2,2x4@0.4,4x2@0.8,1x1@1"])
 def test_any_pyramid_runs(pyramid, key):
     config = dataclasses.replace(TINY, pyramid=Pyramid.parse(pyramid))
-    params, apply = noisy(config, key), apply_of(config)
+    params, apply = noisy(config, key), compiled(config)
     x = jax.random.normal(key, (2, 8, 8, 3))
     for stage in range(len(config.pyramid)):
         out = apply(params, x, jnp.full(2, 0.5), jnp.array([0, 5]), stage)
@@ -163,7 +160,7 @@ def test_without_level_embedding_only_the_table_is_gone(key):
     assert jax.tree.structure(abstract_params(bare)) == jax.tree.structure(without)
     zero = params | {"level": jax.tree.map(jnp.zeros_like, params["level"])}
     inputs = jax.random.normal(key, (2, 8, 8, 3)), jnp.full(2, 0.5), jnp.array([0, 5])
-    ours, theirs = apply_of(bare)(without, *inputs, 1), apply_of(TINY)(zero, *inputs, 1)
+    ours, theirs = compiled(bare)(without, *inputs, 1), compiled(TINY)(zero, *inputs, 1)
     np.testing.assert_array_equal(ours, theirs)
     with pytest.raises(InputError, match="PyTorch layout"):
         key_table(bare)

@@ -1,5 +1,7 @@
 """What the tests of accelerators share."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +30,13 @@ def random_params(model):
     return jax.tree.map(draw, abstract_params(model))
 
 
+@functools.cache
 def compiled(model, **options):
     """The network as one program: otherwise every operation of every shape is one."""
-    named = ("trunk", "taps", "parts", "on")
-    return jax.jit(make_apply(model, **options), static_argnums=(4, 5), static_argnames=named)
+    apply = make_apply(model, **options)
+
+    def run(params, x, t, y, stage, trunk=None, **named):
+        return apply(params, x, t, y, stage, trunk, **named)
+
+    static = ("trunk", "taps", "parts", "on")
+    return jax.jit(run, static_argnums=(4, 5), static_argnames=static)

@@ -18,7 +18,7 @@ from ppflow_jax.models.adapters import parse
 from ppflow_jax.models.conditions import Scalar
 from ppflow_jax.models.config import SIZES, ModelConfig
 from ppflow_jax.models.layers import Execution
-from ppflow_jax.models.network import abstract_params, init_params, make_apply
+from ppflow_jax.models.network import abstract_params, init_params
 from ppflow_jax.models.patch import positions
 from ppflow_jax.models.stack import Taps
 from ppflow_jax.pyramid import PPFLOW2, PPFLOW3, SIT, Pyramid
@@ -53,7 +53,7 @@ def test_it_computes_what_the_paper_says_in_every_stage(stage):
     params = jax.tree.map(lambda leaf: leaf / 2, random_params(MODEL))
     x = np.random.default_rng(1).normal(size=(2, *MODEL.shape)).astype(np.float32)
     t, y = np.float32([0.3, 0.8]), np.array([1, 5])
-    ours = jax.jit(make_apply(MODEL), static_argnums=4)(params, x, t, y, stage)
+    ours = compiled(MODEL)(params, x, t, y, stage)
     patch = MODEL.pyramid.stages[stage].patch[0]
     theirs = Restated(
         to_torch(MODEL, params),
@@ -150,7 +150,7 @@ def test_what_a_narrow_end_predicts_has_no_more_directions_than_it_is_wide():
         model = ModelConfig(Pyramid.parse("8x8@1"), width=width, **sizes)
         x = jax.random.normal(jax.random.key(0), (100, *model.shape))
         t, y = jnp.linspace(0.1, 0.9, 100), jnp.arange(100) % 5
-        out = jax.jit(make_apply(model), static_argnums=4)(random_params(model), x, t, y, 0)
+        out = compiled(model)(random_params(model), x, t, y, 0)
         tokens = np.asarray(out).reshape(100, 2, 8, 2, 8).transpose(0, 1, 3, 2, 4).reshape(-1, 64)
         space = np.linalg.svd(tokens - tokens.mean(0), full_matrices=False)[2][:width]
         noise = np.random.default_rng(0).normal(size=(4000, 64))
@@ -214,8 +214,8 @@ def test_one_stage_expands_to_what_it_was_on_flat_latents():
     assert jax.tree.map(np.shape, more) == jax.tree.map(lambda s: s.shape, abstract_params(grown))
     more["level"]["embedding"] = 0 * more["level"]["embedding"]
     x, t, y = jnp.full((1, *MODEL.shape), 0.7), jnp.array([0.7]), jnp.array([1])
-    fine = jax.jit(make_apply(one), static_argnums=4)(params, x, t, y, 0)
-    run = jax.jit(make_apply(grown), static_argnums=4)
+    fine = compiled(one)(params, x, t, y, 0)
+    run = compiled(grown)
     np.testing.assert_allclose(run(more, x, t, y, 1), fine, atol=1e-5 * np.abs(fine).max())
     for name in ("head_patchify", "patchify"):  # a coarse token sees the mean of its fine ones
         kernels = more[name]

@@ -51,8 +51,7 @@ def halved(params):
 
 def output(part, params, stage=1, program="blocks", **options):
     x, t = jax.random.normal(jax.random.key(3), (2, 8, 8, 4)), jnp.full(2, 0.4)
-    apply = make_apply(model_of(part), programs=Programs(experts=program))
-    apply = jax.jit(apply, static_argnums=4, static_argnames="parts")
+    apply = compiled(model_of(part), programs=Programs(experts=program))
     return apply(params, x, t, jnp.arange(2), stage, **options)
 
 
@@ -90,8 +89,7 @@ def test_no_experts_are_the_shared_slice_alone():
     narrow = replace(DENSE, mlp_ratio=1.0)
     blocks = {name: leaf for name, leaf in slices["blocks"].items() if name != "moe"}
     x, t = jax.random.normal(jax.random.key(3), (2, 8, 8, 4)), jnp.full(2, 0.4)
-    alone = make_apply(narrow, programs=Programs(experts="blocks"))
-    alone = jax.jit(alone, static_argnums=4)
+    alone = compiled(narrow, programs=Programs(experts="blocks"))
     alone = alone(dense | {"blocks": blocks}, x, t, jnp.arange(2), 1)
     np.testing.assert_array_equal(output(Dense2MoE(6, 0), slices), alone)
     np.testing.assert_array_equal(output(PART, slices, parts=shared_only), alone)

@@ -24,6 +24,7 @@ from ppflow_jax.systems.dense2moe_distillation import SlicesDistil
 from ppflow_jax.systems.mixer_distillation import check_teacher
 from ppflow_jax.train.metrics_log import read_metrics
 from tests import commands
+from tests.systems.checks import compiled
 from tests.systems.test_dense2moe import DENSE, PART, cut, halved, model_of
 
 BOTH = {"experts": 1.0, "shared": 0.5, "balance": 0.01}
@@ -71,10 +72,7 @@ def test_all_slices_with_gates_of_one_are_the_teacher():
 def test_terms_are_what_they_are_called():
     """From predictions and tokens of student and teacher, one stage after the other."""
     total, metrics, _ = loss_of(PART, "both")
-    ours_at, theirs_at = (
-        jax.jit(make_apply(m), static_argnums=4, static_argnames=("parts", "taps"))
-        for m in (model_of(PART), DENSE)
-    )
+    ours_at, theirs_at = (compiled(m) for m in (model_of(PART), DENSE))
     dense, params = map(halved, cut())
     x1, draws = batch()["x"], objective_of().draw(jax.random.key(0), batch())
     expected = {"experts": 0, "shared": 0, "features": 0}

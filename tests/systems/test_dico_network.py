@@ -30,7 +30,7 @@ from ppflow_jax.systems.dico_unet import ddpm_step
 from ppflow_jax.systems.expand import expanded_config
 from ppflow_jax.train.experiment import Experiment
 from tests import commands
-from tests.systems.checks import random_params
+from tests.systems.checks import compiled, random_params
 from tests.systems.dico_reference import Network
 
 DEPTHS = (2, 1, 1, 1, 1)
@@ -96,8 +96,8 @@ def original(params, model, x, n, y):
 
 def test_it_computes_what_the_original_does():
     x, t, y = inputs(MODEL)
-    apply = make_apply(MODEL, programs=Programs(unrolled=True))
-    ours = jax.jit(apply, static_argnums=4)(weights(MODEL), x, t, y, 0)
+    apply = compiled(MODEL, programs=Programs(unrolled=True))
+    ours = apply(weights(MODEL), x, t, y, 0)
     theirs = original(weights(MODEL), MODEL, x, ddpm_step(t), y)[..., :3]
     np.testing.assert_allclose(ours, theirs, atol=5e-5 * np.abs(theirs).max())
 
@@ -106,7 +106,7 @@ def test_a_stage_is_the_original_on_its_own_grid():
     """Its patches are channels, and its level is added to every label."""
     params, (x, t, y) = weights(STAGED), inputs(STAGED)
     xs = x, 2 * x
-    found = jax.jit(make_apply(STAGED), static_argnums=4)(params, xs, (t, t), (y, y), (0, 1))
+    found = compiled(STAGED)(params, xs, (t, t), (y, y), (0, 1))
     for stage, side in ((0, 2), (1, 1)):
         tables, levels = params["label"], params["level"]
         labels = {

@@ -1,7 +1,6 @@
 """TD-LN and the loss at several resolutions: what they start as, what they cost, where they lead,
 and their authors' numbers."""
 
-import functools
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +39,7 @@ from ppflow_jax.train.experiment import Experiment
 from ppflow_jax.train.optimizer import OptimConfig, make_optimizer
 from ppflow_jax.train.program import make_program
 from tests import commands
-from tests.systems.checks import random_params, within
+from tests.systems.checks import compiled, random_params, within
 from tests.systems_parity import SYSTEMS, Reference
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "systems"
@@ -58,13 +57,8 @@ def test_norms_and_losses_are_the_authors():
     within(rows)
 
 
-@functools.cache
-def apply_of(model):
-    return jax.jit(make_apply(model), static_argnums=4)
-
-
 def output(model, params, t, y=Y):
-    return apply_of(model)(params, X, jnp.full(4, t), y, 0)
+    return compiled(model)(params, X, jnp.full(4, t), y, 0)
 
 
 @pytest.mark.parametrize("rms", [False, True])
@@ -267,5 +261,5 @@ def test_a_killed_run_goes_on_with_the_same_bits_and_samples(tmp_path):
     assert model.sample(2, plan=model.plan(steps=2)).latents.shape == (2, 8, 8, 1)
     params = folded(model.config, model.params, t=0.0)
     x, y = jax.random.normal(jax.random.key(0), (2, 8, 8, 1)), jnp.arange(2)
-    one, other = (apply_of(model.config)(p, x, jnp.zeros(2), y, 0) for p in (params, model.params))
+    one, other = (compiled(model.config)(p, x, jnp.zeros(2), y, 0) for p in (params, model.params))
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)

@@ -38,7 +38,7 @@ from ppflow_jax.systems.moe import MoE
 from ppflow_jax.systems.registry import objective
 from ppflow_jax.train.step import make_train_step
 from tests import commands
-from tests.systems.checks import random_params, within
+from tests.systems.checks import compiled, random_params, within
 from tests.systems_parity import SYSTEMS, Reference
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "systems"
@@ -57,7 +57,7 @@ def test_decisions_losses_and_gradients_are_the_authors():
 
 def output(model, params, t=(0.1, 0.2, 0.3, 0.4), stage=0):
     x, y = jax.random.normal(jax.random.key(1), (4, 8, 8, 4)), jnp.arange(4)
-    return jax.jit(make_apply(model), static_argnums=4)(params, x, jnp.asarray(t), y, stage)
+    return compiled(model)(params, x, jnp.asarray(t), y, stage)
 
 
 def deciding(model=MODEL):

@@ -29,7 +29,7 @@ from ppflow_jax.systems.dico import Convolution, DiCo
 from ppflow_jax.systems.linfusion import EPSILON, LinFusion, linear_attention
 from ppflow_jax.systems.mixer_distillation import Distil, attending, check_teacher
 from tests import commands
-from tests.systems.checks import random_params, within
+from tests.systems.checks import compiled, random_params, within
 from tests.systems.parity_clear import seen
 from tests.systems_parity import SYSTEMS, Reference
 
@@ -111,7 +111,7 @@ def test_other_sequences_divide_by_their_own_length():
 
 def predictions(model, params, **options):
     x, t = draw(4, 8, 8, 4), jnp.full(4, 0.3)
-    apply = jax.jit(make_apply(model), static_argnums=4, static_argnames=("parts", "taps"))
+    apply = compiled(model)
     return apply(params, x, t, jnp.arange(4), 1, **options)
 
 
@@ -267,7 +267,7 @@ def test_a_trunk_of_its_own_has_the_grid_of_the_stage(stage):
     def trunk(blocks, h, c):
         return jax.lax.scan(lambda h, block: (block(h, c), None), h, blocks)
 
-    apply = jax.jit(make_apply(model), static_argnums=(4, 5))
+    apply = compiled(model)
     given = params, x, t, jnp.arange(4), stage
     np.testing.assert_allclose(apply(*given, trunk)[0], apply(*given), rtol=1e-5, atol=1e-5)
 

@@ -19,7 +19,7 @@ from ppflow_jax.pyramid import PPFLOW2
 from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
 from ppflow_jax.systems.mixture_of_blocks import MixtureOfBlocks, kept_blocks
 from ppflow_jax.systems.switch import Switch
-from tests.systems.checks import random_params
+from tests.systems.checks import compiled, random_params
 
 PLAIN = ModelConfig(PPFLOW2, 8, 4, width=16, depth=4, heads=2, num_classes=5)
 TIMES = jnp.float32([0.1, 0.4, 0.6, 0.9])
@@ -37,8 +37,7 @@ def with_router(router):
 
 def output(model, params, t=TIMES, one_time=False, **options):
     x = jax.random.normal(jax.random.key(3), (4, 8, 8, 4))
-    apply = make_apply(model, one_time=one_time)
-    apply = jax.jit(apply, static_argnums=4, static_argnames="trunk")
+    apply = compiled(model, one_time=one_time)
     return apply(params, x, t, jnp.arange(4), 1, **options)
 
 

@@ -14,12 +14,12 @@ from ppflow_jax.flow.loss import Draws, FlowObjective
 from ppflow_jax.flow.path import Flow
 from ppflow_jax.flow.terms import Phase
 from ppflow_jax.models.config import SIZES, ModelConfig
-from ppflow_jax.models.network import Output, abstract_params, make_apply
+from ppflow_jax.models.network import Output, abstract_params
 from ppflow_jax.models.parts import DIT, BlockSpec
 from ppflow_jax.pyramid import PPFLOW2, SIT
 from ppflow_jax.systems.experts import mixture
 from ppflow_jax.systems.moe import MoE, balance
-from tests.systems.checks import random_params, within
+from tests.systems.checks import compiled, random_params, within
 from tests.systems_parity import SYSTEMS, Reference
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "systems"
@@ -105,8 +105,8 @@ SMALL = ModelConfig(PPFLOW2, 8, 4, width=16, depth=2, heads=2, num_classes=5)
 
 def output(model, params, stage=1):
     x, t = jax.random.normal(jax.random.key(3), (2, 8, 8, 4)), jnp.full(2, 0.4)
-    apply = make_apply(model, programs=Programs(experts="dense"))
-    return jax.jit(apply, static_argnums=4)(params, x, t, jnp.arange(2), stage)
+    apply = compiled(model, programs=Programs(experts="dense"))
+    return apply(params, x, t, jnp.arange(2), stage)
 
 
 def test_experts_in_another_order_are_the_same_model():

@@ -1,6 +1,5 @@
 """Self-conditioning: nothing at the start, later blocks alone, no grid, and by hand."""
 
-import functools
 import json
 import shutil
 from dataclasses import replace
@@ -40,17 +39,12 @@ from ppflow_jax.train.experiment import Experiment
 from ppflow_jax.train.init_from import open_start
 from tests import commands
 from tests.meshes import check_alike, one_and_eight
-from tests.systems.checks import random_params
+from tests.systems.checks import compiled, random_params
 
 PART = SelfCondition("middle")
 PLAIN = ModelConfig(PPFLOW2, 8, 4, width=16, depth=3, heads=2, num_classes=5)
 MODEL = replace(PLAIN, conditions=(replace(PART, blocks=2),))
 X, T, Y = jax.random.normal(jax.random.key(1), (4, 8, 8, 4)), jnp.full(4, 0.4), jnp.arange(4)
-
-
-@functools.cache
-def apply_of(model, **options):
-    return jax.jit(make_apply(model, **options), static_argnums=(4, 5), static_argnames="taps")
 
 
 def own(params):
@@ -74,8 +68,8 @@ def fresh(params):
 def test_it_starts_as_the_model_without_it_bit_for_bit(params):
     plain = {name: leaf for name, leaf in params.items() if name != "conditions"}
     xs, ts, ys = (X[:2], X[2:]), (T[:2], T[2:] + 0.3), (Y[:2], Y[2:])
-    ours = apply_of(MODEL)(fresh(params), xs, ts, ys, (0, 1))
-    theirs = apply_of(PLAIN)(plain, xs, ts, ys, (0, 1))
+    ours = compiled(MODEL)(fresh(params), xs, ts, ys, (0, 1))
+    theirs = compiled(PLAIN)(plain, xs, ts, ys, (0, 1))
     for a, b in zip(ours, theirs):
         np.testing.assert_array_equal(a.prediction, b.prediction)
     new = jax.jit(lambda key: init_params(MODEL, key))(jax.random.key(0))
@@ -86,7 +80,7 @@ def test_it_starts_as_the_model_without_it_bit_for_bit(params):
 def test_later_blocks_and_the_final_layer_get_it_and_no_earlier_one(params):
     """The tokens after 2 of 3 blocks are the same to the last bit with whatever weights."""
     taps = Taps(h=(1, 2, 3))
-    outputs = [apply_of(MODEL)(p, X, T, Y, 0, taps=taps) for p in (params, fresh(params))]
+    outputs = [compiled(MODEL)(p, X, T, Y, 0, taps=taps) for p in (params, fresh(params))]
     one, other = (output.taps for output in outputs)
     np.testing.assert_array_equal(one["h/1"], other["h/1"])
     np.testing.assert_array_equal(one["h/2"], other["h/2"])
@@ -95,7 +89,7 @@ def test_later_blocks_and_the_final_layer_get_it_and_no_earlier_one(params):
     closed = lambda p: (
         p | {"blocks": p["blocks"] | {"adaln": jax.tree.map(jnp.zeros_like, p["blocks"]["adaln"])}}
     )
-    one, other = (apply_of(MODEL)(closed(p), X, T, Y, 0) for p in (params, fresh(params)))
+    one, other = (compiled(MODEL)(closed(p), X, T, Y, 0) for p in (params, fresh(params)))
     assert float(jnp.abs(one - other).max()) > 0.1
 
 
@@ -122,14 +116,14 @@ def by_hand(params, stage, x, t, y):
 def test_it_is_the_formula(params, stage):
     with jax.default_matmul_precision("highest"):
         theirs = jax.jit(by_hand, static_argnums=1)(params, stage, X, T, Y)
-        ours = apply_of(MODEL)(params, X, T, Y, stage)
+        ours = compiled(MODEL)(params, X, T, Y, stage)
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_scanned_and_unrolled_blocks_and_stages_in_one_pass_agree(params):
-    alone = [apply_of(MODEL)(params, X, T, Y, stage) for stage in range(2)]
+    alone = [compiled(MODEL)(params, X, T, Y, stage) for stage in range(2)]
     for unrolled in (False, True):
-        apply = apply_of(MODEL, programs=Programs(unrolled=unrolled))
+        apply = compiled(MODEL, programs=Programs(unrolled=unrolled))
         found = apply(params, (X, X), (T, T), (Y, Y), (0, 1))
         for a, b in zip(found, alone):
             np.testing.assert_allclose(a.prediction, b, rtol=1e-4, atol=1e-4)
@@ -209,7 +203,7 @@ def test_it_starts_from_a_run_without_it_and_goes_on_when_killed(tmp_path):
     grown = jax.jit(start)(source.params, jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (4, *model.shape))
     plain, ours = (
-        apply_of(m)(p, x, T, Y, 0, taps=Taps(h=(1,))).prediction
+        compiled(m)(p, x, T, Y, 0, taps=Taps(h=(1,))).prediction
         for m, p in ((source.config, source.params), (model, grown))
     )
     np.testing.assert_array_equal(ours, plain)

@@ -18,7 +18,7 @@ from ppflow_jax.models.parts import DIT, BlockSpec
 from ppflow_jax.pyramid import PPFLOW2, SIT
 from ppflow_jax.systems.accelerate import AccelerateConfig, accelerated
 from ppflow_jax.systems.switch import TIMES, Switch, divergence, matched, prior_mask
-from tests.systems.checks import random_params, within
+from tests.systems.checks import compiled, random_params, within
 from tests.systems_parity import SYSTEMS, Reference
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "systems"
@@ -40,7 +40,7 @@ def inputs(t):
 
 def output(model, params, t=(0.1, 0.2, 0.3, 0.4), **options):
     x, t, y = inputs(t)
-    return jax.jit(make_apply(model, **options), static_argnums=4)(params, x, t, y, 0)
+    return compiled(model, **options)(params, x, t, y, 0)
 
 
 def test_it_starts_as_the_model_without_it():
@@ -64,8 +64,8 @@ def test_one_matrix_serves_all_images_of_one_time():
 def test_stages_in_one_pass_have_each_its_own_times():
     params, (x, t, y) = random_params(MODEL), inputs((0.1, 0.2, 0.3, 0.4))
     parts = (x[:3], x[3:]), (t[:3], t[3:] + 0.5), (y[:3], y[3:])
-    both = jax.jit(make_apply(MODEL), static_argnums=4)(params, *parts, (0, 1))
-    apply = jax.jit(make_apply(MODEL), static_argnums=4)
+    both = compiled(MODEL)(params, *parts, (0, 1))
+    apply = compiled(MODEL)
     for stage, (found, *given) in enumerate(zip(both, *parts)):
         alone = apply(params, *given, stage)
         np.testing.assert_allclose(found.prediction, alone, rtol=1e-5, atol=1e-4)
