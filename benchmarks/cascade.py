@@ -1,78 +1,99 @@
 """A cascade of digits beside the pyramid, at equal FLOPs of sampling.
 
-    python -m benchmarks.cascade --out=DIR [--steps=600] [--num=1000] [--width=128] [--depth=6]
+    python -m benchmarks.cascade --out=DIR --features=FEATURES [--seeds=3] [--steps=600] \
+        [--batch=64] [--num=1000]
 
-Trains three models of one width and depth on as many images each (a killed command continues): a
-pyramid of 4x4 and 2x2 patches, a SiT of digits shrunk to 4x4 pixels, and a SiT of 8x8 pixels that
-is told those. The pyramid is sampled by so many Euler steps; the cascade's second model takes as
-many as its FLOPs leave. Judged are the share of samples that are recognised as their label
-and the Fréchet distance of the 64 pixels to all digits (benchmarks/pixel_distance.py).
+Trains three models of the width and depth of configs/digits.py on as many images each (a killed
+command continues): a pyramid of 4x4 and 2x2 patches, a SiT of digits shrunk to 4x4 pixels, and a
+SiT of 8x8 pixels that is told those. The pyramid is sampled by so many Euler steps, and by plans
+that `tune` fits to it; the cascade's second model takes as many Euler steps as the FLOPs of the
+pyramid's leave. Judged are the share of samples that are recognised as their label (see
+benchmarks/digits_consistency.py) and the FID in FEATURES (as of `evaluate`); means and ranges over
+the training seeds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import flags
 
+from benchmarks.settings import tuned_plan
 from ppflow_jax import cli
+from ppflow_jax.errors import InputError
 
 _OUT = flags.DEFINE_string("out", None, "Folder of the runs.")
+_FEATURES = flags.DEFINE_string("features", None, "Of `evaluate --train_features`.")
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Training seeds 0, 1, ...")
 _STEPS = flags.DEFINE_integer("steps", 600, "Of training, for each model.")
-_BATCH = flags.DEFINE_integer("batch", 256, "Of training.")
+_BATCH = flags.DEFINE_integer("batch", 64, "Of training.")
 _NUM = flags.DEFINE_integer("num", 1000, "Samples.")
-_WIDTH = flags.DEFINE_integer("width", 128, "Of all models.")
-_DEPTH = flags.DEFINE_integer("depth", 6, "Of all models.")
 CFG = 2.0
+TUNED = (5, 8)  # evaluations of plans fitted to the pyramid
 PLANS = ((12, 6), (24, 12), (24, 24))  # Euler steps of the pyramid, and of the small model
 
 
 def main() -> None:
-    from benchmarks.pixel_distance import judged
+    from benchmarks.judged_digits import HEAD, judge, line
     from ppflow_jax.data.sources import digits
     from ppflow_jax.devices.host_memory import keep_scratch
-    from ppflow_jax.systems.cascade import Cascade
-    from ppflow_jax.systems.registry import task as task_of
 
+    if _SEEDS.value < 1:
+        raise InputError("--seeds must be at least 1")
     keep_scratch()
-    data, out = digits(), Path(_OUT.value)
-    models = {name: _trained(out, name, data) for name in ("pyramid", "low", "high")}
-    pyramid, low, high = models.values()
-    task = task_of(high.card.experiment["data"]["task"])
-    cascade = Cascade(low.config, high.config, task)
+    judged, data = judge(_FEATURES.value), digits()
     labels = np.arange(_NUM.value, dtype=np.int32) % 10
-    rows = []
-    for steps, small in PLANS:
-        plan = pyramid.plan(solver="euler", steps=steps, cfg=CFG)
-        images = pyramid.sample(_NUM.value, plan=plan, seed=0, labels=labels).latents
-        budget = _flops(pyramid, plan)
-        rows.append((f"pyramid, Euler {steps}", budget, *judged(images, labels, data.x)))
-        plans = [low.plan(solver="euler", steps=small, cfg=CFG), None]
-        for n in range(1, 200):
-            more = high.plan(solver="euler", steps=n, cfg=CFG)
-            if plans[1] and cascade.flops(plans[0].segments, more.segments) > budget:
-                break
-            plans[1] = more
-        samplers = tuple(p.sampler() for p in plans)
-        params = low.params, high.params
-        made = cascade.sample(samplers, params, 0, np.arange(len(labels)), labels)[1]
-        name = f"cascade, Euler {small} and {plans[1].config.steps}"
-        flops = cascade.flops(*(p.segments for p in plans))
-        rows.append((name, flops, *judged(np.asarray(made), labels, data.x)))
-    print("| sampled by | MFLOPs an image | recognised | Fréchet distance |\n|---|---|---|---|")
-    for name, flops, share, distance in rows:
-        print(f"| {name} | {flops / 1e6:.4g} | {share:.1%} | {distance:.3f} |")
+    found: dict[str, list[tuple[float, ...]]] = {}
+    for seed in range(_SEEDS.value):
+        out = Path(_OUT.value) / str(seed)
+        models = {name: _trained(out, name, data, seed) for name in ("pyramid", "low", "high")}
+        for name, flops, images in _sampled(out, models, labels):
+            figures = (flops, *judged(images, labels))
+            print(f"seed {seed}, {name}: {figures}", flush=True)
+            found.setdefault(name, []).append(figures)
+    print("\n".join((HEAD, *(line(name, figures) for name, figures in found.items()))))
 
 
-def _flops(model: Any, plan: Any) -> int:
+def _sampled(
+    out: Path, models: dict[str, Any], labels: np.ndarray
+) -> Iterator[tuple[str, int, np.ndarray]]:
+    """Every way, its FLOPs an image and its samples [N, 8, 8, 1] of the same noise."""
     from ppflow_jax.flow.cost import sampling_flops
+    from ppflow_jax.systems.cascade import Cascade
+    from ppflow_jax.systems.registry import task
 
-    return sampling_flops(model.config, plan.segments)
+    pyramid, low, high = models.values()
+    cascade = Cascade(low.config, high.config, task(high.card.experiment["data"]["task"]))
+
+    def alone(plan: Any) -> tuple[int, np.ndarray]:
+        images = pyramid.sample(len(labels), plan=plan, seed=0, labels=labels).latents
+        return sampling_flops(pyramid.config, plan.segments), images
+
+    for count in TUNED:
+        plan = tuned_plan(pyramid, out / f"tuned{count}.json", (CFG,), count)
+        yield f"pyramid, tuned plan of {count}", *alone(plan)
+    for steps, small in PLANS:
+        budget, images = alone(pyramid.plan(solver="euler", steps=steps, cfg=CFG))
+        yield f"pyramid, Euler {steps}", budget, images
+        plans = _affordable(cascade, low.plan(solver="euler", steps=small, cfg=CFG), high, budget)
+        samplers = tuple(plan.sampler() for plan in plans)
+        params, numbers = (low.params, high.params), np.arange(len(labels))
+        images = np.asarray(cascade.sample(samplers, params, 0, numbers, labels)[1])
+        flops = cascade.flops(*(plan.segments for plan in plans))
+        yield f"cascade, Euler {small} and {plans[1].config.steps}", flops, images
 
 
-def _trained(out: Path, name: str, data: Any) -> Any:
+def _affordable(cascade: Any, first: Any, high: Any, budget: int) -> tuple[Any, Any]:
+    """The first model's plan, and the most Euler steps of the second under the budget."""
+    plans = [high.plan(solver="euler", steps=n, cfg=CFG) for n in range(1, 50)]
+    under = [p for p in plans if cascade.flops(first.segments, p.segments) <= budget]
+    return first, under[-1]
+
+
+def _trained(out: Path, name: str, data: Any, seed: int) -> Any:
     import ppflow_jax as pf
     from configs import digits, digits_tasks
     from ppflow_jax.systems.cascade import Upsampling
@@ -88,13 +109,12 @@ def _trained(out: Path, name: str, data: Any) -> Any:
         config.model.latent_size = 4
     elif name == "high":
         config.data.task = digits_tasks.TASKS["cascade"]
-    config.model.width, config.model.depth = _WIDTH.value, _DEPTH.value
-    config.data.batch_size = _BATCH.value
-    config.train.steps, config.train.save_every = _STEPS.value, _STEPS.value
+    config.seed, config.data.batch_size = seed, _BATCH.value
+    config.train.steps = config.train.save_every = _STEPS.value
     config.sample.every = 0
     train(config, str(out / name))
     return pf.load(out / name)
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("out",))
+    cli.run(main, required=("out", "features"))

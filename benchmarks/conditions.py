@@ -11,7 +11,6 @@ judged as in benchmarks/digits_consistency.py, whose judge has seen all digits.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 
+from benchmarks.settings import spread
 from ppflow_jax import cli
 from ppflow_jax.errors import InputError
 
@@ -150,8 +150,7 @@ def _spread(values: Iterable[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known or np.isinf(known).all():
         return "exact" if known else ""
-    mean = f"{statistics.fmean(known):.1f}"
-    return mean if len(known) == 1 else f"{mean} ({min(known):.1f} to {max(known):.1f})"
+    return spread(known, ".1f")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from ml_collections import ConfigDict
 
 import ppflow_jax as pf
 from benchmarks.fast_sampling import timed
+from benchmarks.settings import spread, tuned_plan
 from configs import digits, digits_few_steps
 from ppflow_jax.data.images import array_images
 from ppflow_jax.devices.host_memory import keep_scratch
@@ -36,8 +36,6 @@ from ppflow_jax.generate.plan import Plan
 from ppflow_jax.metrics.evaluator import Evaluator, open_reference
 from ppflow_jax.metrics.networks import load_features
 from ppflow_jax.train.loop import train
-from ppflow_jax.tune.asked import Asked
-from ppflow_jax.tune.command import tune
 
 PYRAMIDS = {"SiT": "sit", "2 levels": ""}
 STEPS, CFG, BATCH = 20, 2.0, 64
@@ -109,9 +107,7 @@ def planned(folder: Path, setting: Setting) -> tuple[Any, Plan]:
     if not setting.tuned:
         return model, model.plan(**setting.plan)
     file = folder / f"tuned{setting.tuned}.json"
-    if not file.exists():
-        tune(model, Asked(str(file), (CFG,), evaluations=setting.tuned))
-    return model, model.plan(file)
+    return model, tuned_plan(model, file, (CFG,), setting.tuned, noises=256)
 
 
 def judged(folder: Path, setting: Setting, evaluator: Evaluator, num: int) -> dict[str, float]:
@@ -148,11 +144,10 @@ def table(rows: dict[str, dict], shares: dict[str, dict[str, float]], args: Any)
     for title in PYRAMIDS:
         for setting in settings():
             found = [rows[f"{seed} | {title} | {setting.name}"] for seed in range(args.seeds)]
-            fids = [row["fid"] for row in found]
-            spread = f"{statistics.mean(fids):.2f} ({min(fids):.2f} to {max(fids):.2f})"
+            fid = spread([row["fid"] for row in found], ".2f")
             passes = found[0]["nfe"] * (2 if setting.run == "teacher" else 1)
             share = shares[title][setting.name]
-            lines.append(f"| {title} | {setting.name} | {passes} | {share:.3f} | {spread} |")
+            lines.append(f"| {title} | {setting.name} | {passes} | {share:.3f} | {fid} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,26 +1,34 @@
 """Steps that compute a part of the tokens or of the scores, beside simply fewer steps.
 
-    python -m benchmarks.partial_steps --run=RUN [--steps=24] [--cfg=2] [--batch=64] [--rounds=7]
+    python -m benchmarks.partial_steps --runs=RUN,... [--steps=24] [--cfg=2] [--batch=64] \
+        [--rounds=7]
 
-RUN is a trained workdir. Every row is a plan: its FLOPs and its time (all rows in turn in every
-round, the median of the ratio to the first row in the same round) as shares of so many Euler steps,
-and its error against 250 Heun steps from the same noise (relative root mean square).
+RUN is a trained workdir; several are of several training seeds. Every row is a plan: its FLOPs and
+its time (of the first run; all rows in turn in every round, the median of the ratio to the first
+row in the same round) as shares of so many Euler steps, and its error against 250 Heun steps from
+the same noise (relative root mean square; mean and range over the runs). Plans that are fitted to
+a run are kept in it.
 """
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
 
 import ppflow_jax as pf
 from benchmarks.fast_sampling import timed
+from benchmarks.settings import spread, tuned_plan
 from ppflow_jax.devices.host_memory import keep_scratch
 from ppflow_jax.flow.cost import sampling_flops
 from ppflow_jax.flow.sampler import image_noise
+from ppflow_jax.generate.plan import Plan
 
 TRACED = 64  # images whose error is measured
+TUNED = (5, 8)  # evaluations of plans that are fitted to the run
 
 
 def rows(steps: int, channels: int) -> dict[str, dict]:
@@ -48,37 +56,54 @@ def rows(steps: int, channels: int) -> dict[str, dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", required=True)
+    parser.add_argument("--runs", type=lambda text: text.split(","), required=True)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--cfg", type=float, default=2.0)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     keep_scratch()
-    model = pf.load(args.run)
-    config = model.config
-
-    def run_of(settings: dict, batch: int):
-        plan = model.plan(cfg=args.cfg, **settings)
-        sampler = plan.sampler()
-        noise = image_noise(0, np.arange(batch, dtype=np.int32), config.shape)[0]
-        labels = np.arange(batch, dtype=np.int32) % config.num_classes
-        return plan, lambda: sampler(model.params, noise, labels)
-
+    errors: dict[str, list[float]] = {}
+    times: dict[str, float] = {}
+    flops: dict[str, float] = {}
     with jax.default_matmul_precision("highest"):
-        exact = np.asarray(run_of({"solver": "heun", "steps": 250}, TRACED)[1]())
-        plans, runs, errors = {}, {}, {}
-        for name, settings in rows(args.steps, config.channels).items():
-            plans[name], runs[name] = run_of(settings, args.batch)
-            away = np.asarray(run_of(settings, TRACED)[1]()) - exact
-            errors[name] = float(np.sqrt(np.mean(away**2) / np.mean(exact**2)))
-        base = next(iter(runs))
-        shares = timed(runs, base, args.rounds)
+        for run in args.runs:
+            model = pf.load(run)
+            plans = _plans(model, run, args)
+            samplers = {name: plan.sampler() for name, plan in plans.items()}
+            inputs = _inputs(model, TRACED)
+            fine = model.plan(solver="heun", steps=250, cfg=args.cfg).sampler()
+            exact = np.asarray(fine(*inputs))
+            for name, sampler in samplers.items():
+                away = np.asarray(sampler(*inputs)) - exact
+                error = float(np.sqrt(np.mean(away**2) / np.mean(exact**2)))
+                errors.setdefault(name, []).append(error)
+            if times:
+                continue
+            inputs, base = _inputs(model, args.batch), next(iter(plans))
+            calls = {name: partial(sampler, *inputs) for name, sampler in samplers.items()}
+            times = timed(calls, base, args.rounds)
+            whole = sampling_flops(model.config, plans[base].segments)
+            for name, plan in plans.items():
+                flops[name] = sampling_flops(model.config, plan.segments) / whole
     print("| plan | FLOPs | time | error |\n|---|---|---|---|")
-    whole = sampling_flops(config, plans[base].segments)
-    for name, plan in plans.items():
-        flops = sampling_flops(config, plan.segments) / whole
-        print(f"| {name} | {flops:.1%} | {shares[name]:.1%} | {errors[name]:.4f} |")
+    for name, found in errors.items():
+        print(f"| {name} | {flops[name]:.1%} | {times[name]:.1%} | {spread(found, '.4f')} |")
+
+
+def _plans(model: pf.Model, run: str, args: argparse.Namespace) -> dict[str, Plan]:
+    found = rows(args.steps, model.config.channels)
+    plans = {name: model.plan(cfg=args.cfg, **settings) for name, settings in found.items()}
+    for count in TUNED:
+        file = Path(run) / f"tuned{count}.json"
+        plans[f"tuned plan of {count}"] = tuned_plan(model, file, (args.cfg,), count)
+    return plans
+
+
+def _inputs(model: pf.Model, batch: int) -> tuple:
+    """Parameters, noise [batch, ...] and labels [batch]."""
+    noise = image_noise(0, np.arange(batch, dtype=np.int32), model.config.shape)[0]
+    return model.params, noise, np.arange(batch, dtype=np.int32) % model.config.num_classes
 
 
 if __name__ == "__main__":

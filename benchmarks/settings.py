@@ -1,9 +1,10 @@
-"""What a folder of kept runs was made with; runs with their guidance."""
+"""What a folder of kept runs was made with; runs with their guidance; fitted plans; seeds."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,21 @@ def run_and_guidance(text: str) -> tuple[str, tuple[float, ...], str]:
     if not at:
         raise InputError(f"--run={text}: write RUN@GUIDANCE, as runs/l2@1,2")
     return run, cli.numbers("run", scales.split(",")), re.sub(r"[^\w.]+", "-", text).strip("-")
+
+
+def tuned_plan(
+    model: Any, file: Path, cfg: tuple[float, ...], evaluations: int, noises: int = 64
+) -> Any:
+    """A plan that `tune` fits to a model and its guidance scales; fitted once, kept in the file."""
+    from ppflow_jax.tune.asked import Asked
+    from ppflow_jax.tune.command import tune
+
+    if not file.exists():
+        tune(model, Asked(str(file), cfg, evaluations=evaluations, noises=noises))
+    return model.plan(file)
+
+
+def spread(values: Sequence[float], digits: str) -> str:
+    """The mean of what seeds gave and, where they differ, the range; `digits` as in ".2f"."""
+    texts = [f"{value:{digits}}" for value in (sum(values) / len(values), min(values), max(values))]
+    return texts[0] if texts[1] == texts[2] else f"{texts[0]} ({texts[1]} to {texts[2]})"

@@ -24,7 +24,7 @@ from ml_collections import config_flags
 
 import ppflow_jax as pf
 from benchmarks.fast_sampling import timed
-from benchmarks.settings import same_settings
+from benchmarks.settings import same_settings, tuned_plan
 from ppflow_jax import cli
 from ppflow_jax.autoencoders.decode import Decoder
 from ppflow_jax.checkpoints.card import Card, read_card
@@ -40,7 +40,6 @@ from ppflow_jax.flow.cost import sampling_flops
 from ppflow_jax.flow.plan import SamplerConfig, evaluations
 from ppflow_jax.flow.sampler import Sampler, image_noise
 from ppflow_jax.generate.images import Generator, choose_labels
-from ppflow_jax.generate.plan import Plan
 from ppflow_jax.metrics.evaluator import Evaluator, open_reference
 from ppflow_jax.metrics.networks import load_features
 from ppflow_jax.models.network import make_apply
@@ -51,8 +50,6 @@ from ppflow_jax.systems.expand import expand
 from ppflow_jax.train.importance import unit_importance
 from ppflow_jax.train.loop import train
 from ppflow_jax.train.validate import EVALUATIONS
-from ppflow_jax.tune.asked import Asked
-from ppflow_jax.tune.command import tune
 from study import table
 from study.rows import ROWS, Guidance, configured, training_cost, ways_of
 
@@ -82,7 +79,6 @@ _DOCS = flags.DEFINE_string("docs", None, "Also write this .md and its pictures.
 
 METRICS = ("fid", "kid")
 BATCH = 32  # of sampling and its latency
-NOISES = 64  # that tuned plans are fitted to
 
 
 def main() -> None:
@@ -170,21 +166,13 @@ def _ways(folder: Path) -> dict[str, Guidance]:
 
 def _sampler(folder: Path, card: Card, guidance: Guidance, params) -> Sampler:
     if guidance.tuned:
-        return _tuned(folder, guidance).sampler()
+        file, scales = folder / f"tuned{guidance.tuned}.json", guidance.scales
+        return tuned_plan(pf.load(folder), file, scales, guidance.tuned).sampler()
     s = _CONFIG.value.sample
     config = SamplerConfig(s.solver, s.steps, cfg=guidance.scales, cfg_interval=guidance.interval)
     added = AccelerateConfig.parse(ROWS[folder.name].accelerate or "exact")
     segments = accelerated(config, card.model, card.flow, added, params)
     return Sampler(make_apply(card.model), card.model, card.flow, config, segments=segments)
-
-
-def _tuned(folder: Path, guidance: Guidance) -> Plan:
-    """A plan fitted to the run."""
-    model, file = pf.load(folder), folder / f"tuned{guidance.tuned}.json"
-    if not file.exists():
-        asked = Asked(str(file), guidance.scales, evaluations=guidance.tuned, noises=NOISES)
-        tune(model, asked)
-    return model.plan(file)
 
 
 def _judged(folder: Path, evaluator: Evaluator) -> None:
