@@ -23,6 +23,7 @@ from study.rows import CLAIMS, ROWS, Claim, Guidance
 
 SHOWN = 10  # samples of every row in the grid
 CONFIDENCE = 0.9
+PLAIN = ("levels2", "levels3")  # rows that tuned plans of others are compared with
 MARKERS = {"one": "o", "stages": "^"}
 
 Values = dict[tuple[str, str], dict[str, list[float]]]
@@ -131,11 +132,46 @@ def judged(claim: Claim, lines: list[Line]) -> tuple[Claim, str, str] | None:
         return claim, "undecided", f"{figures}; {len(ours)} seed(s), no interval"
     low, high = limits
     allowed = claim.margin * statistics.mean(theirs)
-    figures += f"; difference {statistics.mean(differences):+.2f}, {low:+.2f} to {high:+.2f}"
+    figures += f"; difference {_difference(ours, theirs)}"
     if high < allowed:
         return claim, "held", figures
     # claimed to be better: did not hold if worse; claimed to be as good: if worse than allowed
     return claim, "did not hold" if low > allowed else "undecided", figures
+
+
+def _difference(ours: list[float], theirs: list[float]) -> str:
+    """Mean and interval; seeds are paired."""
+    differences = [a - b for a, b in zip(ours, theirs)]
+    limits = interval(differences)
+    mean = f"{statistics.mean(differences):+.2f}"
+    return mean if limits is None else f"{mean}, {limits[0]:+.2f} to {limits[1]:+.2f}"
+
+
+def beside_plans(lines: list[Line]) -> list[str]:
+    """A table: every other row beside plain stages that are sampled by tuned plans.
+
+    A row that no plan is for is sampled by its own solver. Empty where nothing was tuned.
+    """
+    found = {(line.row, line.guidance): line for line in lines}
+    tuned = dict.fromkeys(line.guidance for line in lines if line.guidance.startswith("tuned"))
+    text = []
+    for way in tuned:
+        plain = [found[name, way] for name in PLAIN if (name, way) in found]
+        heads = ["row", "sampled by", "training FLOPs", "sampling FLOPs", "FID"]
+        heads += [f"less that of {ROWS[line.row].title}" for line in plain]
+        text += ["", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+        for name in dict.fromkeys(line.row for line in lines):
+            line = found.get((name, way), found[name, "one"])
+            cells = [ROWS[name].title, line.title, f"{line.training:.1%}", f"{line.sampling:.1%}"]
+            cells.append(_spread(line.metrics["fid"]))
+            for other in plain:
+                same = other.row == name
+                cells.append("" if same else _difference(line.metrics["fid"], other.metrics["fid"]))
+            text.append("| " + " | ".join(cells) + " |")
+    note = (
+        f"Differences are given with their {CONFIDENCE:.0%} interval, seeds paired; costs as above."
+    )
+    return ["", "## Beside tuned plans", "", note, *text] if text else []
 
 
 def _spread(values: list[float], digits: int = 2) -> str:
@@ -182,6 +218,7 @@ def markdown(
             f"| {ROWS[line.row].title} | {line.title} | {line.training:.1%} | "
             f"{line.sampling:.1%} | {time} | {fid} | {kid} |"
         )
+    text += beside_plans(lines)
     text += [
         "",
         "## Claims",

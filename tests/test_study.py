@@ -9,7 +9,7 @@ from benchmarks.settings import same_settings
 from configs import digits
 from ppflow_jax.errors import InputError
 from study.rows import ROWS, Claim, configured, training_cost, ways_of
-from study.table import Line, interval, judged
+from study.table import Line, beside_plans, interval, judged
 
 BETTER = Claim("", ("a", "one"), ("b", "one"))
 ALIKE = Claim("", ("a", "one"), ("b", "one"), margin=0.05)
@@ -40,6 +40,15 @@ def test_verdicts(claim, ours, theirs, verdict):
 
 def test_a_claim_about_a_row_that_was_not_run_is_left_out():
     assert judged(BETTER, lines(a=[1.0])) is None
+
+
+def test_rows_beside_tuned_plans():
+    assert beside_plans(lines(levels2=[6.0, 6.1, 6.2], dydit=[5.0, 5.1, 5.2])) == []
+    plain = Line("levels2", "tuned8", 0.6, 0.3, None, {"fid": [5.0, 5.5, 6.0]}, "a plan")
+    found = beside_plans([*lines(levels2=[6.0, 6.1, 6.2], dydit=[5.5, 6.5, 7.5]), plain])
+    assert "| row |" in found[-4] and found[-4].endswith("| less that of 2 levels |")
+    assert found[-2] == "| 2 levels | a plan | 60.0% | 30.0% | 5.50 ± 0.50 |  |"
+    assert found[-1].endswith("| 6.50 ± 1.00 | +1.00, +0.16 to +1.84 |")  # 2.92 * 0.5 / sqrt(3)
 
 
 def test_how_rows_are_sampled():
