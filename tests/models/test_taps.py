@@ -47,11 +47,13 @@ def test_tokens_after_so_many_blocks(params, inputs, unrolled):
         np.testing.assert_allclose(found[f"h/{n}"], states[n - 1], rtol=1e-5, atol=1e-5)
 
 
-def test_logits_are_scaled_products_of_queries_and_keys(params, inputs):
-    taps = Taps(h=(2,), logits=(2,))
-    found = programs(False)(params, *inputs, 1, taps=taps).taps
-    (block,) = ({k: v for k, v in params["blocks"].items() if k in ("attention", "adaln")},)
-    block = jax.tree.map(lambda leaf: np.asarray(leaf[2], np.float64), block)
+@pytest.mark.parametrize("unrolled", [False, True])
+@pytest.mark.parametrize("layer", [1, 2])  # both of one run of blocks
+def test_logits_are_scaled_products_of_queries_and_keys(params, inputs, layer, unrolled):
+    found = programs(unrolled)(params, *inputs, 1, taps=Taps(logits=(1, 2))).taps
+    tokens = programs(unrolled)(params, *inputs, 1, taps=Taps(h=(layer,))).taps[f"h/{layer}"]
+    block = {k: v for k, v in params["blocks"].items() if k in ("attention", "adaln")}
+    block = jax.tree.map(lambda leaf: np.asarray(leaf[layer], np.float64), block)
     c = []
 
     def trunk(blocks, h, condition):
@@ -61,12 +63,13 @@ def test_logits_are_scaled_products_of_queries_and_keys(params, inputs):
     with jax.disable_jit():
         programs(False)(params, *inputs, 1, trunk)
     shift, scale = np.split(c[0] @ block["adaln"]["kernel"] + block["adaln"]["bias"], 6, -1)[:2]
-    x = np.asarray(layer_norm(found["h/2"])) * (1 + scale[:, None]) + shift[:, None]
+    x = np.asarray(layer_norm(tokens)) * (1 + scale[:, None]) + shift[:, None]
     qkv = np.einsum("bnd,dche->bnche", x, block["attention"]["qkv_kernel"])
     q, k = (qkv + block["attention"]["qkv_bias"])[:, :, :2].transpose(2, 0, 3, 1, 4)
     expected = np.einsum("bhqe,bhke->bhqk", q, k) / np.sqrt(MODEL.head_width)
-    assert found["logits/2"].shape == (3, 2, 16, 16)
-    np.testing.assert_allclose(found["logits/2"], expected, rtol=1e-5, atol=1e-5)
+    logits = found[f"logits/{layer}"]
+    assert logits.shape == (3, 2, 16, 16)
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("unrolled", [False, True])
