@@ -93,7 +93,8 @@ def collect(
                 for seed in range(seeds)
             ]
             evaluation = found[0]
-            flops = evaluation["samples"]["card"]["flops"]
+            # of tuned plans it depends on how many steps each stage got
+            flops = statistics.mean(e["samples"]["card"]["flops"] for e in found)
             base = base or (_total(out, "sit"), flops)
             training = _total(out, name) / base[0]
             metrics = {m: [e["metrics"][m] for e in found] for m in ("fid", "kid")}
@@ -158,7 +159,7 @@ def beside_plans(lines: list[Line]) -> list[str]:
     for way in tuned:
         plain = [found[name, way] for name in PLAIN if (name, way) in found]
         heads = ["row", "sampled by", "training FLOPs", "sampling FLOPs", "FID"]
-        heads += [f"less that of {ROWS[line.row].title}" for line in plain]
+        heads += [f"difference to {ROWS[line.row].title}" for line in plain]
         text += ["", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
         for name in dict.fromkeys(line.row for line in lines):
             line = found.get((name, way), found[name, "one"])

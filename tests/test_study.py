@@ -46,7 +46,7 @@ def test_rows_beside_tuned_plans():
     assert beside_plans(lines(levels2=[6.0, 6.1, 6.2], dydit=[5.0, 5.1, 5.2])) == []
     plain = Line("levels2", "tuned8", 0.6, 0.3, None, {"fid": [5.0, 5.5, 6.0]}, "a plan")
     found = beside_plans([*lines(levels2=[6.0, 6.1, 6.2], dydit=[5.5, 6.5, 7.5]), plain])
-    assert "| row |" in found[-4] and found[-4].endswith("| less that of 2 levels |")
+    assert "| row |" in found[-4] and found[-4].endswith("| difference to 2 levels |")
     assert found[-2] == "| 2 levels | a plan | 60.0% | 30.0% | 5.50 ± 0.50 |  |"
     assert found[-1].endswith("| 6.50 ± 1.00 | +1.00, +0.16 to +1.84 |")  # 2.92 * 0.5 / sqrt(3)
 

@@ -160,8 +160,9 @@ SYSTEMS = (
         "tokens left out often come back at both ends (in the original they stay out where the "
         "largest values are); exact counts; every image of a batch has its own choice",
         "tests/systems/test_ras.py",
-        "digits: error 0.0570 to 0.0760 of 24 steps at 65 to 86% of their time, fewer Euler steps "
-        "0.0290 at 63%: does not pay on 16 tokens (`python -m benchmarks.partial_steps`)",
+        "digits, 2 levels, 3 seeds: error 0.057 to 0.078 of 24 steps at 73 to 91% of their time, "
+        "fewer Euler steps 0.029 at 67%, a tuned plan of 8 0.011 at 36%: does not pay on 16 tokens "
+        "([accelerate.md](accelerate.md))",
     ),
     System(
         "Re-ttention",
@@ -174,8 +175,8 @@ SYSTEMS = (
         "the ratio ends at 1; scores outside the band are not computed; what is kept is added "
         "before the output projection, which is linear",
         "tests/systems/test_rettention.py",
-        "digits: error 0.0498 and 0.0704 at no fewer FLOPs: does not pay on 16 tokens "
-        "(`python -m benchmarks.partial_steps`)",
+        "digits, 2 levels, 3 seeds: error 0.054 and 0.077 at no fewer FLOPs, a tuned plan of 8 "
+        "0.011 at 38%: does not pay on 16 tokens ([accelerate.md](accelerate.md))",
     ),
     System(
         "DiT-MoE",
@@ -216,8 +217,8 @@ SYSTEMS = (
         "both terms, the balance and their phases, against what they are made of",
         "training data instead of pictures that the teacher made; all weights are trained",
         "tests/systems/test_dense2moe_distillation.py",
-        "digits, 2 levels, 3 seeds: FID 6.2 at 62% of the teacher's FLOPs, the teacher 6.1 "
-        "([dense2moe.md](dense2moe.md#what-it-gained-here))",
+        "digits, 2 levels, 3 seeds: FID 6.1 at 62% of the teacher's FLOPs, the teacher 6.1; by "
+        "tuned plans 6.1 and 6.1 ([dense2moe.md](dense2moe.md#what-it-gained-here))",
     ),
     System(
         "Mixture of blocks",
@@ -230,7 +231,8 @@ SYSTEMS = (
         "the router looks at the time alone; gates are 0 or 1 with the gradient of a softmax",
         "tests/systems/test_mixture_of_blocks.py",
         "digits, 2 levels, 3 seeds: 2 of 3 blocks, FID 6.3 at 42% of the FLOPs of the teacher, "
-        "which has 6.1 ([dense2moe.md](dense2moe.md#what-it-gained-here))",
+        "which has 6.1: a loss; by tuned plans, which evaluate all blocks, 6.3 and 6.1 "
+        "([dense2moe.md](dense2moe.md#what-it-gained-here))",
     ),
     System(
         "Numbers of experts by stage",
@@ -331,8 +333,9 @@ SYSTEMS = (
         "step; no term for few tokens, whose weight is 0 in the release; heads and units are not "
         "sorted by importance first, as in the release",
         "tests/systems/test_dydit.py",
-        "digits, 2 levels, 3 seeds: FID 5.6, plain blocks trained as long 6.9; 2.5 and 2.3 with an "
-        "unguided coarse stage, undecided ([dydit.md](dydit.md#what-it-gained-here))",
+        "digits, 2 levels, 3 seeds: FID 5.6, plain blocks trained as long 6.9, or 6.5 by a tuned "
+        "plan, which slices cannot have; 2.5 and 2.3 with an unguided coarse stage, undecided "
+        "([dydit.md](dydit.md#what-it-gained-here))",
     ),
     System(
         "TD-LN (DiMR)",
@@ -346,8 +349,8 @@ SYSTEMS = (
         "the label is added at the input instead of being a token, tau = 1 - 2t is the flow's, the "
         "final layer keeps adaLN; the U-shaped network is not here",
         "tests/systems/test_dimr.py",
-        "digits, 2 levels, 3 seeds: worse, FID 9.3, with adaLN-Zero 6.1 "
-        "([dimr.md](dimr.md#what-it-gained-here))",
+        "digits, 2 levels, 3 seeds: worse, FID 9.3, with adaLN-Zero 6.1; by tuned plans 8.8 and "
+        "6.1 ([dimr.md](dimr.md#what-it-gained-here))",
     ),
     System(
         "Multi-resolution loss (DiMR)",
@@ -360,7 +363,8 @@ SYSTEMS = (
         "one prediction is averaged, where DiMR has a branch for every resolution; odd sizes are "
         "refused",
         "tests/systems/test_dimr.py",
-        "digits, 2 levels, 3 seeds: FID 5.1, without 6.1 ([dimr.md](dimr.md#what-it-gained-here))",
+        "digits, 2 levels, 3 seeds: FID 5.1, without 6.1; by tuned plans 5.1 and 6.1 "
+        "([dimr.md](dimr.md#what-it-gained-here))",
     ),
     System(
         "Self-conditioning (DDAE++)",
@@ -374,8 +378,9 @@ SYSTEMS = (
         "from a summary of the paper, as no code is public; its contrastive self-distillation is "
         "not here",
         "tests/systems/test_self_conditioning.py",
-        "digits, 2 levels, 3 seeds: FID 5.8, without 6.1, undecided; 3.6 and 8.1 with an unguided "
-        "coarse stage ([self_conditioning.md](self_conditioning.md#what-it-gained-here))",
+        "digits, 2 levels, 3 seeds: FID 5.8, without 6.1, by tuned plans 5.6 and 6.1, undecided; "
+        "3.6 and 8.1 with an unguided coarse stage "
+        "([self_conditioning.md](self_conditioning.md#what-it-gained-here))",
     ),
     System(
         "CLEAR",
@@ -388,8 +393,9 @@ SYSTEMS = (
         "tiles and rectangles of keys instead of FlexAttention; no tokens of a text; no "
         "proportional scale",
         "tests/systems/test_mixers.py",
-        "digits, 2 levels, 3 seeds: FID 4.8, its teacher 6.1; radius 8, two blocks of width 384 on "
-        "CPU: 0.38 of full attention's time at 4,096 tokens, 0.87 at 1,024, 1.01 at 256 "
+        "digits, 2 levels, 3 seeds: FID 4.8, its teacher 6.1, by tuned plans the same, undecided; "
+        "radius 8, two blocks of width 384 on CPU: 0.38 of full attention's time at 4,096 tokens, "
+        "0.87 at 1,024, 1.01 at 256 "
         "([mixers.md](mixers.md#from-where-on-they-pay))",
     ),
     System(
@@ -403,8 +409,9 @@ SYSTEMS = (
         "sums over keys are divided by the number of keys, in the original by that of queries; the "
         "MLPs are always there; the bias of DiT's projections stays",
         "tests/systems/test_mixers.py",
-        "digits, 2 levels, 3 seeds: FID 4.9, its teacher 6.1; two blocks of width 384 on CPU: 0.28 "
-        "of full attention's time at 4,096 tokens, 0.60 at 1,024, 1.18 at 256 "
+        "digits, 2 levels, 3 seeds: FID 4.9, its teacher 6.1, by tuned plans 4.8 and 6.1, "
+        "undecided; two blocks of width 384 on CPU: 0.28 of full attention's time at 4,096 tokens, "
+        "0.60 at 1,024, 1.18 at 256 "
         "([mixers.md](mixers.md#from-where-on-they-pay))",
     ),
     System(
@@ -446,7 +453,8 @@ SYSTEMS = (
         "trained on velocity unless told `ddpm`, never on the variance; stages of coarser patches",
         "tests/systems/test_dico_network.py",
         "digits, 3 seeds, at SiT's FLOPs: FID 4.4, SiT 10.6; 2.8 times its time on CPU; with 2 "
-        "levels 5.2, PPFlow's 6.1, undecided ([dico.md](dico.md#what-it-gained-here))",
+        "levels 5.2, PPFlow's 6.1, undecided, by tuned plans 4.8 and 6.1, better "
+        "([dico.md](dico.md#what-it-gained-here))",
     ),
     System(
         "RAE times",
@@ -459,8 +467,8 @@ SYSTEMS = (
         "both ends of time are drawn and reached; stages weigh what the shifted times give them; "
         "the autoencoder is not here",
         "tests/flow/test_times.py",
-        "digits, 2 levels, 3 seeds: FID 6.9 at 83% of the FLOPs of equal times, which have 6.1, "
-        "undecided ([rae.md](rae.md))",
+        "digits, 2 levels, 3 seeds: FID 6.9 at 83% of the FLOPs of equal times, which have 6.1, by "
+        "tuned plans 6.6 and 6.1, undecided ([rae.md](rae.md#what-differs-from-the-original))",
     ),
     System(
         "RAE wide head",
@@ -580,8 +588,8 @@ SYSTEMS = (
         "tokens; one stream of tokens",
         "tests/systems/test_ppcl.py",
         "digits, 2 levels, 3 seeds, 2 of 6 blocks fewer: in the fine stage FID 6.0 at 74% of the "
-        "FLOPs, in the coarse stage 6.2 at 93%, whole 6.1; by CKA the coarse stage loses least "
-        "([ppcl.md](ppcl.md#what-it-found-here))",
+        "FLOPs, in the coarse stage 6.2 at 93%, whole 6.1; by tuned plans 5.9, 6.1 and 6.1; by CKA "
+        "the coarse stage loses least ([ppcl.md](ppcl.md#what-it-found-here))",
     ),
     System(
         "LoRA",
@@ -640,6 +648,11 @@ def page() -> str:
         "",
         "Nothing was copied from the originals: they were run to get numbers to agree with, or "
         "only read about. Their licences are named so that you know under which terms *they* are.",
+        "",
+        "Beside which a method must pay: on digits plain 2 and 3 levels, sampled by tuned plans of "
+        "8 evaluations, have FID 6.1 and 6.3 (3 seeds) at 29% and 24% of the FLOPs of SiT with 20 "
+        "Euler steps, which has 10.6. *By tuned plans* below means as many evaluations; all such "
+        "rows with their intervals are in [one page](study_parts.md).",
         "",
         ", ".join(f"[{name}](#{_anchor(name)})" for name in names),
     ]
