@@ -8,8 +8,9 @@ import pytest
 from benchmarks.settings import same_settings
 from configs import digits
 from ppflow_jax.errors import InputError
+from ppflow_jax.train.validate import EVALUATIONS
 from study.rows import ROWS, Claim, configured, training_cost, ways_of
-from study.table import Line, beside_plans, interval, judged
+from study.table import Line, beside_plans, collect, interval, judged
 
 BETTER = Claim("", ("a", "one"), ("b", "one"))
 ALIKE = Claim("", ("a", "one"), ("b", "one"), margin=0.05)
@@ -49,6 +50,22 @@ def test_rows_beside_tuned_plans():
     assert "| row |" in found[-4] and found[-4].endswith("| difference to 2 levels |")
     assert found[-2] == "| 2 levels | a plan | 60.0% | 30.0% | 5.50 ± 0.50 |  |"
     assert found[-1].endswith("| 6.50 ± 1.00 | +1.00, +0.16 to +1.84 |")  # 2.92 * 0.5 / sqrt(3)
+
+
+def test_costs_of_fitted_plans_are_means_over_seeds(tmp_path):
+    ways = {name: ways_of(ROWS[name], 2.0, [8]) for name in ("sit", "levels2")}
+    for seed, fitted in enumerate((20, 40)):
+        for name, keys in ways.items():
+            folder = tmp_path / str(seed) / name
+            (folder / EVALUATIONS).mkdir(parents=True)
+            (folder / "cost.json").write_text('{"training_flops": 7}')
+            for key in keys:
+                flops = fitted if key == "tuned8" else 100
+                found = {"metrics": {"fid": seed, "kid": 0}, "samples": {"card": {"flops": flops}}}
+                (folder / EVALUATIONS / f"{key}.json").write_text(json.dumps(found))
+    found = {(one.row, one.guidance): one for one in collect(tmp_path, ways, 2, {})[0]}
+    assert found["levels2", "tuned8"].sampling == pytest.approx(0.3)
+    assert found["levels2", "one"].sampling == 1 and found["sit", "one"].metrics["fid"] == [0, 1]
 
 
 def test_how_rows_are_sampled():
