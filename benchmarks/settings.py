@@ -77,5 +77,6 @@ def tuned_plan(
 
 def spread(values: Sequence[float], digits: str) -> str:
     """The mean of what seeds gave and, where they differ, the range; `digits` as in ".2f"."""
-    texts = [f"{value:{digits}}" for value in (sum(values) / len(values), min(values), max(values))]
-    return texts[0] if texts[1] == texts[2] else f"{texts[0]} ({texts[1]} to {texts[2]})"
+    low, high = min(values), max(values)
+    mean = f"{sum(values) / len(values):{digits}}"
+    return mean if low == high else f"{mean} ({low:{digits}} to {high:{digits}})"

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.settings import same_settings
+from benchmarks.settings import same_settings, spread
 from configs import digits
 from ppflow_jax.errors import InputError
 from ppflow_jax.train.validate import EVALUATIONS
@@ -77,6 +77,12 @@ def test_how_rows_are_sampled():
     assert ways["sit"]["stages"].interval == (0.5, 1.0)
     assert list(ways["dydit"]) == ["one", "stages"]  # sampled with --accelerate
     assert list(ways["guided"]) == ["one", "stages"]  # told the scale
+
+
+def test_the_range_over_seeds_is_shown_where_they_differ():
+    assert spread([2.0], ".1f") == spread([2.0, 2.0], ".1f") == "2.0"
+    assert spread([1.0, 2.0, 3.0], ".2f") == "2.00 (1.00 to 3.00)"
+    assert spread([2.0, 2.01], ".1f") == "2.0 (2.0 to 2.0)"
 
 
 def test_interval_is_students():
