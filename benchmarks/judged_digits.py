@@ -49,28 +49,30 @@ def line(name: str, found: list[tuple[float, ...]]) -> str:
 
 
 def main() -> None:
-    def some(text: str) -> list[str]:
-        return [part for part in text.split(",") if part]
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in text.split(",")]
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=some, required=True)
+    parser.add_argument("--runs", type=lambda text: text.split(","), required=True)
     parser.add_argument("--features", required=True)
-    parser.add_argument("--steps", type=some, default=[])
-    parser.add_argument("--tuned", type=some, default=[])
+    parser.add_argument("--steps", type=numbers, default=[])
+    parser.add_argument("--tuned", type=numbers, default=[])
     parser.add_argument("--cfg", type=float, default=2.0)
     parser.add_argument("--num", type=int, default=1000)
     args = parser.parse_args()
+    if not args.steps and not args.tuned:
+        parser.error("give --steps, --tuned or both")
     judged, labels = judge(args.features), np.arange(args.num, dtype=np.int32) % 10
     found: dict[str, list[tuple[float, ...]]] = {}
     for run in args.runs:
         model = pf.load(run)
         plans = {
-            f"Euler {steps}": model.plan(solver="euler", steps=int(steps), cfg=args.cfg)
+            f"Euler {steps}": model.plan(solver="euler", steps=steps, cfg=args.cfg)
             for steps in args.steps
         }
         for count in args.tuned:
             file = Path(run) / f"tuned{count}.json"
-            plans[f"tuned plan of {count}"] = tuned_plan(model, file, (args.cfg,), int(count))
+            plans[f"tuned plan of {count}"] = tuned_plan(model, file, (args.cfg,), count)
         for name, plan in plans.items():
             images = model.sample(args.num, plan=plan, seed=0, labels=labels).latents
             figures = (sampling_flops(model.config, plan.segments), *judged(images, labels))

@@ -468,7 +468,7 @@ SYSTEMS = (
         "the autoencoder is not here",
         "tests/flow/test_times.py",
         "digits, 2 levels, 3 seeds: FID 6.9 at 83% of the FLOPs of equal times, which have 6.1, by "
-        "tuned plans 6.6 and 6.1, undecided ([rae.md](rae.md#what-differs-from-the-original))",
+        "tuned plans 6.6 and 6.1, undecided ([rae.md](rae.md#what-it-gained-here))",
     ),
     System(
         "RAE wide head",
@@ -483,7 +483,7 @@ SYSTEMS = (
         "a stage is refused; kernels start as DiT's",
         "tests/systems/test_ddt.py",
         "digits, 2 levels, 3 seeds, at like FLOPs: worse, FID 10.8, plain blocks 6.1; by tuned "
-        "plans of 8 evaluations 10.1 and 6.1 ([rae.md](rae.md))",
+        "plans of 8 evaluations 10.1 and 6.1 ([rae.md](rae.md#what-it-gained-here))",
     ),
     System(
         "2-D rotary positions and SwiGLU",
@@ -496,7 +496,7 @@ SYSTEMS = (
         "places count in units of the pyramid's smallest patch",
         "tests/systems/test_ddt.py",
         "digits, 2 levels, 3 seeds: FID 6.3, plain blocks 6.1, by tuned plans of 8 evaluations 6.1 "
-        "and 6.1: undecided ([rae.md](rae.md#what-differs-from-the-original))",
+        "and 6.1: undecided ([rae.md](rae.md#what-it-gained-here))",
     ),
     System(
         "MeanFlow",
