@@ -2,13 +2,15 @@
 
     python -m benchmarks.sixteen_times --sit=runs/sit --run=runs/l3 --plan=plan.json --cfg=2 \
         [--batches=8,64] [--rounds=9]
-    python -m benchmarks.sixteen_times --size=B --batches=2 [--counts=3,2,3] [--guidance=1,2,1]
+    python -m benchmarks.sixteen_times --size=B --batches=2 [--counts=3,2,3] [--guidance=1,2,1] \
+        [--students=0:0-1,2:4-5]
 
 All are timed in turn in every round; the ratio is the median over the rounds. The first compares
 errors too: the plan's on held-out noise must be no larger than that of 24 Euler steps of the same
 model under the same guidance. The second has random weights and measures time alone: a model of 3
-levels at 32x32x4, with so many steps of every stage. Exit code 0 only if all ratios are at least
-16, or 12 at batches below 64 of the first.
+levels at 32x32x4, with so many steps of every stage, and students in the place of blocks where they
+are given (docs/ppcl.md). Exit code 0 only if all ratios are at least 16, or 12 at batches below 64
+of the first.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ _CFG = flags.DEFINE_float("cfg", 2.0, "Guidance scale of SiT.")
 _SIZE = flags.DEFINE_string("size", None, "Random weights of this size instead of runs.")
 _COUNTS = flags.DEFINE_list("counts", ["3", "2", "3"], "Steps of every stage, random weights.")
 _GUIDANCE = flags.DEFINE_list("guidance", ["1", "2", "1"], "Scale of every stage, random weights.")
+_STUDENTS = flags.DEFINE_string("students", "none", "Of the stages, random weights.")
 _BATCHES = flags.DEFINE_list("batches", ["8", "64"], "Images at once.")
 _ROUNDS = flags.DEFINE_integer("rounds", 9, "Rounds of the timing.")
 EULER = 24
@@ -37,10 +40,13 @@ EULER = 24
 
 def main() -> None:
     from ppflow_jax.devices.host_memory import keep_scratch
+    from ppflow_jax.flow.cost import sampling_flops
 
     keep_scratch()
     sit, model, plan = _random() if _SIZE.value else _trained()
     slow = sit.plan(steps=50, solver="euler", cfg=_CFG.value)
+    flops, fewer = (sampling_flops(way.model, way.segments) for way in (slow, plan))
+    print(f"by FLOPs: {flops / fewer:.1f}x")
     good = True
     for batch in map(int, _BATCHES.value):
         ratio, seconds = _compared((sit, slow), (model, plan), batch)
@@ -81,13 +87,15 @@ def _random() -> tuple[Any, Any, Any]:
     from ppflow_jax.generate.plan import Plan
     from ppflow_jax.models.config import SIZES, ModelConfig
     from ppflow_jax.models.network import init_params
+    from ppflow_jax.models.students import parse
     from ppflow_jax.pyramid import PPFLOW3, SIT
     from ppflow_jax.tune.allocate import start_of
     from ppflow_jax.tune.fit import Field
 
     models = []
-    for pyramid in (SIT, PPFLOW3):
-        config = ModelConfig(pyramid, 32, 4, **SIZES[_SIZE.value], num_classes=1000)
+    for pyramid, students in ((SIT, ()), (PPFLOW3, parse(_STUDENTS.value))):
+        size = SIZES[_SIZE.value]
+        config = ModelConfig(pyramid, 32, 4, **size, num_classes=1000, students=students)
         params = init_params(config, jax.random.key(0))
         card = Card(config, Flow(), "latents")
         models.append(Model(Weights(card, Path("random"), "ema", lambda params=params: params)))
