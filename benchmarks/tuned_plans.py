@@ -1,18 +1,20 @@
 """Fitted plans against the fixed solvers with as many evaluations.
 
     python -m benchmarks.tuned_plans --run=runs/sit@2 --run=runs/l2@1,2 --out=DIR \
-        [--evaluations=5,6,8,10,15] [--noises=256]
+        [--evaluations=5,6,8,10,15] [--noises=256] [--norefine]
 
 Every run is given with its guidance scales. Errors are of the end states on held-out noises and
 labels, relative to 100 Heun steps. Plans lie in DIR: a killed command continues, and a run is
-calibrated once. Writes DIR/errors.md and DIR/errors.png. Exit code 0 only if every plan has at most
-0.6 of the error of the best fixed solver.
+calibrated once. Writes DIR/errors.md and DIR/errors.png. With --norefine plans are in closed form
+and lie beside the others, as -closed. Exit code 0 only if every plan has at most 0.6 of the error
+of the best fixed solver.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from absl import flags
@@ -24,6 +26,7 @@ _RUN = flags.DEFINE_multi_string("run", None, "RUN@GUIDANCE, as runs/l2@1,2.")
 _OUT = flags.DEFINE_string("out", None, "Folder of plans, table and figure.")
 _EVALUATIONS = flags.DEFINE_list("evaluations", ["5", "6", "8", "10", "15"], "Budgets.")
 _NOISES = flags.DEFINE_integer("noises", 256, "Trajectories that plans are fitted to.")
+_REFINE = flags.DEFINE_bool("refine", True, "Refine the plans by gradients.")
 BOUND = 0.6
 
 
@@ -35,20 +38,21 @@ def main() -> None:
 
     keep_scratch()
     out, rows = Path(_OUT.value), []
+    kind = "" if _REFINE.value else "-closed"
     for text in _RUN.value:
         run, cfg, name = run_and_guidance(text)
         model, folder = pf.load(run), out / name
         for budget in map(int, _EVALUATIONS.value):
-            file, start = folder / f"{budget}.json", time.monotonic()
+            file, start = folder / f"{budget}{kind}.json", time.monotonic()
             if not file.exists():
                 asked = Asked(str(file), cfg, evaluations=budget, noises=_NOISES.value)
-                tune(model, asked)
+                tune(model, replace(asked, refine=_REFINE.value))
                 print(f"{text} {budget}: {time.monotonic() - start:.0f} s", flush=True)
             plan = PlanFile.read(file)
             steps = "+".join(map(str, plan.fitted.counts.values()))
             rows.append((text, budget, steps, plan.made["held_out_errors"]))
-    (out / "errors.md").write_text(_table(rows))
-    _figure(rows, out / "errors.png")
+    (out / f"errors{kind}.md").write_text(_table(rows))
+    _figure(rows, out / f"errors{kind}.png")
     print(_table(rows))
     worst = max(errors["plan"] / _best(errors)[1] for *_, errors in rows)
     print(f"worst {worst:.2f} of the best fixed solver's error, at most {BOUND}")
